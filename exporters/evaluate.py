@@ -1,0 +1,192 @@
+"""Accuracy on labelled images: the one place that sees labels. Nothing in engine/ imports it."""
+
+import re
+import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from engine.errors import SSDKDError
+from exporters.runtimes import Predict, available_threads, to_input
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})  # as torchvision's
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's name
+LAYOUT_HINT = "give one folder a class with images in it, or an .npz with `images` (uint8) and `labels` (int)"
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images uint8 [N, H, W, C] with their classes int64 [N] and, for each class, its name."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+
+
+def load_labelled(
+    path: Path, *, input_shape: tuple[int, int, int], classes: int, class_names: tuple[str, ...] | None
+) -> LabelledImages:
+    """Read labelled images, resized to the network's (C, H, W) where their size differs.
+
+    A folder holds one folder a class, numbered alphabetically as torchvision's ImageFolder does, or by `class_names`
+    where every folder carries one of these names. An .npz holds `images` uint8 [N, H, W] or [N, H, W, C], `labels`
+    int [N] and may hold `class_names`. Raises SSDKDError for data that is missing, empty, unreadable or has other
+    classes than the network.
+    """
+    if path.is_dir():
+        return _load_folder(path, input_shape, classes, class_names)
+    if path.suffix.lower() == ".npz" and path.is_file():
+        return _load_npz(path, input_shape, classes, class_names)
+    raise SSDKDError(f"{path}: expected a folder of class folders or an .npz file, found neither", LAYOUT_HINT)
+
+
+def accuracy(
+    predict: Predict,
+    labelled: LabelledImages,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    batch: int = 256,
+) -> float:
+    """Return the percentage (0 to 100) of images whose largest logit is their label's.
+
+    `mean` and `std`, one value a channel, are applied to images in 0...1. Raises SSDKDError for logits that are not
+    finite.
+    """
+    correct = 0
+    for start in range(0, len(labelled.labels), batch):
+        logits = predict(to_input(labelled.images[start : start + batch], mean, std))  # [B, classes]
+        if not np.isfinite(logits).all():
+            raise SSDKDError(
+                f"the model gives NaN or infinite logits on images {start} to {start + len(logits) - 1}",
+                "check the model with `ssdkd inspect`, and --mean and --std",
+            )
+        correct += int((logits.argmax(axis=1) == labelled.labels[start : start + batch]).sum())
+    return 100.0 * correct / len(labelled.labels)
+
+
+def _load_folder(
+    path: Path, input_shape: tuple[int, int, int], classes: int, class_names: tuple[str, ...] | None
+) -> LabelledImages:
+    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    names = tuple(folder.name for folder in folders)
+    numbers, ordered_names = _number_classes(path, names, classes, class_names)
+    files, labels = [], []
+    for folder, number in zip(folders, numbers, strict=True):
+        found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        if not found:
+            raise SSDKDError(f"{folder} holds no images", LAYOUT_HINT)
+        files += found
+        labels += [number] * len(found)
+    channels, height, width = input_shape
+    images = np.empty((len(files), height, width, channels), dtype=np.uint8)
+
+    def read(index: int) -> None:
+        images[index] = _read_image(files[index], input_shape)
+
+    with ThreadPoolExecutor(available_threads()) as pool:
+        for _ in pool.map(read, range(len(files))):
+            pass
+    return LabelledImages(images, np.asarray(labels, dtype=np.int64), ordered_names)
+
+
+def _number_classes(
+    path: Path, names: tuple[str, ...], classes: int, class_names: tuple[str, ...] | None
+) -> tuple[list[int], tuple[str, ...]]:
+    """Return the class number of each folder and the names by class number."""
+    if len(names) != classes:
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        raise SSDKDError(
+            f"{path}: expected {classes} class folders, found {len(names)} ({shown or 'none'})", LAYOUT_HINT
+        )
+    if class_names is None:
+        return list(range(classes)), names
+    number_of = {_plain(name): number for number, name in enumerate(class_names)}
+    found = [number_of.get(_plain(name)) for name in names]
+    known = [number for number in found if number is not None]
+    if not known or len(number_of) != classes:
+        return list(range(classes)), names
+    if len(set(known)) != classes:
+        strangers = [name for name, number in zip(names, found, strict=True) if number is None]
+        raise SSDKDError(
+            f"{path}: some folders carry names of the model's classes, others do not: {', '.join(strangers[:5])}",
+            "name each folder after its class: " + ", ".join(class_names[:5]),
+        )
+    return known, class_names
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]+", "_", name.casefold())  # "T-shirt/top" cannot be the name of a folder
+
+
+def _read_image(file: Path, input_shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of odd EXIF blocks, which nothing here reads
+            with Image.open(file) as image:
+                return _fitted(image, input_shape)
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SSDKDError(f"{file} cannot be read as an image: {error}", "remove it or replace it") from error
+
+
+def _fitted(image: Image.Image, input_shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """Return a picture as uint8 [H, W, C]: the shorter side resized (bilinear), then the centre cut out."""
+    channels, height, width = input_shape
+    converted = image if image.mode == MODES[channels] else image.convert(MODES[channels])
+    if converted.size != (width, height):
+        scale = max(width / converted.width, height / converted.height)
+        size = (max(width, round(converted.width * scale)), max(height, round(converted.height * scale)))
+        converted = converted.resize(size, Image.Resampling.BILINEAR)
+        left, top = (size[0] - width) // 2, (size[1] - height) // 2
+        converted = converted.crop((left, top, left + width, top + height))
+    return np.asarray(converted, dtype=np.uint8).reshape(height, width, channels)
+
+
+def _load_npz(
+    path: Path, input_shape: tuple[int, int, int], classes: int, class_names: tuple[str, ...] | None
+) -> LabelledImages:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays: dict[str, NDArray[Any]] = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise SSDKDError(f"{path} cannot be read: {error}", LAYOUT_HINT) from error
+    missing = {"images", "labels"} - arrays.keys()
+    if missing:
+        raise SSDKDError(f"{path} lacks {' and '.join(sorted(missing))}; found {', '.join(arrays)}", LAYOUT_HINT)
+    images, labels = arrays["images"], arrays["labels"]
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] > (4,):
+        raise SSDKDError(
+            f"{path}: expected images uint8 [N, H, W] or [N, H, W, C], found {images.dtype} {list(images.shape)}",
+            LAYOUT_HINT,
+        )
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or not len(labels):
+        raise SSDKDError(
+            f"{path}: expected {len(images)} integer labels, found {labels.dtype} {list(labels.shape)}", LAYOUT_HINT
+        )
+    if labels.min() < 0 or labels.max() >= classes:
+        raise SSDKDError(
+            f"{path}: expected labels 0 to {classes - 1}, found {labels.min()} to {labels.max()}", LAYOUT_HINT
+        )
+    names = tuple(str(name) for name in arrays["class_names"]) if "class_names" in arrays else class_names
+    numbers, ordered_names = list(range(classes)), names or tuple(str(number) for number in range(classes))
+    if "class_names" in arrays and names is not None:
+        numbers, ordered_names = _number_classes(path, names, classes, class_names)
+    return LabelledImages(
+        _fit_array(images if images.ndim == 4 else images[..., None], input_shape),
+        np.asarray(numbers, dtype=np.int64)[labels],
+        ordered_names,
+    )
+
+
+def _fit_array(images: NDArray[np.uint8], input_shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    channels, height, width = input_shape
+    if images.shape[1:] == (height, width, channels):
+        return images
+    pictures = (Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in images)
+    return np.stack([_fitted(picture, input_shape) for picture in pictures])

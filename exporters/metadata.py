@@ -1,0 +1,109 @@
+"""What an ONNX file says of itself, written by the exporter and read back by `eval` and `bench`."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from engine.errors import SSDKDError
+
+PREFIX = "ssdkd."
+
+NORMALISED = "normalised"  # images in 0...1, minus the mean, over the standard deviation
+UNIT = "0...1"  # the file normalises by itself (--embed-preprocessing)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a model file takes and gives, as its own metadata says.
+
+    `mean` and `std`, one value a channel, are what the caller applies to images in 0...1: zeros and ones where
+    the file normalises by itself, None where it does not say.
+    """
+
+    input_range: str | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    class_names: tuple[str, ...] | None
+    teacher_sha256: str | None
+    ssdkd_version: str | None
+
+
+def metadata_for(
+    *,
+    input_shape: tuple[int, int, int],
+    classes: int,
+    class_names: tuple[str, ...] | None,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    embed_preprocessing: bool,
+    teacher_sha256: str,
+) -> dict[str, str]:
+    """Return the metadata of a model file: keys with the prefix `ssdkd.`, values that are JSON or plain words.
+
+    `mean` and `std` are the teacher's, also where the file applies them itself; `input_range` says which.
+    """
+    values = {
+        "input_shape": json.dumps(input_shape),
+        "classes": str(classes),
+        "input_range": UNIT if embed_preprocessing else NORMALISED,
+        "mean": json.dumps(mean),
+        "std": json.dumps(std),
+        "teacher_sha256": teacher_sha256,
+        "ssdkd_version": _ssdkd_version(),
+    }
+    if class_names is not None:
+        values["class_names"] = json.dumps(class_names, ensure_ascii=False)
+    return {PREFIX + name: value for name, value in values.items()}
+
+
+def describe(metadata: Mapping[str, str]) -> Description:
+    """Read back what `metadata_for` wrote; every field is None for a file that is not ours.
+
+    Raises SSDKDError where the metadata is ours and cannot be read.
+    """
+    values = {name.removeprefix(PREFIX): value for name, value in metadata.items() if name.startswith(PREFIX)}
+    try:
+        class_names = json.loads(values["class_names"]) if "class_names" in values else None
+        mean = tuple(float(value) for value in json.loads(values["mean"])) if "mean" in values else None
+        std = tuple(float(value) for value in json.loads(values["std"])) if "std" in values else None
+    except (ValueError, TypeError) as error:
+        raise SSDKDError(
+            f"the model's ssdkd metadata cannot be read: {error}",
+            "export it again: ssdkd export RUN --export onnx",
+        ) from error
+    input_range = values.get("input_range")
+    if input_range == UNIT and mean is not None:
+        mean, std = (0.0,) * len(mean), (1.0,) * len(mean)
+    return Description(
+        input_range=input_range,
+        mean=mean,
+        std=std,
+        class_names=None if class_names is None else tuple(str(name) for name in class_names),
+        teacher_sha256=values.get("teacher_sha256"),
+        ssdkd_version=values.get("ssdkd_version"),
+    )
+
+
+def preprocessing_of(
+    description: Description, *, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return (mean, std), one value a channel, to apply to images in 0...1.
+
+    What the caller states wins over what the file says. Raises SSDKDError where neither says.
+    """
+    mean = description.mean if mean is None else mean
+    std = description.std if std is None else std
+    if mean is None or std is None:
+        raise SSDKDError(
+            "the model file does not say how its images are normalised (it was not written by ssdkd)",
+            "state it with --mean and --std, for example --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225",
+        )
+    return mean, std
+
+
+def _ssdkd_version() -> str:
+    try:
+        return version("ssdkd")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "unknown"
