@@ -1,0 +1,169 @@
+"""A teacher's file, of whatever format, as weights, a module, or an exported graph. Decided by content, never by suffix."""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import Tensor, nn
+
+from engine.errors import SSDKDError
+from engine.safe_pickle import damaged, safe_load, trusted_load
+from engine.unwrap import State, Weights, plain, strip_prefixes, unwrap
+
+ACCEPTED = (
+    "a PyTorch checkpoint (.pt, .pth), .safetensors, a torch.export program (.pt2), a TorchScript archive or an ONNX graph"
+)
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
+# What people pass by mistake, by the first bytes: (offset, bytes, what it is, what to do).
+STRANGERS = (
+    (0, b"version https://git-lfs", "a git-lfs pointer, not the weights", "Run `git lfs pull` in the repository it came from."),
+    (0, b"\x89HDF\r\n", "an HDF5 file, as Keras writes them", "Convert the network to ONNX (tf2onnx) and give that file."),
+    (4, b"TFL3", "a TensorFlow Lite model", "Give the float network that it was made from, as ONNX."),
+    (0, b"GGUF", "a GGUF file", "Give the PyTorch checkpoint that it was made from."),
+    (0, b"ptrt", "a TensorRT engine", "Give the network that it was built from: its weights cannot be read back."),
+    (0, b"\x1f\x8b", "a gzip archive", "Unpack it and give the checkpoint inside."),
+    (0, b"\x93NUMPY", "a NumPy array", "Give the whole checkpoint, not one array."),
+    (0, b"7z\xbc\xaf", "a 7z archive", "Unpack it and give the checkpoint inside."),
+    (0, b"\xfd7zXZ", "an xz archive", "Unpack it and give the checkpoint inside."),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds. One of `weights.state`, `weights.module` and `graph` is there; graphs mostly have a state too."""
+
+    format: str  # "state_dict", "safetensors", "pickle", "torch.export", "torchscript", "onnx"
+    weights: Weights
+    keeps_order: bool  # whether the state lies in the file in the order in which the network was built
+
+
+def read_checkpoint(path: Path, *, trust_pickle: bool = False) -> Checkpoint:
+    """Reads `path`; runs no code of the file's unless `trust_pickle`.
+
+    Raises SSDKDError: no such file, no checkpoint, damaged, or it needs --trust-pickle.
+    """
+    check_readable(path)
+    kind = detect_format(path)
+    return READERS[kind](path, trust_pickle)
+
+
+def check_readable(path: Path) -> None:
+    """Raises SSDKDError unless `path` is a file that can be read and holds something."""
+    if path.is_dir():
+        inside = sorted(
+            file.name for file in path.iterdir() if file.suffix in {".pt", ".pth", ".th", ".bin", ".safetensors", ".pt2", ".onnx"}
+        )
+        hint = f"Give one of its files, for example {path / inside[0]}." if inside else "Give the checkpoint file itself."
+        raise SSDKDError(f"{path} is a folder: expected {ACCEPTED}.", hint)
+    if not path.exists():
+        raise SSDKDError(f"There is no file {path}.", "Check the path of the teacher.")
+    try:
+        with path.open("rb") as file:
+            first = file.read(1)
+    except OSError as error:
+        raise SSDKDError(f"{path} cannot be read: {error.strerror}.", "Check the permissions of the file.") from error
+    if not first:
+        raise SSDKDError(f"{path.name} is empty: expected {ACCEPTED}, found 0 bytes.", "Copy or download the file again.")
+
+
+def detect_format(path: Path) -> str:
+    """One of READERS' names, from the file's content.
+
+    Raises SSDKDError for what is no checkpoint.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(4096)
+    if head.startswith(b"PK\x03\x04"):
+        return _zip_format(path)
+    for offset, magic, what, hint in STRANGERS:
+        if head[offset:].startswith(magic):
+            raise SSDKDError(f"{path.name} is {what}: expected {ACCEPTED}.", hint)
+    if head.startswith(LEGACY_MAGIC):
+        return "legacy"
+    header_bytes = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{":
+        if header_bytes + 8 > size:
+            raise damaged(path, ValueError(f"its header wants {header_bytes + 8:,} bytes, the file has {size:,}"))
+        return "safetensors"
+    if head[:1] == b"\x80" and head[1:2] <= b"\x05":
+        return "legacy"  # a pickle; whether it is torch's is for the safe reader to say
+    if _is_text(head):
+        kind = "an HTML page" if b"<html" in head.lower() or b"<!doctype" in head.lower() else "text"
+        raise SSDKDError(
+            f"{path.name} is {kind}, not a network: expected {ACCEPTED}.",
+            "Download the file itself, not the page that shows it." if kind != "text" else "Check the path of the teacher.",
+        )
+    if head[:1] == b"\x08":  # ONNX has no magic number: field 1 of ModelProto, ir_version, comes first
+        return "onnx"
+    raise SSDKDError(
+        f"{path.name} is no checkpoint that ssdkd knows: expected {ACCEPTED}, found bytes {head[:4].hex(' ')}.",
+        "Save the network's weights with torch.save(model.state_dict(), 'teacher.pt') and give that file.",
+    )
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of the file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _zip_format(path: Path) -> str:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise damaged(path, ValueError("the archive's table of contents at its end is missing")) from error
+    members = {name.partition("/")[2] or name for name in names}
+    if "constants.pkl" in members or any(name.startswith("code/") for name in members):
+        return "torchscript"
+    if "archive_format" in members or "serialized_exported_program.json" in members | set(names):
+        return "torch.export"
+    if "data.pkl" in members:
+        return "zip"
+    raise SSDKDError(
+        f"{path.name} is a zip archive without a network: expected {ACCEPTED}, found {', '.join(names[:3]) or 'nothing'}.",
+        "If it is a packed folder, unpack it and give the checkpoint inside.",
+    )
+
+
+def _is_text(head: bytes) -> bool:
+    try:
+        text = head.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 4:
+            return False
+        text = head[: error.start].decode("utf-8")
+    return all(character.isprintable() or character.isspace() for character in text)
+
+
+def _read_pickle(path: Path, trust_pickle: bool) -> Checkpoint:
+    loaded = trusted_load(path) if trust_pickle else safe_load(path)
+    weights = unwrap(loaded, path.name)
+    return Checkpoint("pickle" if weights.module is not None else "state_dict", weights, keeps_order=True)
+
+
+def _read_safetensors(path: Path, _trust_pickle: bool) -> Checkpoint:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            state: State = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
+            header = file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise damaged(path, error) from error
+    metadata = {name.removeprefix("ssdkd."): plain(value) for name, value in header.items()}
+    stripped, notes = strip_prefixes(state)
+    # The format sorts its tensors by type and name.
+    return Checkpoint("safetensors", Weights(stripped, None, metadata, tuple(notes)), keeps_order=False)
+
+
+READERS: dict[str, Callable[[Path, bool], Checkpoint]] = {
+    "zip": _read_pickle,
+    "legacy": _read_pickle,
+    "safetensors": _read_safetensors,
+}

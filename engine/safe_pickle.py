@@ -1,0 +1,185 @@
+"""Reading pickles without running what they ask for: torch's weights-only reader plus inert stand-ins for harmless extras."""
+
+import argparse
+import collections
+import io
+import pickle
+import pickletools
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+from engine.errors import SSDKDError
+
+# Bytes that no reader understands end in one of these; which one depends on where the damage is.
+UNREADABLE = (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError)
+
+# Configuration objects of training frameworks: read as plain dictionaries, their own code is never imported.
+CONFIGURATION_PACKAGES = frozenset(
+    {"addict", "easydict", "fvcore", "lightning", "lightning_fabric", "ml_collections", "mmcv", "mmengine", "omegaconf"}
+    | {"pytorch_lightning", "yacs"}
+)
+
+
+class NumpyDtype:
+    """Stands in for numpy.dtype: numbers only, and the pickled state that could reshape the type is ignored."""
+
+    def __init__(self, code: str, *_ignored: object) -> None:
+        self.dtype = np.dtype(code)
+        if self.dtype.kind not in "biufc":
+            raise pickle.UnpicklingError(f"numpy type {code!r} is no number")
+
+    def __setstate__(self, state: tuple[object, ...]) -> None:
+        if len(state) > 1 and state[1] == ">":
+            self.dtype = self.dtype.newbyteorder(">")
+
+
+class NumpyArray:
+    """Stands in for numpy.ndarray; `value` holds the numbers."""
+
+    value: np.ndarray[tuple[int, ...], np.dtype[np.generic]]
+
+    def __setstate__(self, state: tuple[int, tuple[int, ...], NumpyDtype, bool, bytes]) -> None:
+        _version, shape, kind, fortran, data = state
+        self.value = np.frombuffer(data, kind.dtype).reshape(shape, order="F" if fortran else "C")
+
+
+class Configuration(dict[object, object]):
+    """Stands in for a framework's configuration class; keeps what was set on it and runs nothing."""
+
+    def __init__(self, *_ignored: object) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: object) -> None:
+        if isinstance(state, Mapping):
+            self.update(state)
+
+
+def _numpy_array(*_ignored: object) -> NumpyArray:
+    return NumpyArray()
+
+
+def _numpy_scalar(kind: NumpyDtype, data: bytes) -> object:
+    return np.frombuffer(data, kind.dtype)[0].item()
+
+
+def _path(*parts: str) -> str:
+    return "/".join(parts)
+
+
+_HARMLESS: tuple[tuple[Callable[..., object], str], ...] = (
+    (argparse.Namespace, "argparse.Namespace"),
+    (collections.defaultdict, "collections.defaultdict"),
+    *((kind, f"builtins.{kind.__name__}") for kind in (bool, int, float, str, list, tuple, dict)),
+    *((_path, f"{module}.{name}") for module in ("pathlib", "pathlib._local")
+      for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
+    (NumpyDtype, "numpy.dtype"),
+    (NumpyArray, "numpy.ndarray"),
+    *((_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((_numpy_array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    (torch.torch_version.TorchVersion, "torch.torch_version.TorchVersion"),
+)  # fmt: skip
+
+
+def safe_load(path: Path) -> object:
+    """Reads a file of torch.save's, zip or legacy; runs no code of the file's. Tensors land on the CPU.
+
+    Raises SSDKDError: the file wants to run code (names what), or it is damaged.
+    """
+    with path.open("rb") as file:
+        return safe_load_stream(file, path)
+
+
+def safe_load_stream(file: BinaryIO, path: Path) -> object:
+    """`safe_load` for an open, seekable file; `path` is for the messages."""
+    wanted = pickled_globals(file)
+    stand_ins = [(Configuration, name) for name in wanted if name.partition(".")[0] in CONFIGURATION_PACKAGES]
+    file.seek(0)
+    try:
+        # The reader warns about pickle protocols other than 2 and about legacy storages; both are its own affair.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([*_HARMLESS, *stand_ins]):
+            warnings.simplefilter("ignore")
+            loaded: object = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _refusal(path, wanted, str(error)) from error
+    except UNREADABLE as error:
+        raise damaged(path, error) from error
+    return loaded
+
+
+def trusted_load(path: Path) -> object:
+    """Unpickles a file that the user trusts; its code runs, with the user's own packages before ours.
+
+    Raises SSDKDError where a module that the pickle names is not importable, or the file is damaged.
+    """
+    from engine.user_code import user_modules
+
+    try:
+        with warnings.catch_warnings(), user_modules():
+            warnings.simplefilter("ignore")
+            loaded: object = torch.load(path, map_location="cpu", weights_only=False)
+    except (ImportError, AttributeError) as error:
+        raise SSDKDError(
+            f"{path.name} pickles classes that cannot be imported here: {error}.",
+            "Run ssdkd in the folder that holds the network's source, or save model.state_dict() and state --arch package.module:function.",
+        ) from error
+    except (pickle.UnpicklingError, *UNREADABLE) as error:
+        raise damaged(path, error) from error
+    return loaded
+
+
+def pickled_globals(file: BinaryIO) -> list[str]:
+    """Names of the functions and classes that a pickle would import, found by reading its opcodes, not by running them."""
+    names: list[str] = []
+    file.seek(0)
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            members = [name for name in archive.namelist() if name.endswith("/data.pkl") or name == "data.pkl"]
+            streams: list[BinaryIO] = [io.BytesIO(archive.read(name)) for name in members]
+    else:
+        file.seek(0)
+        streams = [file]
+    for stream in streams:
+        try:
+            # A legacy file is several pickles in a row, then raw numbers, on which the disassembler stumbles.
+            while True:
+                strings: list[str] = []
+                for opcode, argument, _ in pickletools.genops(stream):
+                    if opcode.name == "GLOBAL":
+                        names.append(str(argument).replace(" ", "."))
+                    elif opcode.name == "STACK_GLOBAL":
+                        names.append(".".join(strings[-2:]))
+                    elif isinstance(argument, str):
+                        strings.append(argument)
+        except (*UNREADABLE, pickle.UnpicklingError):
+            continue
+    return list(dict.fromkeys(names))
+
+
+def damaged(path: Path, error: BaseException) -> SSDKDError:
+    """The error for a file that begins like a checkpoint but cannot be read to its end."""
+    reason = str(error).strip().splitlines()
+    return SSDKDError(
+        f"{path.name} is damaged or cut short: expected a complete checkpoint, but reading it failed"
+        f" ({reason[0][:160] if reason else type(error).__name__}).",
+        "Copy or download the file again and compare its size and checksum with the original's.",
+    )
+
+
+def _refusal(path: Path, wanted: list[str], reason: str) -> SSDKDError:
+    """The error for a pickle that asks for more than weights."""
+    with torch.serialization.safe_globals(list(_HARMLESS)):
+        known = {name for _, name in _HARMLESS} | set(torch._weights_only_unpickler._get_allowed_globals())
+    unsafe = [name for name in wanted if name not in known and name.partition(".")[0] not in CONFIGURATION_PACKAGES]
+    if not unsafe:
+        return damaged(path, pickle.UnpicklingError(reason))
+    listed = ", ".join(unsafe[:4]) + (", ..." if len(unsafe) > 4 else "")
+    return SSDKDError(
+        f"{path.name} is a pickle that runs code when it is loaded: expected weights alone, found a call for {listed}. Nothing of it was run.",
+        "Save the weights alone with torch.save(model.state_dict(), ...), or, if you trust who made the file, add --trust-pickle.",
+    )
