@@ -1,0 +1,76 @@
+"""Every number of a distillation in one frozen value. One dial, the effort, sets its size; the rest has a default."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from engine.errors import SSDKDError
+
+EFFORTS: dict[str, int] = {"smoke": 8, "quick": 150, "full": 3000}  # rounds
+SMALL_PIXELS = 64 * 64  # up to this many pixels a batch is whole; beyond, it shrinks with the area
+
+
+@dataclass(frozen=True)
+class DistillationSettings:
+    """Settings of `engine.distill`. docs/method.md says where each comes from, docs/experiments.md what was measured."""
+
+    rounds: int = EFFORTS["full"]
+    samples: int = 5000  # |B|, slots of the replay buffer
+    held_out: int = 512  # newest synthetic samples that are never trained on
+    warmup_rounds: int = 10  # rounds of inversion before the student takes its first step
+
+    inversion_batch: int = 256  # samples a round
+    inversion_steps: int = 5  # K
+    generator_width: int = 32  # channels at full resolution
+    generator_latent: int = 128
+    generator_rate: float = 5e-3  # Adam
+    latent_rate: float = 1.5e-2  # Adam
+    batchnorm_weight: float = 1.0  # a_bn
+    batchnorm_momentum: float = 0.9  # of the average over rounds that L_bn compares
+    class_weight: float = 1.0  # a_ce
+    adversarial_weight: float = 1.0  # a_adv
+    gamma: float = 1.0  # exponent of the difficulty-aware part of phi
+    beta: float = 0.4  # exponent of the importance weights
+
+    student_batch: int = 256
+    student_steps: int = 25  # a round
+    student_rate: float = 0.1  # SGD with Nesterov momentum; falls to 0 along a half cosine
+    student_momentum: float = 0.9
+    student_decay: float = 5e-4
+    temperature: float = 4.0
+    average_decay: float = 0.99  # of the weight average that is kept, per step
+    shift: int = 4  # pixels, of the random crop at 32 px; scaled with the image
+
+    # The parts of the method, each of which an ablation turns off.
+    diversity: bool = True  # diversity-aware part of phi, and targets that level the buffer
+    difficulty: bool = True  # difficulty-aware part of phi
+    priority: bool = True  # priority sampling and importance weights; off: uniform draws
+    meta: bool = True  # the meta step; off: every round starts from the first generator
+    replay: bool = True  # a buffer of fixed size; off: it grows by every sample
+    inversion: bool = True  # off: the samples are random noise
+
+
+def settings_for(effort: str, *, image_shape: tuple[int, int, int], **overrides: Any) -> DistillationSettings:
+    """The settings of an effort for images of (C, H, W), with what the user set put over them.
+
+    Large images shrink both batches with their area (to no less than 16), so that memory stays level.
+
+    Raises:
+        SSDKDError: unknown effort or setting, or a value of another type.
+    """
+    if effort not in EFFORTS:
+        raise SSDKDError(f"unknown effort '{effort}'", f"use --effort {', '.join(EFFORTS)}")
+    types = {field.name: type(field.default) for field in fields(DistillationSettings)}
+    for name, value in overrides.items():
+        if name not in types:
+            raise SSDKDError(f"unknown distillation setting '{name}'", f"the settings are: {', '.join(sorted(types))}")
+        if not isinstance(value, types[name]) and not (types[name] is float and isinstance(value, int)):
+            raise SSDKDError(
+                f"distillation setting '{name}' is {value!r}: expected {types[name].__name__}", "correct the config file"
+            )
+    _, height, width = image_shape
+    batch = max(16, min(256, 256 * SMALL_PIXELS // (height * width)))
+    rounds = EFFORTS[effort]
+    sized = DistillationSettings(
+        rounds=rounds, inversion_batch=batch, student_batch=batch, warmup_rounds=min(10, max(1, rounds // 8))
+    )
+    return replace(sized, **overrides)

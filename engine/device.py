@@ -1,0 +1,67 @@
+"""Where a run computes: the device and its precision. The only file of the engine that asks what the machine is."""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+
+from engine.errors import SSDKDError
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A device and the type that matrix products and convolutions use on it (`None`: plain float32)."""
+
+    device: torch.device
+    autocast_dtype: torch.dtype | None
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """A context in which eligible operations run in `autocast_dtype`."""
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    def describe(self) -> str:
+        """`cpu, bfloat16` or `cuda:0 (NVIDIA H100), bfloat16`."""
+        name = f" ({torch.cuda.get_device_name(self.device)})" if self.device.type == "cuda" else ""
+        precision = str(self.autocast_dtype or torch.float32).removeprefix("torch.")
+        return f"{self.device}{name}, {precision}"
+
+
+def choose_device(name: str) -> Compute:
+    """The `Compute` for `auto`, `cpu`, `cuda` or `cuda:N`; `auto` takes the first GPU, else the CPU.
+
+    Raises:
+        SSDKDError: an unknown name, or a GPU that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise SSDKDError(f"'{name}' is not a device", "use --device auto, cpu, cuda or cuda:1") from None
+    if device.type == "cpu":
+        return Compute(device, torch.bfloat16 if cpu_computes_bfloat16() else None)
+    if device.type != "cuda":
+        raise SSDKDError(f"device '{name}' is not supported: expected a CPU or a CUDA GPU", "use --device cpu or cuda")
+    if not torch.cuda.is_available():
+        raise SSDKDError(
+            f"--device {name} was asked for, but PyTorch finds no CUDA GPU on this machine",
+            "run with --device cpu, or see `ssdkd doctor` for what is missing",
+        )
+    index = device.index or 0
+    if index >= torch.cuda.device_count():
+        raise SSDKDError(
+            f"--device {name} was asked for, but this machine has {torch.cuda.device_count()} CUDA GPU(s)",
+            "run with --device cuda:0",
+        )
+    # Tensor cores make float32 leftovers (BatchNorm statistics, the last layer) cheaper at no measurable loss.
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    return Compute(torch.device("cuda", index), torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
+
+
+def cpu_computes_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 natively; emulated bfloat16 is slower than float32."""
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # private names: absent means no
+    return any(probe() for name in probes if (probe := getattr(torch.cpu, name, None)) is not None)

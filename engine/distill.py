@@ -1,0 +1,291 @@
+"""The loop of SSD-KD: invert a batch, remember it in place of the least useful samples, teach the student from memory.
+
+Each round is one turn of invert -> remember -> teach. Nothing in it waits for the device but the metrics at its end.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engine import replay
+from engine.config import DistillationSettings
+from engine.device import Compute
+from engine.errors import NonFiniteLossError
+from engine.images import Normalization, draw_views, normalization, to_input
+from engine.inversion import InversionLosses, Inverter, invert, new_inverter
+from engine.losses import BatchNormPrior, batchnorm_prior, modulation
+from engine.replay import ReplayBuffer
+from engine.task import Classification
+
+HELD_OUT_SHARE = 16  # one new image in this many is held out
+
+
+@dataclass
+class State:
+    """All that a run is: what it was given, what it has learned, where it stands."""
+
+    teacher: nn.Module
+    student: nn.Module
+    average: nn.Module  # the weight average of the student: the one that is kept
+    optimizer: torch.optim.Optimizer
+    inverter: Inverter
+    buffer: ReplayBuffer
+    held_out: ReplayBuffer  # the newest samples that the student never learns from
+    prior: BatchNormPrior | None
+    task: Classification
+    normalization: Normalization
+    settings: DistillationSettings
+    compute: Compute
+    rng: torch.Generator
+    round: int = 0
+    steps: int = 0
+    images_seen: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class RoundMetrics:
+    """What one round did; the losses are those of its last step."""
+
+    round: int  # from 1
+    rounds: int
+    phase: str  # "warm-up" (the buffer fills) or "distill"
+    seconds: float  # since the start
+    seconds_left: float
+    inversion_loss: float
+    prior_loss: float
+    class_loss: float
+    adversarial_loss: float
+    distillation_loss: float  # NaN in the warm-up
+    agreement: float  # percent, of the averaged student with the teacher on held-out synthetic samples
+    class_balance: float  # smallest over largest class count of the buffer
+    images_per_second: float  # that the student saw, this round
+    images_seen: int
+    steps: int
+    buffer_size: int
+
+
+def start(
+    teacher: nn.Module,
+    student: nn.Module,
+    *,
+    task: Classification,
+    image_shape: tuple[int, int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    batchnorm_layers: list[nn.Module],
+    settings: DistillationSettings,
+    compute: Compute,
+    seed: int,
+) -> State:
+    """The state before the first round. Moves both networks to the device and freezes the teacher.
+
+    `image_shape` is (C, H, W), `mean` and `std` one value a channel for pixels in 0...1, `batchnorm_layers` those of
+    the teacher that serve as a prior (none: smooth, standardised images take their place).
+    """
+    torch.manual_seed(seed)  # the generator's initial weights and the student's dropout, if it has any
+    teacher.to(compute.device, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
+    student.to(compute.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    capacity = settings.samples if settings.replay else settings.rounds * settings.inversion_batch
+    return State(
+        teacher=teacher,
+        student=student,
+        average=copy.deepcopy(student).eval().requires_grad_(False),
+        optimizer=torch.optim.SGD(
+            student.parameters(),
+            lr=settings.student_rate,
+            momentum=settings.student_momentum,
+            weight_decay=settings.student_decay,
+            nesterov=True,
+        ),
+        inverter=new_inverter(image_shape, settings, compute),
+        buffer=replay.empty_buffer(capacity, image_shape, compute.device),
+        held_out=replay.empty_buffer(settings.held_out, image_shape, compute.device),
+        prior=batchnorm_prior(batchnorm_layers) if batchnorm_layers else None,
+        task=task,
+        normalization=normalization(mean, std, compute.device),
+        settings=settings,
+        compute=compute,
+        rng=torch.Generator(compute.device).manual_seed(seed),
+    )
+
+
+def distill(state: State, *, time_limit_seconds: float | None = None) -> Iterator[RoundMetrics]:
+    """Run the rounds that are left, one metrics a round; stop early when the time is spent.
+
+    With a time limit the learning rate falls with the time as well, so that a run that is cut short has still cooled
+    down; it is then not repeatable bit for bit.
+
+    Raises:
+        NonFiniteLossError: a loss became NaN or infinite; names the round.
+    """
+    settings, started = state.settings, time.perf_counter() - state.seconds
+    progress = 0.0
+    while progress < 1:
+        round_started = time.perf_counter()
+        targets = choose_targets(state)
+        images, inversion_losses = synthesize(state, targets)
+        remember(state, images)
+        warm = state.round >= settings.warmup_rounds
+        losses = teach(state, progress) if warm else inversion_losses.total.new_full((1,), math.nan)
+
+        state.round += 1
+        state.seconds = time.perf_counter() - started
+        progress = state.round / settings.rounds
+        if time_limit_seconds is not None:
+            progress = max(progress, state.seconds / time_limit_seconds)
+        yield measure(state, inversion_losses, losses, round_started, progress)
+
+
+def choose_targets(state: State) -> Tensor:
+    """The class that each new image shall show, int64 [inversion_batch]: the buffer's rare classes first."""
+    if not state.settings.diversity:
+        return state.task.random_targets(state.settings.inversion_batch, state.rng)
+    counts = replay.class_counts(state.buffer, state.task.classes)
+    return state.task.balanced_targets(counts, state.settings.inversion_batch, state.rng)
+
+
+def synthesize(state: State, targets: Tensor) -> tuple[Tensor, InversionLosses]:
+    """A batch of images for these targets, uint8 [B, H, W, C]; the adversarial term waits for the warm-up to end."""
+    return invert(
+        state.inverter,
+        state.teacher,
+        state.student,
+        targets,
+        task=state.task,
+        prior=state.prior,
+        class_counts=replay.class_counts(state.buffer, state.task.classes),
+        adversarial=state.round >= state.settings.warmup_rounds and state.settings.adversarial_weight > 0,
+        normalization=state.normalization,
+        settings=state.settings,
+        compute=state.compute,
+        rng=state.rng,
+    )
+
+
+@torch.no_grad()
+def remember(state: State, images: Tensor) -> None:
+    """Put new images in the place of the least valuable samples; every sixteenth is held out from training."""
+    with state.compute.autocast():
+        logits = state.teacher(to_input(images, state.normalization))
+    classes, confidences = state.task.predict(logits)
+    held_out = min(len(images) // HELD_OUT_SHARE, state.held_out.capacity)
+    for buffer, part in ((state.held_out, slice(held_out)), (state.buffer, slice(held_out, None))):
+        values = kept_values(state, buffer)
+        slots = replay.free_slots(buffer, len(images[part]), values)
+        replay.add(buffer, slots, images[part], classes[part], confidences[part])
+
+
+def kept_values(state: State, buffer: ReplayBuffer) -> Tensor:
+    """What keeping each sample is worth, float32 [size]: its phi with the class counts of now; the oldest where off."""
+    settings = state.settings
+    if buffer is state.held_out or not (settings.diversity or settings.difficulty):
+        return buffer.born[: buffer.size].float()
+    return modulation(
+        buffer.classes[: buffer.size],
+        buffer.confidences[: buffer.size],
+        replay.class_counts(buffer, state.task.classes),
+        gamma=settings.gamma,
+        diversity=settings.diversity,
+        difficulty=settings.difficulty,
+    )
+
+
+def teach(state: State, progress: float) -> Tensor:
+    """The student's steps of one round on samples drawn by priority; their losses, float32 [student_steps]."""
+    settings, buffer, rng = state.settings, state.buffer, state.rng
+    for group in state.optimizer.param_groups:
+        group["lr"] = settings.student_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    shift = max(1, round(settings.shift * buffer.images.shape[1] / 32))
+    state.student.train()
+    losses = []
+    for _ in range(settings.student_steps):
+        slots, weights = replay.sample(
+            buffer, settings.student_batch, beta=settings.beta, prioritized=settings.priority, rng=rng
+        )
+        inputs = to_input(draw_views(buffer.images, slots, shift, rng), state.normalization)
+        with state.compute.autocast():
+            with torch.no_grad():
+                teacher_logits = state.teacher(inputs)
+            student_logits = state.student(inputs)
+        divergences = state.task.discrepancy(teacher_logits, student_logits, settings.temperature)
+        loss = (weights / weights.max() * divergences).mean()
+        state.optimizer.zero_grad()
+        loss.backward()
+        state.optimizer.step()
+        replay.update(buffer, slots, divergences.detach(), weights)
+        update_average(state.average, state.student, settings.average_decay, state.steps)
+        state.steps += 1
+        state.images_seen += len(slots)
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, student: nn.Module, decay: float, steps: int) -> None:
+    """Move the weight average towards the student; its memory grows from one step to 1 / (1 - decay) steps."""
+    share = max(1 - decay, 1 / (1 + steps))
+    targets, sources = list(average.state_dict().values()), list(student.state_dict().values())
+    floating = [index for index, target in enumerate(targets) if target.is_floating_point()]
+    torch._foreach_lerp_([targets[index] for index in floating], [sources[index] for index in floating], share)
+
+
+@torch.no_grad()
+def measure(
+    state: State, inversion_losses: InversionLosses, losses: Tensor, round_started: float, progress: float
+) -> RoundMetrics:
+    """The metrics of the round that just ended; the one place where the host waits for the device.
+
+    Raises:
+        NonFiniteLossError: a loss of this round is NaN or infinite.
+    """
+    terms = (inversion_losses.total, inversion_losses.prior, inversion_losses.target, inversion_losses.adversarial)
+    held_out = to_input(state.held_out.images[: state.held_out.size], state.normalization)
+    with state.compute.autocast():
+        agreement = state.task.agreement(state.teacher(held_out), state.average(held_out)).float().mean()
+    counts = replay.class_counts(state.buffer, state.task.classes)
+    balance = counts.min() / counts.max()
+    total, prior, target, adversarial, loss, agreed, balanced = torch.stack(
+        [*terms, losses.mean(), agreement, balance]
+    ).tolist()
+    taught = state.round > state.settings.warmup_rounds
+    if not math.isfinite(total) or (taught and not math.isfinite(loss)):
+        raise NonFiniteLossError(
+            f"a loss became {'NaN' if math.isnan(total + (loss if taught else 0)) else 'infinite'} in round {state.round} "
+            f"(inversion {total:.3g}, distillation {loss:.3g})",
+            "lower student_rate or generator_rate in the [distillation] table of --config, or try another --seed",
+        )
+    now = time.perf_counter() - round_started
+    return RoundMetrics(
+        round=state.round,
+        rounds=state.settings.rounds,
+        phase="distill" if taught else "warm-up",
+        seconds=state.seconds,
+        seconds_left=state.seconds * (1 - progress) / progress if progress < 1 else 0.0,
+        inversion_loss=total,
+        prior_loss=prior,
+        class_loss=target,
+        adversarial_loss=adversarial,
+        distillation_loss=loss,
+        agreement=100 * agreed,
+        class_balance=balanced,
+        images_per_second=len(losses) * state.settings.student_batch / now if taught else 0.0,
+        images_seen=state.images_seen,
+        steps=state.steps,
+        buffer_size=state.buffer.size,
+    )
+
+
+def averaged_student(state: State) -> nn.Module:
+    """The student that is kept, a copy on the CPU in float32 and eval mode: the weight average, chosen without labels."""
+    return copy.deepcopy(state.average).to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+
+
+def class_histogram(state: State) -> list[int]:
+    """How many samples of each class the buffer holds."""
+    return replay.class_counts(state.buffer, state.task.classes).tolist()

@@ -1,0 +1,55 @@
+"""The fast generator: latent vectors to images, small enough that inverting a batch takes a few steps.
+
+A DCGAN-like decoder (upsample, 3x3 convolution, BatchNorm, LeakyReLU), as the fast meta-learned inversion uses it
+(Fang et al., AAAI 2022).
+"""
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+COARSEST_PIXELS = 8  # the first feature map has at most this many pixels a side
+WIDEST = 8  # times `width`: the cap on channels of the coarse maps
+
+
+class Generator(nn.Module):
+    """z [B, latent] to pixels in 0...1 [B, C, H, W]."""
+
+    def __init__(self, image_shape: tuple[int, int, int], *, latent: int, width: int) -> None:
+        """`image_shape` is (C, H, W); `width` the channels at full resolution."""
+        super().__init__()
+        channels, self.height, self.width = image_shape
+        doublings = max(1, math.ceil(math.log2(max(self.height, self.width) / COARSEST_PIXELS)))
+        widths = [width * min(2**level, WIDEST) for level in reversed(range(doublings))]
+        widths = [widths[0], *widths]
+        self.coarse_shape = (widths[0], math.ceil(self.height / 2**doublings), math.ceil(self.width / 2**doublings))
+        self.project = nn.Linear(latent, math.prod(self.coarse_shape))
+        self.project_norm = _batchnorm(widths[0])
+        self.blocks = nn.Sequential(*(_upsampling_block(before, after) for before, after in pairwise(widths)))
+        self.to_pixels = nn.Conv2d(width, channels, 3, padding=1)
+        self.pixel_norm = _batchnorm(channels)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Pixels in 0...1 [B, C, H, W]; a size that is no multiple of the coarse map is cropped from the centre."""
+        features = self.project_norm(self.project(z).view(-1, *self.coarse_shape))
+        features = self.blocks(features.contiguous(memory_format=torch.channels_last))
+        top = (features.shape[2] - self.height) // 2
+        left = (features.shape[3] - self.width) // 2
+        features = features[:, :, top : top + self.height, left : left + self.width]
+        return self.pixel_norm(self.to_pixels(features)).float().sigmoid()
+
+
+def _upsampling_block(before: int, after: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Upsample(scale_factor=2, mode="nearest"),
+        nn.Conv2d(before, after, 3, padding=1, bias=False),
+        _batchnorm(after),
+        nn.LeakyReLU(0.2, inplace=True),
+    )
+
+
+def _batchnorm(channels: int) -> nn.BatchNorm2d:
+    """BatchNorm that always uses the batch: a generator is fitted to one batch at a time and has no test mode."""
+    return nn.BatchNorm2d(channels, track_running_stats=False)

@@ -1,0 +1,59 @@
+"""Synthetic images as they are stored, drawn and fed: uint8 [N, H, W, C] in, normalised float [B, C, H, W] out.
+
+Bytes with the channels last make a draw, its random crop and its flip one gather, and the result is already in the
+memory format in which convolutions are fastest.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Normalization(NamedTuple):
+    """What the teacher expects of its input: (pixels in 0...1 - mean) / std, per channel."""
+
+    mean: Tensor  # [C, 1, 1]
+    std: Tensor  # [C, 1, 1]
+
+
+def normalization(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Normalization:
+    """`Normalization` with its two [C, 1, 1] tensors on `device`."""
+    return Normalization(*(torch.tensor(values, device=device).view(-1, 1, 1) for values in (mean, std)))
+
+
+def normalize(pixels: Tensor, constants: Normalization) -> Tensor:
+    """Pixels in 0...1 [B, C, H, W] to network input [B, C, H, W]."""
+    return (pixels - constants.mean) / constants.std
+
+
+def to_input(images: Tensor, constants: Normalization) -> Tensor:
+    """Stored bytes [B, H, W, C] to network input, float32 [B, C, H, W], channels last in memory."""
+    return normalize(images.permute(0, 3, 1, 2).float() / 255, constants)
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Pixels in 0...1 [B, C, H, W] to stored bytes [B, H, W, C]."""
+    return (pixels * 255).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def draw_views(images: Tensor, indices: Tensor, shift: int, rng: torch.Generator) -> Tensor:
+    """One augmented view of each drawn image: its own shift of up to `shift` pixels (edges repeat) and its own flip.
+
+    Args:
+        images: uint8 [N, H, W, C].
+        indices: int64 [B], which images to draw.
+        shift: pixels, the largest shift along each axis.
+        rng: on the images' device.
+
+    Returns:
+        uint8 [B, H, W, C].
+    """
+    _, height, width, _ = images.shape
+    batch, device = len(indices), images.device
+    offsets = torch.randint(-shift, shift + 1, (2, batch, 1), generator=rng, device=device)
+    flips = torch.rand(batch, 1, generator=rng, device=device) < 0.5
+    rows = (torch.arange(height, device=device) + offsets[0]).clamp_(0, height - 1)  # [B, H]
+    columns = (torch.arange(width, device=device) + offsets[1]).clamp_(0, width - 1)  # [B, W]
+    columns = torch.where(flips, columns.flip(1), columns)
+    return images[indices[:, None, None], rows[:, :, None], columns[:, None, :]]

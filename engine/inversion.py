@@ -1,0 +1,171 @@
+"""Data inversion: a batch of synthetic images from the teacher's own knowledge, in a few steps of a fast generator.
+
+    L_inv(x) = a_bn L_bn(x) + a_ce CE(T(x), y) - a_adv phi(x) KL(T(x) || S(x)) 1[argmax T(x) = argmax S(x)]
+
+Per round, a copy of the generator and the latent vectors take K steps of Adam on L_inv; the generator itself then takes
+one first-order meta step along the sum of the gradients (Fang et al., AAAI 2022), so that the next round starts nearer.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import DistillationSettings
+from engine.device import Compute
+from engine.generator import Generator
+from engine.images import Normalization, normalize, to_bytes
+from engine.losses import (
+    BatchNormPrior,
+    batchnorm_loss,
+    flat_statistics,
+    image_prior_loss,
+    modulation,
+    recorded_statistics,
+)
+from engine.task import Classification
+
+ADAM_BETAS = (0.5, 0.999)  # Radford et al. 2016
+
+
+@dataclass
+class Inverter:
+    """The generator, its fast copy, and what the rounds carry on."""
+
+    generator: Generator
+    fast_generator: Generator
+    meta_optimizer: torch.optim.Optimizer
+    average_statistics: Tensor | None = None  # [2, R], momentum average over the rounds
+    rounds: int = 0
+
+
+@dataclass(frozen=True)
+class InversionLosses:
+    """The terms of the last inner step, scalars on the device, before their weights."""
+
+    total: Tensor
+    prior: Tensor
+    target: Tensor
+    adversarial: Tensor
+
+
+def new_inverter(image_shape: tuple[int, int, int], settings: DistillationSettings, compute: Compute) -> Inverter:
+    """A fresh generator for images of (C, H, W) on the device of `compute`."""
+
+    def build() -> Generator:
+        generator = Generator(image_shape, latent=settings.generator_latent, width=settings.generator_width)
+        return generator.to(compute.device, memory_format=torch.channels_last)
+
+    generator, fast_generator = build(), build()
+    meta_rate = settings.generator_rate * settings.inversion_steps
+    meta_optimizer = torch.optim.Adam(generator.parameters(), lr=meta_rate, betas=ADAM_BETAS)
+    return Inverter(generator, fast_generator, meta_optimizer)
+
+
+def invert(
+    inverter: Inverter,
+    teacher: nn.Module,
+    student: nn.Module,
+    targets: Tensor,
+    *,
+    task: Classification,
+    prior: BatchNormPrior | None,
+    class_counts: Tensor,
+    adversarial: bool,
+    normalization: Normalization,
+    settings: DistillationSettings,
+    compute: Compute,
+    rng: torch.Generator,
+) -> tuple[Tensor, InversionLosses]:
+    """One batch of synthetic images.
+
+    Args:
+        inverter: updated by the meta step.
+        teacher: frozen, in eval mode.
+        student: any mode; in eval mode while this runs.
+        targets: int64 [B], the class that each image shall show.
+        task: what a prediction is.
+        prior: the teacher's BatchNorm statistics, or None where it has none.
+        class_counts: int64 [K], the buffer's classes now.
+        adversarial: whether the term with the student counts.
+        normalization: of the teacher's input.
+        settings: weights and rates.
+        compute: device and precision.
+        rng: on that device.
+
+    Returns:
+        uint8 [B, H, W, C] and the losses.
+    """
+    fast, count = inverter.fast_generator, len(targets)
+    parameters = list(fast.parameters())
+    with torch.no_grad():
+        torch._foreach_copy_(parameters, list(inverter.generator.parameters()))
+    latent = torch.randn(count, settings.generator_latent, generator=rng, device=compute.device).requires_grad_()
+    optimizer = torch.optim.Adam(
+        [{"params": parameters}, {"params": [latent], "lr": settings.latent_rate}],
+        lr=settings.generator_rate,
+        betas=ADAM_BETAS,
+    )
+    meta_gradients = [torch.zeros_like(parameter) for parameter in parameters]
+    student_was_training = student.training
+    student.eval()
+    with recorded_statistics(prior.layers if prior else ()) as recorded:
+        for _ in range(settings.inversion_steps):
+            with compute.autocast():
+                inputs = normalize(fast(latent), normalization)
+                teacher_logits = teacher(inputs)
+                student_logits = student(inputs) if adversarial else teacher_logits
+            if prior is None:
+                prior_loss = image_prior_loss(inputs)
+            else:
+                statistics = flat_statistics(prior, recorded)
+                prior_loss = batchnorm_loss(prior, _averaged(inverter, statistics, settings.batchnorm_momentum))
+            target_loss = task.target_loss(teacher_logits, targets).mean()
+            adversarial_loss = target_loss.new_zeros(())
+            if adversarial:
+                phi = sample_weights(teacher_logits.detach(), task, class_counts, settings)
+                agree = task.agreement(teacher_logits, student_logits)
+                divergence = task.discrepancy(teacher_logits, student_logits, temperature=1.0)
+                adversarial_loss = -(phi * agree * divergence).mean()
+            loss = (
+                settings.batchnorm_weight * prior_loss
+                + settings.class_weight * target_loss
+                + settings.adversarial_weight * adversarial_loss
+            )
+            optimizer.zero_grad()
+            loss.backward(inputs=[*parameters, latent])
+            torch._foreach_add_(meta_gradients, [parameter.grad for parameter in parameters])  # type: ignore[arg-type]
+            optimizer.step()
+    student.train(student_was_training)
+    if prior is not None:
+        inverter.average_statistics = _averaged(inverter, statistics.detach(), settings.batchnorm_momentum)
+    if settings.meta:
+        for parameter, gradient in zip(inverter.generator.parameters(), meta_gradients, strict=True):
+            parameter.grad = gradient
+        inverter.meta_optimizer.step()
+    with torch.no_grad(), compute.autocast():
+        images = to_bytes(fast(latent))
+    return images, InversionLosses(*(term.detach() for term in (loss, prior_loss, target_loss, adversarial_loss)))
+
+
+def sample_weights(
+    teacher_logits: Tensor, task: Classification, class_counts: Tensor, settings: DistillationSettings
+) -> Tensor:
+    """phi of a batch, scaled to mean 1, float32 [B]."""
+    classes, confidences = task.predict(teacher_logits)
+    phi = modulation(
+        classes,
+        confidences,
+        class_counts,
+        gamma=settings.gamma,
+        diversity=settings.diversity,
+        difficulty=settings.difficulty,
+    )
+    return phi / phi.mean().clamp_min(1e-12)
+
+
+def _averaged(inverter: Inverter, statistics: Tensor, momentum: float) -> Tensor:
+    """The statistics with those of earlier rounds: the buffer shall match the teacher's, not every batch alone."""
+    if inverter.average_statistics is None:
+        return statistics
+    return momentum * inverter.average_statistics + (1 - momentum) * statistics

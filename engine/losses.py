@@ -1,0 +1,132 @@
+"""The equations of the method as functions of tensors: BatchNorm prior, modulating function, priorities.
+
+docs/method.md lists each equation beside its function.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+VARIANCE_FLOOR = 1e-3  # relative to a layer's mean running variance: keeps dead channels from dominating
+
+
+class ChannelStatistics(torch.autograd.Function):
+    """Mean and biased variance of a feature map per channel, with a gradient.
+
+    PyTorch's fused BatchNorm kernel computes both in one pass, an order of magnitude faster on a CPU than `var_mean`
+    over three axes (docs/experiments.md); it has no derivative of its own, so it is written here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, C, ...] to mean [C] and variance [C]."""
+        mean, variance = torch.batch_norm_update_stats(features, None, None, 0.0)
+        ctx.save_for_backward(features, mean)
+        return mean.float(), variance.float()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """d mean / d x = 1 / n;  d variance / d x = 2 (x - mean) / n."""
+        features, mean = ctx.saved_tensors
+        mean_gradient, variance_gradient = gradients
+        count = features.numel() // features.shape[1]
+        shape = (1, -1) + (1,) * (features.dim() - 2)
+        slope = 2 / count * variance_gradient
+        offset = mean_gradient / count - slope * mean
+        return torch.addcmul(
+            offset.to(features.dtype).view(shape), features, slope.to(features.dtype).view(shape)
+        )
+
+
+@dataclass(frozen=True)
+class BatchNormPrior:
+    """The running statistics of a teacher's BatchNorm layers, laid end to end; R is their number of channels."""
+
+    layers: tuple[nn.Module, ...]
+    mean: Tensor  # [R]
+    variance: Tensor  # [R]
+    weight: Tensor  # [R]: every layer counts the same, every channel of a layer too; sums to 1
+
+
+def batchnorm_prior(layers: Sequence[nn.Module]) -> BatchNormPrior:
+    """The prior of these layers (each with `running_mean` and `running_var`); they must not be empty."""
+    means = [layer.running_mean.float() for layer in layers]  # type: ignore[union-attr,operator]
+    variances = [layer.running_var.float() for layer in layers]  # type: ignore[union-attr,operator]
+    variances = [variance + VARIANCE_FLOOR * variance.mean() for variance in variances]
+    weights = [torch.full_like(mean, 1 / (len(layers) * len(mean))) for mean in means]
+    return BatchNormPrior(tuple(layers), torch.cat(means), torch.cat(variances), torch.cat(weights))
+
+
+@contextlib.contextmanager
+def recorded_statistics(layers: Sequence[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
+    """Within the context each forward pass fills the dict with (mean, variance) of every layer's input."""
+    recorded: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        recorded[layer] = ChannelStatistics.apply(inputs[0])
+
+    handles = [layer.register_forward_pre_hook(record) for layer in layers]
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def flat_statistics(prior: BatchNormPrior, recorded: dict[nn.Module, tuple[Tensor, Tensor]]) -> Tensor:
+    """The recorded means and variances as one tensor, [2, R]."""
+    means, variances = zip(*(recorded[layer] for layer in prior.layers), strict=True)
+    return torch.stack((torch.cat(means), torch.cat(variances)))
+
+
+def batchnorm_loss(prior: BatchNormPrior, statistics: Tensor) -> Tensor:
+    """L_bn: squared distance of the means, in running standard deviations, plus that of the standard deviations.
+
+    Averaged over the channels of a layer, then over the layers, so that it means the same in a deep and in a shallow
+    teacher. `statistics` is [2, R]; the result is a scalar.
+    """
+    mean, variance = statistics
+    mean_term = (mean - prior.mean).square() / prior.variance
+    deviation_term = ((variance.clamp_min(0) / prior.variance + 1e-6).sqrt() - 1).square()
+    return (prior.weight * (mean_term + deviation_term)).sum()
+
+
+def image_prior_loss(inputs: Tensor) -> Tensor:
+    """The prior of a teacher without BatchNorm: smooth images whose channels are standardised, scalar.
+
+    Total variation (Mahendran and Vedaldi 2015), and mean 0 and deviation 1 per channel: what normalisation by the
+    training set's own constants gives.
+    """
+    variation = (inputs.diff(dim=2).square().mean() + inputs.diff(dim=3).square().mean()) / 2
+    mean, variance = ChannelStatistics.apply(inputs)
+    return variation + mean.square().mean() + (variance.clamp_min(1e-6).sqrt() - 1).square().mean()
+
+
+def modulation(
+    classes: Tensor, confidences: Tensor, class_counts: Tensor, *, gamma: float, diversity: bool, difficulty: bool
+) -> Tensor:
+    """phi(x) = (1 - share of x's class in the buffer) (1 - confidence)^gamma, float32 [B].
+
+    Args:
+        classes: int64 [B], the class that the teacher predicts.
+        confidences: float32 [B], its confidence in it.
+        class_counts: int64 [K], the classes of the buffer now.
+        gamma: exponent of the difficulty-aware part.
+        diversity, difficulty: whether each part counts; one that is off is 1.
+    """
+    value = torch.ones_like(confidences)
+    if diversity:
+        value = value * (1 - class_counts[classes] / class_counts.sum().clamp_min(1))
+    if difficulty:
+        value = value * (1 - confidences).clamp_min(1e-6) ** gamma
+    return value
+
+
+def standardized(logits: Tensor) -> Tensor:
+    """Logits of zero mean and unit deviation per sample."""
+    return F.layer_norm(logits.float(), logits.shape[1:])

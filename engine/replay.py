@@ -1,0 +1,119 @@
+"""The dynamic replay buffer: a fixed number of synthetic samples, drawn by priority, replaced a part at a time.
+
+Everything lives on the run's device and nothing waits for the host: the number of filled slots follows from the number
+of samples added alone.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-3  # relative to the mean discrepancy: no sample is ever unreachable (Schaul et al. 2016, section 3.3)
+
+
+@dataclass
+class ReplayBuffer:
+    """N slots; the first `size` of them are filled."""
+
+    images: Tensor  # uint8 [N, H, W, C]
+    classes: Tensor  # int64 [N], the class that the teacher predicts
+    confidences: Tensor  # float32 [N], the teacher's confidence in it
+    discrepancies: Tensor  # float32 [N], delta: w_(i-1) KL(T || S) when the sample was last drawn
+    weights: Tensor  # float32 [N], w: the importance weight then
+    born: Tensor  # int64 [N], serial number of the sample
+    added: int = 0
+
+    @property
+    def capacity(self) -> int:
+        """The number of slots."""
+        return len(self.images)
+
+    @property
+    def size(self) -> int:
+        """The number of filled slots."""
+        return min(self.added, self.capacity)
+
+
+def empty_buffer(capacity: int, image_shape: tuple[int, int, int], device: torch.device) -> ReplayBuffer:
+    """A buffer of `capacity` slots for images of (C, H, W)."""
+    channels, height, width = image_shape
+    return ReplayBuffer(
+        images=torch.zeros(capacity, height, width, channels, dtype=torch.uint8, device=device),
+        classes=torch.zeros(capacity, dtype=torch.int64, device=device),
+        confidences=torch.zeros(capacity, device=device),
+        discrepancies=torch.zeros(capacity, device=device),
+        weights=torch.ones(capacity, device=device),
+        born=torch.zeros(capacity, dtype=torch.int64, device=device),
+    )
+
+
+def class_counts(buffer: ReplayBuffer, classes: int) -> Tensor:
+    """How many samples of each class the buffer holds, int64 [classes]."""
+    ones = torch.ones_like(buffer.classes[: buffer.size])
+    return ones.new_zeros(classes).scatter_add_(0, buffer.classes[: buffer.size], ones)
+
+
+def free_slots(buffer: ReplayBuffer, number: int, values: Tensor) -> Tensor:
+    """The slots that `number` new samples take: empty ones first, then those of lowest value, int64 [number].
+
+    `values` is float32 [size]: what keeping each sample is worth.
+    """
+    empty = torch.arange(buffer.size, min(buffer.size + number, buffer.capacity), device=buffer.images.device)
+    lowest = values.topk(number - len(empty), largest=False).indices
+    return torch.cat((empty, lowest))
+
+
+def add(buffer: ReplayBuffer, slots: Tensor, images: Tensor, classes: Tensor, confidences: Tensor) -> None:
+    """Overwrite `slots` [B] by new samples, which enter with the highest priority.
+
+    Args:
+        buffer: changed in place.
+        slots: from `free_slots`.
+        images: uint8 [B, H, W, C].
+        classes: int64 [B].
+        confidences: float32 [B].
+    """
+    highest = buffer.discrepancies.max() if buffer.added else torch.ones((), device=slots.device)
+    buffer.images[slots] = images
+    buffer.classes[slots] = classes
+    buffer.confidences[slots] = confidences
+    buffer.discrepancies[slots] = highest
+    buffer.weights[slots] = 1.0
+    buffer.born[slots] = torch.arange(buffer.added, buffer.added + len(slots), device=slots.device)
+    buffer.added += len(slots)
+
+
+def sample(
+    buffer: ReplayBuffer, number: int, *, beta: float, prioritized: bool, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draw slots by P(x) = (delta(x) + eps) / sum, one from each of `number` equal shares of the total.
+
+    Stratified inverse-CDF sampling (Schaul et al. 2016, appendix B.2.1).
+
+    Returns:
+        slots, int64 [number], and their importance weights w(x) = (|B| P(x))^(-beta), float32 [number].
+    """
+    if not prioritized:
+        slots = torch.randint(buffer.size, (number,), generator=rng, device=rng.device)
+        return slots, torch.ones(number, device=rng.device)
+    discrepancies = buffer.discrepancies[: buffer.size]
+    priorities = discrepancies + EPSILON * discrepancies.mean() + 1e-12
+    cumulative = priorities.double().cumsum(0)
+    strata = torch.arange(number, device=rng.device, dtype=torch.float64)
+    points = (strata + torch.rand(number, generator=rng, device=rng.device, dtype=torch.float64)) / number
+    slots = torch.searchsorted(cumulative, points * cumulative[-1]).clamp_max_(buffer.size - 1)
+    return slots, (priorities[slots] / priorities.mean()) ** -beta
+
+
+def update(buffer: ReplayBuffer, slots: Tensor, divergences: Tensor, weights: Tensor) -> None:
+    """delta(x) = w_(i-1)(x) KL(T(x) || S(x)) for the samples just drawn, which then remember this draw's weights.
+
+    Args:
+        buffer: changed in place.
+        slots: int64 [B], from `sample`.
+        divergences: KL of each sample, float32 [B].
+        weights: w_i, float32 [B], from `sample`.
+    """
+    buffer.discrepancies[slots] = buffer.weights[slots] * divergences
+    buffer.weights[slots] = weights
