@@ -50,7 +50,7 @@ def metadata_for(
         "mean": json.dumps(mean),
         "std": json.dumps(std),
         "teacher_sha256": teacher_sha256,
-        "ssdkd_version": _ssdkd_version(),
+        "ssdkd_version": ssdkd_version(),
     }
     if class_names is not None:
         values["class_names"] = json.dumps(class_names, ensure_ascii=False)
@@ -102,7 +102,8 @@ def preprocessing_of(
     return mean, std
 
 
-def _ssdkd_version() -> str:
+def ssdkd_version() -> str:
+    """Return the installed version of ssdkd, or "unknown"."""
     try:
         return version("ssdkd")
     except PackageNotFoundError:  # run from a source tree that is not installed

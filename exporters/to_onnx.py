@@ -1,11 +1,12 @@
 """A module as one ONNX file: torch's dynamo exporter, kept quiet, its result checked and cleaned."""
 
 import copy
+import io
 import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import onnx
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import SSDKDError
+from exporters.metadata import ssdkd_version
 
 INPUT_NAME = "images"
 OUTPUT_NAME = "logits"
@@ -20,6 +22,10 @@ OUTPUT_NAME = "logits"
 # torch's exporter writes its operators in opset 18 and reaches any other by a version converter that may fail
 # halfway. 18 is also read by every ONNX Runtime since 1.14 and by TensorRT 10 and 11.
 OPSET = 18
+
+MAX_BYTES = 2_000_000_000  # protobuf ends at 2 GiB; the graph around the weights needs some of it
+
+HINT = "`ssdkd students` lists networks that export; one of your own must pass torch.export with any batch size"
 
 
 class WithPreprocessing(nn.Module):
@@ -71,44 +77,96 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def _to_proto(module: nn.Module, input_shape: tuple[int, int, int]) -> onnx.ModelProto:
-    copied = copy.deepcopy(module).to(device="cpu", dtype=torch.float32)
-    if any(child.training for child in copied.modules()):
-        copied.eval()
-    images = torch.zeros(2, *input_shape)
-    batch = torch.export.Dim("batch")
+    """Return `module` as a checked ONNX model without metadata."""
+    name = type(module).__name__
+    size_bytes = 4 * sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))
+    if size_bytes >= MAX_BYTES:
+        raise SSDKDError(
+            f"{name} has {size_bytes / 1e9:.1f} GB of weights; one ONNX file holds at most {MAX_BYTES / 1e9:.1f} GB",
+            "choose a smaller network: ssdkd students",
+        )
+    if any(isinstance(child, torch.jit.ScriptModule) for child in module.modules()):
+        raise SSDKDError(
+            f"{name} is TorchScript, which torch's ONNX exporter does not take",
+            "state the network that it was made from with --arch, so that it is rebuilt as a module",
+        )
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                copied,
-                (images,),
+                _evaluation_copy(module),
+                (torch.zeros(2, *input_shape),),  # 2: torch.export takes a batch of 1 for a constant
                 dynamo=True,
                 verbose=False,
                 opset_version=OPSET,
                 input_names=[INPUT_NAME],
                 output_names=[OUTPUT_NAME],
-                dynamic_shapes=({0: batch},),
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise SSDKDError(
-            f"{type(module).__name__} cannot be exported to ONNX: {_first_line(error)}",
-            "choose a student from `ssdkd students`: each of them exports",
-        ) from error
-    assert program is not None
-    return program.model_proto
+        raise SSDKDError(f"{name} cannot be exported to ONNX: {_root_cause(error)}", HINT) from error
+    assert program is not None  # None comes only from the old exporter
+    proto = program.model_proto
+    _strip_traces(proto)
+    problem = _interface_problem(proto)
+    if problem:
+        raise SSDKDError(f"{name} cannot be exported to ONNX: {problem}", HINT)
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+def _evaluation_copy(module: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(module).to(device="cpu", dtype=torch.float32)
+    if any(child.training for child in copied.modules()):  # a torch.export program's module refuses eval()
+        copied.eval()
+    return copied
+
+
+def _strip_traces(proto: onnx.ModelProto) -> None:
+    """Remove what the exporter notes at each node: paths, lines of source code and class names of this machine.
+
+    A model that is handed on must not carry them; without them the same network also gives the same bytes everywhere.
+    """
+    graph = proto.graph
+    for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    proto.ClearField("metadata_props")
+    proto.ClearField("doc_string")
+    proto.producer_name, proto.producer_version = "ssdkd", ssdkd_version()
+
+
+def _interface_problem(proto: onnx.ModelProto) -> str | None:
+    """Return how the graph differs from images [batch, C, H, W] -> logits [batch, classes], or None."""
+    inputs, outputs = list(proto.graph.input), list(proto.graph.output)
+    if len(inputs) != 1 or len(outputs) != 1:
+        return f"expected one input and one output, found {len(inputs)} and {len(outputs)}"
+    for value in (*inputs, *outputs):
+        dimensions = value.type.tensor_type.shape.dim
+        if not dimensions or not dimensions[0].dim_param:
+            size = dimensions[0].dim_value if dimensions else "none"
+            return f"it works for one batch size only ({value.name}: {size}), expected any"
+    return None
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep warnings and log lines of torch's exporter off the terminal; exceptions pass."""
+    """Keep what torch's exporter says off the terminal; exceptions pass.
+
+    Where it fails it prints whole graphs, past `verbose=False`; and a network of the user's own may print, too.
+    """
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(disabled)
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _root_cause(error: BaseException) -> str:
+    """Return the first line of the exception that started the chain: the others are the exporter's advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
