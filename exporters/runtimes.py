@@ -1,7 +1,8 @@
 """A model file, or a module, as something callable: images in, logits out."""
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 Predict = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+Shape = tuple[int, int, int]  # C, H, W
+
+ONNX_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+ONNX_ERRORS = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented", "RuntimeException")
+ONLY_FATAL = 4  # of ONNX Runtime's log levels: what goes wrong comes as an exception, too
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "microseconds period" of this container
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,7 @@ class Runtime:
     name: str
     path: Path
     threads: int
-    input_shape: tuple[int, int, int]  # C, H, W
+    input_shape: Shape
     classes: int
     fixed_batch: int | None  # the one batch size that the file takes; None: any
     metadata: dict[str, str]
@@ -32,7 +39,7 @@ class Runtime:
 
 
 def open_runtime(
-    path: Path, *, threads: int | None = None, device: str = "cpu", input_shape: tuple[int, int, int] | None = None
+    path: Path, *, threads: int | None = None, device: str = "cpu", input_shape: Shape | None = None
 ) -> Runtime:
     """Open a model file with the runtime of its suffix.
 
@@ -83,77 +90,35 @@ def to_input(images: NDArray[np.uint8], mean: tuple[float, ...], std: tuple[floa
 
 
 def available_threads() -> int:
-    """Return how many processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _open_onnx(path: Path, threads: int, device: str, input_shape: tuple[int, int, int] | None) -> Runtime:
-    import onnxruntime
-    from onnxruntime.capi import onnxruntime_pybind11_state as errors
-
-    onnxruntime.set_default_logger_severity(4)  # fatal only: what goes wrong comes as an exception
-    provider = PROVIDERS[device.split(":")[0]]
-    if provider not in onnxruntime.get_available_providers():
-        raise SSDKDError(
-            f"this ONNX Runtime cannot run on {device!r}: it has no {provider}",
-            "pip install onnxruntime-gpu, or run on the CPU",
-        )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    provider_options: dict[str, Any] = {}
-    if device != "cpu":  # TF32 keeps 10 bits of a float's 23: a float32 file would fail its proof
-        provider_options = {"device_id": device.partition(":")[2] or "0", "use_tf32": "0"}
-    known = tuple(
-        getattr(errors, name)
-        for name in ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented", "RuntimeException")
-    )
+    """Return how many processors this process may use: its affinity, or less where a container has a smaller share."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=[(provider, provider_options)])
-    except known as error:
-        raise SSDKDError(
-            f"{path} cannot be opened by ONNX Runtime: {_one_line(error)}",
-            "the file is damaged or uses operators that ONNX Runtime lacks; export it again",
-        ) from error
+        quota, period = CPU_QUOTA.read_text().split()
+        return max(1, min(count, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or "max": no limit
+        return count
 
-    inputs, outputs = session.get_inputs(), session.get_outputs()
-    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
-        found = ", ".join(f"{value.name} {value.type} {value.shape}" for value in inputs)
-        raise SSDKDError(
-            f"{path}: expected one float32 input [batch, channels, height, width], found {found}",
-            "ssdkd runs image classifiers with one float32 input",
-        )
-    batch, *declared = inputs[0].shape
-    shape = tuple(value if isinstance(value, int) else None for value in declared)
-    if input_shape is None and None in shape:
-        raise SSDKDError(
-            f"{path} leaves its input open: {inputs[0].shape}", "state it: --input CxHxW, for example --input 3x224x224"
-        )
-    if input_shape is not None and any(
-        value not in (None, wanted) for value, wanted in zip(shape, input_shape, strict=True)
-    ):
-        raise SSDKDError(
-            f"{path} takes {'x'.join(map(str, shape))}, asked for {'x'.join(map(str, input_shape))}",
-            "leave --input out",
-        )
-    resolved = input_shape or tuple(int(value) for value in shape if value is not None)
-    fixed_batch = batch if isinstance(batch, int) else None
-    input_name, output_name = inputs[0].name, outputs[0].name
+
+def _open_onnx(path: Path, threads: int, device: str, input_shape: Shape | None) -> Runtime:
+    import onnxruntime
+
+    session, provider = _onnx_session(path, threads, device)
+    fixed_batch, shape = _onnx_input(path, session.get_inputs(), input_shape)
+    input_name, output_name = session.get_inputs()[0].name, session.get_outputs()[0].name
 
     def run(images: NDArray[np.float32]) -> NDArray[np.float32]:
+        if fixed_batch not in (None, len(images)):
+            return _in_parts(run, images, fixed_batch)
         try:
             (logits,) = session.run([output_name], {input_name: images})
-        except known as error:
+        except _onnx_errors() as error:
             raise SSDKDError(
-                f"{path} cannot run on images of shape {list(images.shape)}: {_one_line(error)}",
-                f"it takes [{batch}, {', '.join(map(str, resolved))}]",
+                f"{path} cannot run on images of shape {list(images.shape)}: {_plain_reason(error)}",
+                f"it takes [{fixed_batch or 'batch'}, {', '.join(map(str, shape))}]",
             ) from error
         return np.asarray(logits, dtype=np.float32)
 
-    logits = run(np.zeros((fixed_batch or 1, *resolved), dtype=np.float32))
+    logits = run(np.zeros((fixed_batch or 1, *shape), dtype=np.float32))
     if logits.ndim != 2:
         raise SSDKDError(
             f"{path}: expected logits [batch, classes], found an output of shape {list(logits.shape)}",
@@ -163,7 +128,7 @@ def _open_onnx(path: Path, threads: int, device: str, input_shape: tuple[int, in
         name=f"onnxruntime {onnxruntime.__version__} {provider}",
         path=path,
         threads=threads,
-        input_shape=(resolved[0], resolved[1], resolved[2]),
+        input_shape=shape,
         classes=logits.shape[1],
         fixed_batch=fixed_batch,
         metadata=dict(session.get_modelmeta().custom_metadata_map),
@@ -171,9 +136,71 @@ def _open_onnx(path: Path, threads: int, device: str, input_shape: tuple[int, in
     )
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+def _onnx_session(path: Path, threads: int, device: str) -> tuple[Any, str]:
+    """Return ONNX Runtime's session for a file, silent but for exceptions, and the name of its provider."""
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(ONLY_FATAL)
+    provider = ONNX_PROVIDERS.get(device.partition(":")[0], "")
+    if provider not in onnxruntime.get_available_providers():
+        raise SSDKDError(
+            f"this ONNX Runtime cannot run on {device!r}, it offers {', '.join(onnxruntime.get_available_providers())}",
+            "pip install onnxruntime-gpu, or run on the CPU",
+        )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = ONLY_FATAL
+    options.intra_op_num_threads = threads  # set, or ONNX Runtime pins threads to cores that a container may lack
+    provider_options: dict[str, str] = {}
+    if device != "cpu":  # TF32 keeps 10 of a float's 23 bits: a float32 file would fail its proof
+        provider_options = {"device_id": device.partition(":")[2] or "0", "use_tf32": "0"}
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=[(provider, provider_options)]), provider
+    except _onnx_errors() as error:
+        raise SSDKDError(
+            f"{path} cannot be opened by ONNX Runtime: {_plain_reason(error)}",
+            "the file is damaged or uses operators that ONNX Runtime lacks; export it again",
+        ) from error
 
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-OPENERS: dict[str, Callable[[Path, int, str, tuple[int, int, int] | None], Runtime]] = {".onnx": _open_onnx}
+def _onnx_input(path: Path, inputs: Sequence[Any], input_shape: Shape | None) -> tuple[int | None, Shape]:
+    """Return the batch that the graph fixes (None: any) and the shape of its images, completed by what was stated."""
+    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
+        found = ", ".join(f"{value.name} {value.type} {value.shape}" for value in inputs)
+        raise SSDKDError(
+            f"{path}: expected one float32 input [batch, channels, height, width], found {found}",
+            "ssdkd runs image classifiers with one float32 input",
+        )
+    batch, *sizes = (size if isinstance(size, int) else None for size in inputs[0].shape)
+    declared = "x".join("any" if size is None else str(size) for size in sizes)
+    if input_shape is None and None in sizes:
+        raise SSDKDError(f"{path} leaves its image size open ({declared})", "state it, for example --input 3x224x224")
+    if input_shape and any(size not in (None, stated) for size, stated in zip(sizes, input_shape, strict=True)):
+        raise SSDKDError(
+            f"{path} takes images of {declared}, found --input {'x'.join(map(str, input_shape))}", "leave --input out"
+        )
+    channels, height, width = input_shape or (size or 0 for size in sizes)
+    return batch, (channels, height, width)
+
+
+def _onnx_errors() -> tuple[type[Exception], ...]:
+    """ONNX Runtime's exceptions, which share no base class."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    return tuple(getattr(state, name) for name in ONNX_ERRORS)
+
+
+def _plain_reason(error: BaseException) -> str:
+    """Return an error of ONNX Runtime on one line, without its codes and the path that we name anyway."""
+    return re.sub(
+        r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .* failed:)?", "", " ".join(str(error).split())
+    )
+
+
+def _in_parts(run: Predict, images: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+    """Return the logits of any number of images from a file that takes `size` at once; the last part is filled up."""
+    count = len(images)
+    filled = np.concatenate([images, np.zeros((-count % size, *images.shape[1:]), dtype=np.float32)])
+    return np.concatenate([run(filled[start : start + size]) for start in range(0, len(filled), size)])[:count]
+
+
+OPENERS: dict[str, Callable[[Path, int, str, Shape | None], Runtime]] = {".onnx": _open_onnx}
