@@ -126,11 +126,21 @@ def _torchvision_builder(name: str) -> Builder | None:
 
 
 def _build_torchvision(name: str, classes: int, channels: int) -> nn.Module:
-    from engine.catalogue import build_torchvision
+    import torchvision.models as torchvision_models
 
-    # In training these two return three logits unless told not to.
-    options = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
-    return build_torchvision(classes, channels, name=name, **options)
+    # In training these two return three logits unless told not to; their own initialisation takes long, and warns.
+    options = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    network: nn.Module = torchvision_models.get_model(name, weights=None, num_classes=classes, **options)
+    return network if channels == 3 else _with_channels(network, channels)
+
+
+def _with_channels(network: nn.Module, channels: int) -> nn.Module:
+    """Makes the first convolution one of `channels` inputs, initialised afresh."""
+    first = next(layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
+    first.in_channels = channels
+    first.weight = nn.Parameter(first.weight.new_empty(first.out_channels, channels, *first.weight.shape[2:]))
+    first.reset_parameters()
+    return network
 
 
 def _timm_builder(name: str) -> Builder | None:
