@@ -11,33 +11,39 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torchvision import models
 
-from engine.zoo import ZOO
+from engine.students import published_networks
+from engine.zoo import ZOO, Builder
 
 Shape = tuple[int, ...]
-Builder = Callable[[int, int], nn.Module]  # (classes, channels)
 
 # Written by profilers or counting batches: no part of what a network computes.
 IGNORED_SUFFIXES = ("num_batches_tracked", "total_ops", "total_params", "_extra_state")
-TORCHVISION_PREFIX = "torchvision/"  # before the names that our zoo has too
+TORCHVISION = "torchvision/"  # full names; see engine.students.published_networks
+# Their extra training heads may or may not be in a file.
+WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 _FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn}
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network that can be built by name; `parameters` are its sizes with 1,000 (ours: 10) classes and 3 channels."""
+    """A network that can be built by name."""
 
-    name: str
+    name: str  # as --arch takes it
     build: Builder
-    parameters: tuple[int, ...]
+    parameters: tuple[int, ...]  # its sizes with `classes` classes and 3 channels; empty if not known
     classes: int
-    pixels: int  # the image side it is usually trained at
+    pixels: int | None  # the image side that it is usually trained at, where that is known
 
 
 class _WithoutMemory(TorchFunctionMode):
-    """Layers are built on the meta device; sums over small ranges, which some networks do while they are built, are not."""
+    """Tensors are made on the meta device, except for small ranges that some networks compute with while they are built."""
 
     def __torch_function__(
-        self, function: Callable[..., object], _types: object, args: tuple[object, ...] = (), kwargs: Mapping[str, object] | None = None
+        self,
+        function: Callable[..., object],
+        _types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
     ) -> object:
         arguments = dict(kwargs or {})
         if function in _FACTORIES and arguments.get("device") is None:
@@ -47,8 +53,8 @@ class _WithoutMemory(TorchFunctionMode):
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """Networks built inside have shapes but no numbers: fast, and the random state of nobody is touched."""
-    # torch.nn.init warns about tensors without elements; torchvision about its own defaults.
+    """Networks built inside have shapes but no numbers: fast, and nobody's random state is touched."""
+    # torch.nn.init warns about tensors without elements, torchvision about its own defaults.
     with _WithoutMemory(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -56,43 +62,48 @@ def without_memory() -> Iterator[None]:
 
 def skeleton(module: nn.Module) -> dict[str, Shape]:
     """The names and shapes that a state dict of `module` has, without those of IGNORED_SUFFIXES."""
-    return {name: tuple(value.shape) for name, value in module.state_dict().items() if not name.endswith(IGNORED_SUFFIXES)}
+    return {
+        name: tuple(value.shape) for name, value in module.state_dict().items() if not name.endswith(IGNORED_SUFFIXES)
+    }
 
 
-def build_torchvision(classes: int, channels: int, *, name: str, **options: object) -> nn.Module:
-    """One of torchvision's classifiers with that many classes, its first convolution for `channels` channels."""
-    if name in ("googlenet", "inception_v3"):
-        options = {"init_weights": False, "transform_input": False, **options}
-    module: nn.Module = models.get_model(name, weights=None, num_classes=classes, **options)
-    if channels != 3:
-        path, first = next((path, layer) for path, layer in module.named_modules() if isinstance(layer, nn.Conv2d))
-        module.set_submodule(
-            path,
-            nn.Conv2d(
-                channels, first.out_channels, first.kernel_size, first.stride, first.padding, first.dilation,
-                first.groups, first.bias is not None, first.padding_mode,
-            ),
-        )  # fmt: skip
-    return module
+def architecture_of(name: str) -> Architecture | None:
+    """The candidate called `name`, or None."""
+    return next((architecture for architecture in architectures() if architecture.name == name), None)
 
 
 @cache
 def architectures() -> tuple[Architecture, ...]:
     """Every candidate, ours first; takes about a second the first time."""
-    with without_memory():
-        ours = [
-            Architecture(name, build, (sum(parameter.numel() for parameter in build(10, 3).parameters()),), 10, 32)
-            for name, build in ZOO.items()
-        ]
-    theirs = []
+    return (*(_ours(name, build) for name, build in ZOO.items()), *_torchvisions())
+
+
+def _ours(name: str, build: Builder) -> Architecture:
+    return Architecture(name, build, (_count(build, 10),), classes=10, pixels=32)
+
+
+def _torchvisions() -> Iterator[Architecture]:
     for name in models.list_models(module=models):
-        sizes = {weights.meta["num_params"] for weights in models.get_model_weights(name)}
-        qualified = TORCHVISION_PREFIX + name if name in ZOO else name
-        pixels = 299 if name == "inception_v3" else 224
-        for options in ({"aux_logits": True}, {"aux_logits": False}) if name in ("googlenet", "inception_v3") else ({},):
-            build = partial(build_torchvision, name=name, **options)
-            if options:
-                with without_memory():
-                    sizes = {sum(parameter.numel() for parameter in build(1000, 3).parameters())}
-            theirs.append(Architecture(qualified, build, tuple(sorted(sizes)), 1000, pixels))
-    return (*ours, *theirs)
+        full_name = TORCHVISION + name
+        published = list(models.get_model_weights(name))
+        pixels: int = published[0].transforms.keywords["crop_size"]
+        if name in WITH_AUXILIARY_HEADS:
+            builders = [partial(_with_auxiliary_heads, name, heads) for heads in (False, True)]
+            sizes = [(_count(build, 1000),) for build in builders]
+        else:
+            builders = [published_networks(full_name)[full_name]]
+            sizes = [tuple({weights.meta["num_params"] for weights in published})]
+        for build, size in zip(builders, sizes, strict=True):
+            yield Architecture(full_name if name in ZOO else name, build, size, classes=1000, pixels=pixels)
+
+
+def _with_auxiliary_heads(name: str, heads: bool, classes: int, channels: int) -> nn.Module:
+    if not heads:
+        return published_networks(TORCHVISION + name)[TORCHVISION + name](classes, channels)
+    network: nn.Module = models.get_model(name, weights=None, num_classes=classes, init_weights=False, aux_logits=True)
+    return network
+
+
+def _count(build: Builder, classes: int) -> int:
+    with without_memory():
+        return sum(parameter.numel() for parameter in build(classes, 3).parameters())

@@ -1,36 +1,30 @@
 """A teacher's file, of whatever format, as weights, a module, or an exported graph. Decided by content, never by suffix."""
 
 import hashlib
-import json
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
-import torch
-from torch import Tensor, nn
 
 from engine.errors import SSDKDError
-from engine.safe_pickle import damaged, safe_load, trusted_load
+from engine.safe_pickle import LEGACY_MAGIC, damaged, safe_load, trusted_load
 from engine.unwrap import State, Weights, plain, strip_prefixes, unwrap
 
-ACCEPTED = (
-    "a PyTorch checkpoint (.pt, .pth), .safetensors, a torch.export program (.pt2), a TorchScript archive or an ONNX graph"
-)
-LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+ACCEPTED = "a PyTorch checkpoint (.pt, .pth), .safetensors, a torch.export program (.pt2), a TorchScript archive or an ONNX graph"
 
 # What people pass by mistake, by the first bytes: (offset, bytes, what it is, what to do).
 STRANGERS = (
-    (0, b"version https://git-lfs", "a git-lfs pointer, not the weights", "Run `git lfs pull` in the repository it came from."),
-    (0, b"\x89HDF\r\n", "an HDF5 file, as Keras writes them", "Convert the network to ONNX (tf2onnx) and give that file."),
-    (4, b"TFL3", "a TensorFlow Lite model", "Give the float network that it was made from, as ONNX."),
-    (0, b"GGUF", "a GGUF file", "Give the PyTorch checkpoint that it was made from."),
-    (0, b"ptrt", "a TensorRT engine", "Give the network that it was built from: its weights cannot be read back."),
-    (0, b"\x1f\x8b", "a gzip archive", "Unpack it and give the checkpoint inside."),
-    (0, b"\x93NUMPY", "a NumPy array", "Give the whole checkpoint, not one array."),
-    (0, b"7z\xbc\xaf", "a 7z archive", "Unpack it and give the checkpoint inside."),
-    (0, b"\xfd7zXZ", "an xz archive", "Unpack it and give the checkpoint inside."),
+    (0, b"version https://git-lfs", "a git-lfs pointer, not the weights", "run `git lfs pull` in the repository it came from"),
+    (0, b"\x89HDF\r\n", "an HDF5 file, as Keras writes them", "convert the network to ONNX (tf2onnx) and give that file"),
+    (4, b"TFL3", "a TensorFlow Lite model", "give the float network that it was made from, as ONNX"),
+    (0, b"GGUF", "a GGUF file", "give the PyTorch checkpoint that it was made from"),
+    (0, b"ptrt", "a TensorRT engine", "give the network that it was built from: its weights cannot be read back"),
+    (0, b"\x1f\x8b", "a gzip archive", "unpack it and give the checkpoint inside"),
+    (0, b"\x93NUMPY", "a NumPy array", "give the whole checkpoint, not one array"),
+    (0, b"7z\xbc\xaf", "a 7z archive", "unpack it and give the checkpoint inside"),
+    (0, b"\xfd7zXZ", "an xz archive", "unpack it and give the checkpoint inside"),
 )  # fmt: skip
 
 
@@ -57,19 +51,21 @@ def check_readable(path: Path) -> None:
     """Raises SSDKDError unless `path` is a file that can be read and holds something."""
     if path.is_dir():
         inside = sorted(
-            file.name for file in path.iterdir() if file.suffix in {".pt", ".pth", ".th", ".bin", ".safetensors", ".pt2", ".onnx"}
+            file.name
+            for file in path.iterdir()
+            if file.suffix in {".pt", ".pth", ".th", ".bin", ".safetensors", ".pt2", ".onnx"}
         )
-        hint = f"Give one of its files, for example {path / inside[0]}." if inside else "Give the checkpoint file itself."
-        raise SSDKDError(f"{path} is a folder: expected {ACCEPTED}.", hint)
+        hint = f"give one of its files, for example {path / inside[0]}" if inside else "give the checkpoint file itself"
+        raise SSDKDError(f"{path} is a folder: expected {ACCEPTED}", hint)
     if not path.exists():
-        raise SSDKDError(f"There is no file {path}.", "Check the path of the teacher.")
+        raise SSDKDError(f"there is no file {path}", "check the path of the teacher")
     try:
         with path.open("rb") as file:
             first = file.read(1)
     except OSError as error:
-        raise SSDKDError(f"{path} cannot be read: {error.strerror}.", "Check the permissions of the file.") from error
+        raise SSDKDError(f"{path} cannot be read: {error.strerror}", "check the permissions of the file") from error
     if not first:
-        raise SSDKDError(f"{path.name} is empty: expected {ACCEPTED}, found 0 bytes.", "Copy or download the file again.")
+        raise SSDKDError(f"{path.name} is empty: expected {ACCEPTED}, found 0 bytes", "copy or download the file again")
 
 
 def detect_format(path: Path) -> str:
@@ -84,7 +80,7 @@ def detect_format(path: Path) -> str:
         return _zip_format(path)
     for offset, magic, what, hint in STRANGERS:
         if head[offset:].startswith(magic):
-            raise SSDKDError(f"{path.name} is {what}: expected {ACCEPTED}.", hint)
+            raise SSDKDError(f"{path.name} is {what}: expected {ACCEPTED}", hint)
     if head.startswith(LEGACY_MAGIC):
         return "legacy"
     header_bytes = int.from_bytes(head[:8], "little")
@@ -97,14 +93,16 @@ def detect_format(path: Path) -> str:
     if _is_text(head):
         kind = "an HTML page" if b"<html" in head.lower() or b"<!doctype" in head.lower() else "text"
         raise SSDKDError(
-            f"{path.name} is {kind}, not a network: expected {ACCEPTED}.",
-            "Download the file itself, not the page that shows it." if kind != "text" else "Check the path of the teacher.",
+            f"{path.name} is {kind}, not a network: expected {ACCEPTED}",
+            "download the file itself, not the page that shows it"
+            if kind != "text"
+            else "check the path of the teacher",
         )
     if head[:1] == b"\x08":  # ONNX has no magic number: field 1 of ModelProto, ir_version, comes first
         return "onnx"
     raise SSDKDError(
-        f"{path.name} is no checkpoint that ssdkd knows: expected {ACCEPTED}, found bytes {head[:4].hex(' ')}.",
-        "Save the network's weights with torch.save(model.state_dict(), 'teacher.pt') and give that file.",
+        f"{path.name} is no checkpoint that ssdkd knows: expected {ACCEPTED}, found bytes {head[:4].hex(' ')}",
+        "save the network's weights with torch.save(model.state_dict(), 'teacher.pt') and give that file",
     )
 
 
@@ -128,8 +126,8 @@ def _zip_format(path: Path) -> str:
     if "data.pkl" in members:
         return "zip"
     raise SSDKDError(
-        f"{path.name} is a zip archive without a network: expected {ACCEPTED}, found {', '.join(names[:3]) or 'nothing'}.",
-        "If it is a packed folder, unpack it and give the checkpoint inside.",
+        f"{path.name} is a zip archive without a network: expected {ACCEPTED}, found {', '.join(names[:3]) or 'nothing'}",
+        "if it is a packed folder, unpack it and give the checkpoint inside",
     )
 
 
@@ -156,7 +154,7 @@ def _read_safetensors(path: Path, _trust_pickle: bool) -> Checkpoint:
             header = file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise damaged(path, error) from error
-    metadata = {name.removeprefix("ssdkd."): plain(value) for name, value in header.items()}
+    metadata = {name.removeprefix("ssdkd"): plain(value) for name, value in header.items()}
     stripped, notes = strip_prefixes(state)
     # The format sorts its tensors by type and name.
     return Checkpoint("safetensors", Weights(stripped, None, metadata, tuple(notes)), keeps_order=False)

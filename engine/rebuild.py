@@ -1,15 +1,33 @@
 """From weights to a module: the architecture is built and the weights are put in, by name or in order."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 from torch import nn
 
-from engine.catalogue import TORCHVISION_PREFIX, Architecture, architectures, skeleton
+from engine.catalogue import TORCHVISION, WITH_AUXILIARY_HEADS, Architecture, Shape, architecture_of, skeleton
 from engine.errors import SSDKDError
-from engine.identify import NAMES_MATCH, ORDER_MATCHES, blocks_cross, differences, guess_heads, identify, layers_of, map_in_order, shapes_of
+from engine.identify import (
+    NAMES_MATCH,
+    ORDER_MATCHES,
+    Match,
+    blocks_cross,
+    differences,
+    fitting,
+    guess_heads,
+    identify,
+    layers_of,
+    map_in_order,
+    shapes_of,
+)
+from engine.students import SMALL_PIXELS, STUDENTS, build_network, published_networks
 from engine.unwrap import State
+from engine.user_code import call_user_function
 
 STATED = "stated with --arch"
+LARGE_PIXELS = 224
 
 
 @dataclass(frozen=True)
@@ -23,82 +41,184 @@ class Rebuilt:
     warnings: tuple[str, ...]
 
 
-def rebuild(state: State, *, keeps_order: bool, arch: str | None, pixels: int | None, named_in_file: str | None = None) -> Rebuilt:
-    """Builds the architecture that is stated (`arch`) or found, and loads `state` into it.
+def rebuild(state: State, *, keeps_order: bool, named_in_file: str | None, pixels: int | None) -> Rebuilt:
+    """Finds the architecture of `state` and builds it with these weights.
 
-    `pixels`: the image side if it is known; small images get small stems where a name has both.
-    Raises SSDKDError: unknown or ambiguous architecture, or weights that do not fit the stated one.
+    `named_in_file`: what the file says it is, if it does. `pixels`: the image side, where it is known.
+
+    Raises:
+        SSDKDError: several architectures fit, or none.
     """
-    if arch:
-        return _as_stated(state, arch, keeps_order, pixels)
-    hint = _architecture(named_in_file) if named_in_file else None
-    match = identify(state, keeps_order=keeps_order, hint=hint)
-    module = match.architecture.build(match.classes, match.channels)
-    _load(module, state, match.names)
-    name = match.architecture.name
-    warnings = []
-    if match.evidence == ORDER_MATCHES:
-        warnings.append(
-            f"The file's layers have other names than {name}'s; their kinds, shapes and order agree, but strides and padding do not show in a"
-            " file. If `ssdkd inspect` or the student's accuracy looks wrong, say which network it is with --arch."
-        )
-    return Rebuilt(module, name, match.evidence, match.architecture.pixels, tuple(warnings))
+    hint = _hint(named_in_file, pixels) if named_in_file else None
+    return build_match(state, identify(state, keeps_order=keeps_order, hint=hint), named_in_file)
 
 
-def _as_stated(state: State, arch: str, keeps_order: bool, pixels: int | None) -> Rebuilt:
+def rebuild_like(
+    state: State,
+    *,
+    keeps_order: bool,
+    named_in_file: str | None,
+    pixels: int | None,
+    agrees: Callable[[nn.Module], bool],
+) -> Rebuilt | None:
+    """As `rebuild`, but of all that fit the first for which `agrees` holds; None if there is none."""
+    hint = _hint(named_in_file, pixels) if named_in_file else None
+    for match in fitting(state, keeps_order=keeps_order, hint=hint):
+        rebuilt = build_match(state, match, named_in_file)
+        if agrees(rebuilt.module):
+            return Rebuilt(
+                rebuilt.module, rebuilt.arch, f"{match.evidence}; same logits as the graph", rebuilt.pixels, ()
+            )
+    return None
+
+
+def rebuild_stated(state: State, arch: str, *, keeps_order: bool, pixels: int | None) -> Rebuilt:
+    """Builds the architecture that the user states and loads `state` into it, by names or else in order.
+
+    Raises:
+        SSDKDError: no such architecture, one that depends on the image size while that is not known, or one that the
+            weights do not fit.
+    """
     shapes = shapes_of(state)
+    fits: dict[str, list[Rebuilt]] = {NAMES_MATCH: [], ORDER_MATCHES: []}
     failed = ""
-    for classes, channels in guess_heads(shapes):
-        module = build_by_name(arch, classes, channels, pixels)
-        theirs = skeleton(module)
-        if theirs == shapes:
-            names: dict[str, str] | None = {name: name for name in shapes}
-            evidence, warnings = f"{STATED}; {NAMES_MATCH}", ()
-        else:
-            names = map_in_order(shapes, theirs, check_blocks=False) if keeps_order else None
-            evidence, warnings = f"{STATED}; {ORDER_MATCHES}", _crossing_warning(arch, list(shapes), list(theirs))
-        if names:
+    for meaning in _meanings(arch, pixels):
+        for classes, channels in guess_heads(shapes):
+            with torch.random.fork_rng(devices=[]):
+                module = meaning.build(classes, channels)
+            theirs = skeleton(module)
+            by_name = theirs == shapes
+            names = {name: name for name in shapes} if by_name else None
+            if keeps_order and not by_name:
+                names = map_in_order(shapes, theirs, check_blocks=False)
+            if names is None:
+                failed = failed or differences(shapes, theirs) or "the layers come in another order"
+                continue
             _load(module, state, names)
-            return Rebuilt(module, arch, evidence, _default_pixels(arch), warnings)
-        failed = failed or differences(shapes, theirs)
+            evidence = NAMES_MATCH if by_name else ORDER_MATCHES
+            warnings = () if by_name else _order_warnings(arch, shapes, theirs)
+            fits[evidence].append(Rebuilt(module, meaning.name, f"{STATED}; {evidence}", meaning.pixels, warnings))
+            break
+    found = fits[NAMES_MATCH] or fits[ORDER_MATCHES]
+    if len([rebuilt for rebuilt in found if rebuilt.arch == arch]) > 1:
+        raise SSDKDError(
+            f"--arch {arch} is one network for small images and another for large ones, and these weights fit both",
+            "say the size of the images, for example --input 3x32x32 or --input 3x224x224",
+        )
+    if found:
+        return found[0]
     order = "" if keeps_order else " (this format does not keep the layers' order, so only equal names can be matched)"
     raise SSDKDError(
-        f"The weights do not fit --arch {arch}{order}: {failed or 'the file has no layer with a weight matrix'}.",
-        "Name another architecture with --arch, or give your own code: --arch package.module:function.",
+        f"the weights do not fit --arch {arch}{order}: {failed or 'the file has no layer with a matrix of weights'}",
+        "name another architecture with --arch, or your own code: --arch package.module:function",
     )
 
 
-def build_by_name(name: str, classes: int, channels: int, pixels: int | None) -> nn.Module:
-    """The network that `--arch` means; names that `identify` reports are understood too."""
-    # engine.students knows the teacher's types, so it cannot be imported before they exist.
-    from engine.students import build_network
-
-    if name.startswith(TORCHVISION_PREFIX):
-        architecture = _architecture(name)
-        if architecture:
-            return architecture.build(classes, channels)
-    return build_network(name, classes=classes, channels=channels, pixels=pixels or _default_pixels(name) or 224)
-
-
-def _architecture(name: str) -> Architecture | None:
-    return next((architecture for architecture in architectures() if architecture.name == name), None)
-
-
-def _default_pixels(name: str) -> int | None:
-    architecture = _architecture(name)
-    return architecture.pixels if architecture else None
-
-
-def _crossing_warning(arch: str, ours: list[str], theirs: list[str]) -> tuple[str, ...]:
-    paths = [[layer.path for layer in layers_of(dict.fromkeys(names, ()))] for names in (ours, theirs)]
-    sure = "" if not blocks_cross(*paths) else " Its blocks begin at other layers, as in a network that is wired differently: check the source."
-    return (f"The file's layers have other names than {arch}'s and were put in by their order.{sure}",)
+def build_match(state: State, match: Match, named_in_file: str | None = None) -> Rebuilt:
+    """Builds the network of a match and loads `state` into it."""
+    with torch.random.fork_rng(devices=[]):
+        module = match.architecture.build(match.classes, match.channels)
+    _load(module, state, match.names)
+    name = match.architecture.name
+    evidence = f"named in the file; {match.evidence}" if named_in_file == name else match.evidence
+    warnings = []
+    if match.evidence == ORDER_MATCHES:
+        warnings.append(
+            f"The file's layers have other names than {name}'s. Their kinds, shapes and order agree, but strides and padding"
+            " do not show in a file: check the architecture, and say it with --arch if it is another."
+        )
+    if name in WITH_AUXILIARY_HEADS:
+        warnings.append(
+            f"{name} from torchvision's pretrained weights rescales its input (transform_input=True); here it does not."
+        )
+    return Rebuilt(module, name, evidence, match.architecture.pixels, tuple(warnings))
 
 
-def _load(module: nn.Module, state: State, names: dict[str, str]) -> None:
-    """Puts the tensors in place; counters that the file lacks keep their zeros."""
-    renamed = {theirs: state[ours].float() if state[ours].is_floating_point() else state[ours] for ours, theirs in names.items()}
-    missing, unexpected = module.load_state_dict(renamed, strict=False)
+def build_by_name(name: str, classes: int, channels: int, pixels: int) -> nn.Module:
+    """The network that a TeacherSpec calls `name`, with fresh weights.
+
+    Raises:
+        SSDKDError: no such network.
+    """
+    known = architecture_of(name)
+    if known:
+        return known.build(classes, channels)
+    return build_network(name, classes=classes, channels=channels, pixels=pixels)
+
+
+def _hint(name: str, pixels: int | None) -> Architecture | None:
+    """The architecture that a file names, if that is a name and not a word of the training program's own."""
+    known = architecture_of(name)
+    if known is None and name in STUDENTS and pixels is not None:
+        return _student(name, pixels)
+    if known is None and (published := published_networks(name)):
+        return Architecture(name, next(iter(published.values())), (), 0, None)
+    return known
+
+
+def _meanings(arch: str, pixels: int | None) -> list[Architecture]:
+    """Everything that `--arch` may mean, the likeliest first.
+
+    A name of the zoo is the published network. One that only our students have depends on the image size: both of its
+    forms are returned, under the same name, where that is not known.
+    """
+    if ":" in arch:
+        return [
+            Architecture(
+                arch,
+                lambda classes, channels: call_user_function(arch, classes=classes, channels=channels),
+                (),
+                0,
+                None,
+            )
+        ]
+    published = published_networks(arch)
+    sides = (
+        ([pixels] if pixels else [SMALL_PIXELS, LARGE_PIXELS])
+        if arch in STUDENTS and f"zoo/{arch}" not in published
+        else []
+    )
+    meanings = [_student(arch, side) for side in sides]
+    for name, build in published.items():
+        known = architecture_of(name.removeprefix("zoo/")) or architecture_of(name.removeprefix(TORCHVISION))
+        # In full, so that two libraries' networks of one name stay apart.
+        meanings.append(Architecture(name, build, (), 0, known.pixels if known else None))
+    if not meanings:
+        build_network(arch, classes=2, channels=3, pixels=LARGE_PIXELS)  # raises and names the nearest
+    return meanings
+
+
+def _student(name: str, pixels: int) -> Architecture:
+    return Architecture(name, partial(_build, name, pixels), (), 0, pixels)
+
+
+def _build(name: str, pixels: int, classes: int, channels: int) -> nn.Module:
+    return build_network(name, classes=classes, channels=channels, pixels=pixels)
+
+
+def _order_warnings(arch: str, ours: Mapping[str, Shape], theirs: Mapping[str, Shape]) -> tuple[str, ...]:
+    crossing = blocks_cross([layer.path for layer in layers_of(ours)], [layer.path for layer in layers_of(theirs)])
+    doubt = (
+        " The blocks in its names begin at other layers than this network's: it may be wired differently."
+        if crossing
+        else ""
+    )
+    return (f"The file's layers have other names than {arch}'s and were put in by their order.{doubt}",)
+
+
+def _load(module: nn.Module, state: State, names: Mapping[str, str]) -> None:
+    """Puts the tensors in place; counters of batches that the file lacks keep their zeros."""
+    missing, unexpected = module.load_state_dict({theirs: state[ours] for ours, theirs in names.items()}, strict=False)
+    if type(module).__name__ in ("GoogLeNet", "Inception3"):
+        _drop_auxiliary_heads(module)
     leftover = [name for name in missing if not name.endswith("num_batches_tracked")] + unexpected
     if leftover:
         raise AssertionError(f"identified, but not loaded: {leftover}")
+
+
+def _drop_auxiliary_heads(module: nn.Module) -> None:
+    """Heads that only training uses: they would stand idle among the layers."""
+    for name in ("AuxLogits", "aux1", "aux2"):
+        if hasattr(module, name):
+            setattr(module, name, None)
+    module.aux_logits = False  # type: ignore[assignment]

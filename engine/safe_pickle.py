@@ -5,6 +5,7 @@ import collections
 import io
 import pickle
 import pickletools
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
@@ -15,9 +16,12 @@ import numpy as np
 import torch
 
 from engine.errors import SSDKDError
+from engine.user_code import user_modules
 
 # Bytes that no reader understands end in one of these; which one depends on where the damage is.
 UNREADABLE = (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError)
+
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before 1.6
 
 # Configuration objects of training frameworks: read as plain dictionaries, their own code is never imported.
 CONFIGURATION_PACKAGES = frozenset(
@@ -117,16 +121,17 @@ def trusted_load(path: Path) -> object:
 
     Raises SSDKDError where a module that the pickle names is not importable, or the file is damaged.
     """
-    from engine.user_code import user_modules
-
     try:
         with warnings.catch_warnings(), user_modules():
             warnings.simplefilter("ignore")
-            loaded: object = torch.load(path, map_location="cpu", weights_only=False)
+            with path.open("rb") as file:
+                is_torchs = file.read(len(LEGACY_MAGIC)).startswith((b"PK\x03\x04", LEGACY_MAGIC))
+                file.seek(0)
+                loaded: object = torch.load(file, "cpu", weights_only=False) if is_torchs else pickle.load(file)
     except (ImportError, AttributeError) as error:
         raise SSDKDError(
-            f"{path.name} pickles classes that cannot be imported here: {error}.",
-            "Run ssdkd in the folder that holds the network's source, or save model.state_dict() and state --arch package.module:function.",
+            f"{path.name} pickles classes that cannot be imported here: {error}",
+            "run ssdkd in the folder that holds the network's source, or save model.state_dict() and state --arch package.module:function",
         ) from error
     except (pickle.UnpicklingError, *UNREADABLE) as error:
         raise damaged(path, error) from error
@@ -166,20 +171,27 @@ def damaged(path: Path, error: BaseException) -> SSDKDError:
     reason = str(error).strip().splitlines()
     return SSDKDError(
         f"{path.name} is damaged or cut short: expected a complete checkpoint, but reading it failed"
-        f" ({reason[0][:160] if reason else type(error).__name__}).",
-        "Copy or download the file again and compare its size and checksum with the original's.",
+        f" ({reason[0][:160] if reason else type(error).__name__})",
+        "copy or download the file again and compare its size and checksum with the original's",
     )
 
 
 def _refusal(path: Path, wanted: list[str], reason: str) -> SSDKDError:
-    """The error for a pickle that asks for more than weights."""
-    with torch.serialization.safe_globals(list(_HARMLESS)):
-        known = {name for _, name in _HARMLESS} | set(torch._weights_only_unpickler._get_allowed_globals())
-    unsafe = [name for name in wanted if name not in known and name.partition(".")[0] not in CONFIGURATION_PACKAGES]
-    if not unsafe:
+    """The error for a pickle that asks for more than weights; `reason` is what the weights-only reader says."""
+    refused = re.findall(r"GLOBAL (\S+) (?:was not an allowed|whose module)", reason)
+    known = {name for _, name in _HARMLESS}
+    suspects = [
+        name
+        for name in wanted
+        if name not in known
+        and name.partition(".")[0] not in {"torch", "collections", "_codecs", *CONFIGURATION_PACKAGES}
+    ]
+    unsafe = list(dict.fromkeys([*suspects, *refused]))
+    if not unsafe and "Unsupported operand" not in reason:
         return damaged(path, pickle.UnpicklingError(reason))
     listed = ", ".join(unsafe[:4]) + (", ..." if len(unsafe) > 4 else "")
+    found = f"a call for {listed}" if unsafe else "a pickle that the safe reader does not understand"
     return SSDKDError(
-        f"{path.name} is a pickle that runs code when it is loaded: expected weights alone, found a call for {listed}. Nothing of it was run.",
-        "Save the weights alone with torch.save(model.state_dict(), ...), or, if you trust who made the file, add --trust-pickle.",
+        f"{path.name} is a pickle that may run code when it is loaded: expected weights alone, found {found}. Nothing was run",
+        "save the weights alone with torch.save(model.state_dict(), ...), or add --trust-pickle if you trust whoever made the file",
     )

@@ -1,21 +1,23 @@
 """The teacher: a file made into a frozen module, with everything that is known about it and how it is known."""
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.checkpoints import Checkpoint, read_checkpoint, sha256_of
 from engine.errors import SSDKDError
-from engine.rebuild import Rebuilt, rebuild
+from engine.facts import Metadata, Shape, architecture_in, class_names_in, input_shape_in, normalisation_in
+from engine.probing import NEVER_RUNS, as_classifier, input_channels, words
+from engine.rebuild import Rebuilt, rebuild, rebuild_stated
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-GREY_MEAN, GREY_STD = (0.5,), (0.5,)
-NO_BATCHNORM = "The teacher has no usable BatchNorm statistics, the main clue to its training data: the accuracy of a student is unproven."
+FALLBACK_PIXELS = 32
+GREY_PIXELS = 28
+NO_BATCHNORM = (
+    "The teacher has no usable BatchNorm statistics, the main clue to its training images: "
+    "a student is made with other priors, and its accuracy is unproven."
+)
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,14 @@ class TeacherSpec:
     format: str  # "state_dict", "safetensors", "pickle", "torch.export", "torchscript", "onnx"
     arch: str  # a name that --arch takes, the class name of a pickled module, or "graph"
     arch_evidence: str
-    input_shape: tuple[int, int, int]  # C, H, W
+    input_shape: Shape  # C, H, W
     classes: int
     class_names: tuple[str, ...] | None
     preprocessing: Preprocessing
-    batchnorm_layers: int
+    batchnorm_layers: int  # usable ones
     parameters: int
     warnings: tuple[str, ...]
+    flags: tuple[str, ...] = ()  # what load_teacher was told, as words of the command line
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def load_teacher(
     path: Path,
     *,
     arch: str | None = None,
-    input_shape: tuple[int, int, int] | None = None,
+    input_shape: Shape | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     classes: int | None = None,
@@ -66,124 +69,187 @@ def load_teacher(
     trust_pickle: bool = False,
     allow_nonfinite: bool = False,
 ) -> Teacher:
-    """Reads a teacher of any supported format; see TeacherSpec for what is found out about it.
+    """Reads a teacher of any supported format; TeacherSpec says what is found out about it.
 
-    `input_shape`: C, H, W. `trust_pickle`: code in the file may run. `allow_nonfinite`: NaN weights are not refused.
-    Raises SSDKDError for everything that makes the file unusable as it is, with the flag that would help.
+    `input_shape`: C, H, W. `mean`, `std`: a value a channel, for images in 0...1. `trust_pickle`: code in the file may run.
+    `allow_nonfinite`: NaN weights are not refused.
+
+    Raises:
+        SSDKDError: everything that makes the file unusable as it is, with the flag that would help.
     """
     checkpoint = read_checkpoint(path, trust_pickle=trust_pickle)
+    metadata = checkpoint.weights.metadata
     network = _network(checkpoint, arch, input_shape)
-    module = _frozen(network.module)
-    warnings = [*checkpoint.weights.notes, *network.warnings]
+    module = network.module.cpu().float().eval().requires_grad_(False)
     if not allow_nonfinite:
         _refuse_nonfinite(module, path)
-    metadata = checkpoint.weights.metadata
-    shape, assumed = _input_shape(module, input_shape, metadata, network.pixels)
-    warnings += assumed
-    found_classes = _check_forward(module, shape, allow_nonfinite)
-    names = class_names or _class_names(metadata, found_classes)
-    _check_classes(found_classes, classes, class_names)
-    preprocessing, assumed = _preprocessing(mean, std, metadata, shape[0])
-    warnings += assumed
+    shape, size_warnings = _input_shape(module, input_shape, metadata, network.pixels)
+    module, logits, form_warnings = as_classifier(module, shape, path.name)
+    if not allow_nonfinite and not bool(logits.isfinite().all()):
+        raise SSDKDError(
+            f"{path.name} computes logits that are not finite for images of {words(shape)}",
+            "look at the file with `ssdkd inspect`, and take an earlier checkpoint of the training",
+        )
+    found = logits.shape[1]
+    _check_classes(found, classes, class_names)
+    preprocessing, normalisation_warnings = _preprocessing(mean, std, metadata, module, shape[0])
     usable = len(batchnorm_layers(module))
-    if not usable:
-        warnings.append(NO_BATCHNORM)
-    spec = TeacherSpec(
-        path=str(path),
-        sha256=sha256_of(path),
-        size_bytes=path.stat().st_size,
-        format=checkpoint.format,
-        arch=network.arch,
-        arch_evidence=network.evidence,
-        input_shape=shape,
-        classes=found_classes,
-        class_names=names,
-        preprocessing=preprocessing,
-        batchnorm_layers=usable,
-        parameters=sum(parameter.numel() for parameter in module.parameters()),
-        warnings=tuple(dict.fromkeys(warnings)),
+    return Teacher(
+        module,
+        TeacherSpec(
+            path=str(path),
+            sha256=sha256_of(path),
+            size_bytes=path.stat().st_size,
+            format=checkpoint.format,
+            arch=network.arch,
+            arch_evidence=network.evidence,
+            input_shape=shape,
+            classes=found,
+            class_names=class_names or class_names_in(metadata, found),
+            preprocessing=preprocessing,
+            batchnorm_layers=usable,
+            parameters=sum(parameter.numel() for parameter in module.parameters()),
+            warnings=(
+                *checkpoint.weights.notes,
+                *network.warnings,
+                *form_warnings,
+                *size_warnings,
+                *normalisation_warnings,
+                *(() if usable else (NO_BATCHNORM,)),
+            ),
+            flags=_flags(arch, input_shape, mean, std, trust_pickle),
+        ),
     )
-    return Teacher(module, spec)
 
 
 def batchnorm_layers(module: nn.Module) -> list[nn.Module]:
-    """The BatchNorm layers that can serve as a prior, in order of registration: finite running statistics that were trained."""
-    return [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and _is_trained(layer)]
+    """The BatchNorm layers that can serve as a prior, in order of registration."""
+    return [layer for layer in module.modules() if has_running_statistics(layer) and is_trained(layer)]
 
 
-def _is_trained(layer: _BatchNorm) -> bool:
-    mean, variance = layer.running_mean, layer.running_var
-    if mean is None or variance is None:
+def has_running_statistics(layer: nn.Module) -> bool:
+    """Whether it is a BatchNorm layer (of whatever library) that runs and normalises by stored statistics."""
+    if not any("BatchNorm" in kind.__name__ for kind in type(layer).__mro__) or hasattr(layer, NEVER_RUNS):
         return False
-    finite = bool(mean.isfinite().all() and variance.isfinite().all())
-    return finite and not bool((mean == 0).all() and (variance == 1).all())
+    return all(isinstance(getattr(layer, name, None), Tensor) for name in ("running_mean", "running_var"))
 
 
-def _network(checkpoint: Checkpoint, arch: str | None, input_shape: tuple[int, int, int] | None) -> Rebuilt:
+def is_trained(layer: nn.Module) -> bool:
+    """Whether the running statistics of a BatchNorm layer are finite, and no longer those of a new layer."""
+    mean, variance = layer.get_buffer("running_mean"), layer.get_buffer("running_var")
+    new = bool((mean == 0).all() and (variance == 1).all())
+    return not new and bool(mean.isfinite().all() and variance.isfinite().all())
+
+
+def _network(checkpoint: Checkpoint, arch: str | None, input_shape: Shape | None) -> Rebuilt:
     weights = checkpoint.weights
     if weights.module is not None:
+        if arch:
+            raise SSDKDError(
+                f"the file holds the network itself, a {type(weights.module).__name__}: --arch {arch} has no use",
+                "leave --arch away",
+            )
         return Rebuilt(weights.module, type(weights.module).__name__, "the file holds the network itself", None, ())
-    named = next((str(weights.metadata[key]) for key in ("arch", "architecture", "model_name") if weights.metadata.get(key)), None)
-    pixels = min(input_shape[1:]) if input_shape else None
-    return rebuild(weights.state, keeps_order=checkpoint.keeps_order, arch=arch, pixels=pixels, named_in_file=named)
-
-
-def _frozen(module: nn.Module) -> nn.Module:
-    return module.cpu().float().eval().requires_grad_(False)
+    stated = input_shape or input_shape_in(weights.metadata, 3) or input_shape_in(weights.metadata, 1)
+    pixels = min(stated[1:]) if stated else None
+    if arch:
+        return rebuild_stated(weights.state, arch, keeps_order=checkpoint.keeps_order, pixels=pixels)
+    return rebuild(
+        weights.state,
+        keeps_order=checkpoint.keeps_order,
+        named_in_file=architecture_in(weights.metadata),
+        pixels=pixels,
+    )
 
 
 def _refuse_nonfinite(module: nn.Module, path: Path) -> None:
-    broken = [name for name, value in module.state_dict().items() if value.is_floating_point() and not value.isfinite().all()]
+    broken = [
+        name for name, value in module.state_dict().items() if value.is_floating_point() and not value.isfinite().all()
+    ]
     if broken:
         raise SSDKDError(
             f"{path.name} holds NaN or infinite weights: expected finite numbers, found {len(broken)} broken tensors"
-            f" ({', '.join(broken[:3])}{', ...' if len(broken) > 3 else ''}).",
-            "Take an earlier checkpoint of the training; `ssdkd inspect` lists what is broken.",
+            f" ({', '.join(broken[:3])}{', ...' if len(broken) > 3 else ''})",
+            "take an earlier checkpoint of the training; `ssdkd inspect` lists what is broken",
         )
 
 
 def _input_shape(
-    module: nn.Module, stated: tuple[int, int, int] | None, metadata: Mapping[str, object], pixels: int | None
-) -> tuple[tuple[int, int, int], list[str]]:
+    module: nn.Module, stated: Shape | None, metadata: Metadata, pixels: int | None
+) -> tuple[Shape, list[str]]:
+    """The flag's, the file's, timm's, or the architecture's usual size, with a warning where it is assumed."""
     if stated:
         return stated, []
-    first = next((layer for layer in module.modules() if isinstance(layer, nn.Conv2d)), None)
-    channels = first.in_channels if first is not None else 3
-    if channels == 1 and pixels == 32:
-        pixels = 28
-    side = pixels or 32
+    channels = input_channels(module) or 3
+    from_file = input_shape_in(metadata, channels)
+    if from_file:
+        return from_file, []
+    timm_size = _timm_config(module).get("input_size")
+    if isinstance(timm_size, tuple) and len(timm_size) == 3:
+        return (channels, timm_size[1], timm_size[2]), []
+    side = pixels or FALLBACK_PIXELS
+    if channels == 1 and side == FALLBACK_PIXELS:
+        side = GREY_PIXELS
     shape = (channels, side, side)
-    return shape, [f"The input size is not in the file; {channels}x{side}x{side} was assumed. Say it with --input if it is another."]
-
-
-def _preprocessing(
-    mean: tuple[float, ...] | None, std: tuple[float, ...] | None, metadata: Mapping[str, object], channels: int
-) -> tuple[Preprocessing, list[str]]:
-    if mean and std:
-        return Preprocessing(mean, std, "flag"), []
-    default_mean, default_std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else (GREY_MEAN * channels, GREY_STD * channels)
-    return Preprocessing(mean or default_mean, std or default_std, "default"), [
-        "The mean and std of the training images are not in the file; ImageNet's were assumed. Say them with --mean and --std if they are others."
+    return shape, [
+        f"The image size is not in the file: {words(shape)} is assumed; say it with --input if it is another."
     ]
 
 
-def _class_names(metadata: Mapping[str, object], classes: int) -> tuple[str, ...] | None:
-    return None
+def _preprocessing(
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    metadata: Metadata,
+    module: nn.Module,
+    channels: int,
+) -> tuple[Preprocessing, list[str]]:
+    """Each of mean and std from its flag, else both from the file, timm or ImageNet, with a warning for the last."""
+    for flag, values in (("--mean", mean), ("--std", std)):
+        if values is not None and len(values) != channels:
+            raise SSDKDError(
+                f"{flag} has {len(values)} values, but the teacher takes {channels} channels",
+                f"give one value a channel: {flag} {','.join(['0.5'] * channels)}",
+            )
+    if mean is not None and std is not None:
+        return Preprocessing(mean, std, "flag"), []
+    config = _timm_config(module)
+    usual = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
+    sources = {
+        "file": normalisation_in(metadata, channels),
+        "timm": normalisation_in(config, channels),
+        "default": usual,
+    }
+    source, found = next((source, found) for source, found in sources.items() if found)
+    assumed = "ImageNet's" if channels == 3 else "0.5"
+    warnings = [
+        f"The mean and std of the training images are not in the file: {assumed} are assumed; say them with --mean and --std."
+    ]
+    return Preprocessing(mean or found[0], std or found[1], source), warnings if source == "default" else []
+
+
+def _timm_config(module: nn.Module) -> Metadata:
+    """timm's own record of how a network was trained (mean, std, input_size)."""
+    config = getattr(module, "default_cfg", None)
+    return config if isinstance(config, dict) else {}
 
 
 def _check_classes(found: int, stated: int | None, names: tuple[str, ...] | None) -> None:
-    wanted = stated or (len(names) if names else None)
-    if wanted and wanted != found:
+    wanted = stated if stated is not None else len(names) if names else found
+    if wanted != found:
         raise SSDKDError(
-            f"--classes says {wanted}, but the teacher's last layer has {found} outputs.",
-            f"Leave --classes away, or give the file whose head has {wanted} outputs.",
+            f"--classes says {wanted}, but the teacher's last layer has {found} outputs",
+            f"leave --classes away or give {found}; or give the file whose last layer has {wanted} outputs",
         )
 
 
-def _check_forward(module: nn.Module, shape: tuple[int, int, int], allow_nonfinite: bool) -> int:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        logits: Tensor = module(torch.randn(2, *shape, generator=generator))
-    if not allow_nonfinite and not bool(logits.isfinite().all()):
-        raise SSDKDError("The teacher's logits are not finite on noise.", "Check the file with `ssdkd inspect`.")
-    return math.prod(logits.shape[1:])
+def _flags(
+    arch: str | None, shape: Shape | None, mean: tuple[float, ...] | None, std: tuple[float, ...] | None, trust: bool
+) -> tuple[str, ...]:
+    flags = {
+        "--arch": arch,
+        "--input": words(shape) if shape else None,
+        "--mean": ",".join(map(str, mean)) if mean else None,
+        "--std": ",".join(map(str, std)) if std else None,
+    }
+    given = [word for flag, value in flags.items() if value for word in (flag, value)]
+    return (*given, "--trust-pickle") if trust else tuple(given)

@@ -46,15 +46,17 @@ def unwrap(loaded: object, file_name: str) -> Weights:
     found = list(_networks(loaded, (), 0))
     if not found:
         raise SSDKDError(
-            f"{file_name} holds no network: expected a state dict (names with tensors), found {_describe(loaded)}.",
-            "Save the network's weights with torch.save(model.state_dict(), 'teacher.pt') and give that file.",
+            f"{file_name} holds no network: expected a state dict (names with tensors), found {_describe(loaded)}",
+            "save the network's weights with torch.save(model.state_dict(), 'teacher.pt') and give that file",
         )
     found.sort(key=lambda item: _rank(item[0]))
     path, network = found[0]
     notes = []
     others = [".".join(other) for other, _ in found[1:]]
     if others:
-        notes.append(f"The file holds several networks; {'.'.join(path)!r} was taken, not {', '.join(map(repr, others[:4]))}.")
+        notes.append(
+            f"The file holds several networks; {'.'.join(path)!r} was taken, not {', '.join(map(repr, others[:4]))}."
+        )
     metadata = metadata_beside(loaded)
     if isinstance(network, nn.Module):
         return Weights({}, bare_module(network), metadata, tuple(notes))
@@ -71,7 +73,11 @@ def strip_prefixes(state: State) -> tuple[State, list[str]]:
             inside = [name for name in state if name.startswith(prefix)]
             rest = [name for name in state if not name.startswith(prefix)]
             # A loss's or an augmentation's own tensors may stand beside: none of them is a layer's matrix.
-            if inside and all(state[name].dim() < 2 for name in rest) and any(state[name].dim() >= 2 for name in inside):
+            if (
+                inside
+                and all(state[name].dim() < 2 for name in rest)
+                and any(state[name].dim() >= 2 for name in inside)
+            ):
                 if rest:
                     notes.append(f"Left out, for they do not belong to the network: {', '.join(rest[:4])}.")
                 state = {name.removeprefix(prefix): state[name] for name in inside}
@@ -95,7 +101,7 @@ def bare_module(module: nn.Module) -> nn.Module:
 def metadata_beside(loaded: object) -> dict[str, object]:
     """The plain values in a checkpoint, with those of its training arguments (`args`, `hparams`, ...) one level up."""
     metadata: dict[str, object] = {}
-    nested_names = ("args", "hparams", "hyper_parameters", "config", "cfg", "opt", "meta", "metadata", "preprocessing")
+    nested_names = ("args", "hparams", "hyper_parameters", "config", "cfg", "opt", "meta", "metadata", "ssdkd")
     for name, value in _items(loaded):
         if name in nested_names:
             metadata = {**{str(key): plain(inner) for key, inner in _items(value)}, **metadata}
@@ -118,7 +124,9 @@ def plain(value: object) -> object:
     return value
 
 
-def _networks(value: object, path: tuple[str, ...], depth: int) -> Iterator[tuple[tuple[str, ...], nn.Module | dict[str, object]]]:
+def _networks(
+    value: object, path: tuple[str, ...], depth: int
+) -> Iterator[tuple[tuple[str, ...], nn.Module | dict[str, object]]]:
     """Every module and every state dict inside `value`, with the names that lead to it."""
     if isinstance(value, nn.Module):
         yield path, value

@@ -1,0 +1,113 @@
+"""What `ssdkd inspect` says about a teacher: its size, what is suspicious, and the command that compresses it."""
+
+import shlex
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine.teacher import Teacher, TeacherSpec, has_running_statistics, is_trained
+
+MAX_NAMED = 3
+# A student worth trying for a teacher of at least that many parameters, the largest first.
+SUGGESTED_STUDENTS = ((5_000_000, "mobilenetv2"), (600_000, "resnet20"), (0, "resnet8"))
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A teacher as `ssdkd inspect` shows it."""
+
+    spec: TeacherSpec
+    flops: int  # of one image: multiplications and additions counted apart
+    layers: dict[str, int]  # class name -> how many, of the layers that have weights
+    findings: tuple[str, ...]  # what is suspicious; empty if nothing is
+    command: str  # the `ssdkd compress` command to type
+
+
+def inspect_teacher(teacher: Teacher) -> Inspection:
+    """Looks at the weights of a teacher, which may have been loaded with allow_nonfinite=True."""
+    spec, module = teacher.spec, teacher.module
+    kinds = Counter(
+        type(layer).__name__ for layer in module.modules() if next(layer.parameters(recurse=False), None) is not None
+    )
+    findings = [*_batchnorm_findings(module), *_weight_findings(module), *_class_findings(module, spec.classes)]
+    student = next(name for least, name in SUGGESTED_STUDENTS if spec.parameters >= least)
+    return Inspection(
+        spec=spec,
+        flops=count_flops(module, spec.input_shape),
+        layers=dict(kinds.most_common()),
+        findings=tuple(findings),
+        command=shlex.join(["ssdkd", "compress", spec.path, "--student", student, *spec.flags]),
+    )
+
+
+def count_flops(module: nn.Module, input_shape: tuple[int, int, int]) -> int:
+    """Multiplications plus additions of one image (C, H, W) through convolutions and matrix products."""
+    was_training = module.training
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        module.eval()(torch.zeros(1, *input_shape, device=device))
+    module.train(was_training)
+    return int(counter.get_total_flops())
+
+
+def _batchnorm_findings(module: nn.Module) -> list[str]:
+    layers = {name: layer for name, layer in module.named_modules() if has_running_statistics(layer)}
+    if not layers:
+        return [
+            "No BatchNorm layers: the images are made without their statistics, and a student's accuracy is unproven."
+        ]
+    untrained = [name for name, layer in layers.items() if not is_trained(layer)]
+    if not untrained:
+        return []
+    return [
+        f"Running statistics never trained, or not finite, in {len(untrained)} of {len(layers)} BatchNorm layers: {_some(untrained)}."
+    ]
+
+
+def _weight_findings(module: nn.Module) -> list[str]:
+    findings = []
+    tensors = {
+        name: value
+        for name, value in module.state_dict().items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    broken = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if broken:
+        findings.append(f"NaN or infinite numbers in {len(broken)} tensors: {_some(broken)}.")
+    constant = [
+        name
+        for name, value in tensors.items()
+        if value.dim() >= 2 and value.numel() > 1 and bool((value == value.flatten()[0]).all())
+    ]
+    if constant:
+        findings.append(f"All weights are the same number in {_some(constant)}: these layers were never trained.")
+    return findings
+
+
+def _class_findings(module: nn.Module, classes: int) -> list[str]:
+    """Classes that the teacher can never tell apart from others, by the rows of its last matrix."""
+    heads = [
+        parameter.detach()
+        for parameter in module.parameters()
+        if parameter.dim() >= 2 and parameter.shape[0] == classes
+    ]
+    if not heads:
+        return []
+    rows = heads[-1].flatten(1)  # [classes, features]
+    zero = (rows == 0).all(1).nonzero().flatten().tolist()
+    _, group, sizes = rows.unique(dim=0, return_inverse=True, return_counts=True)
+    alike = [index for index, size in enumerate(sizes[group].tolist()) if size > 1 and index not in zero]
+    findings = []
+    if zero:
+        findings.append(f"Dead classes, whose weights in the last layer are all zero: {_some(zero)}.")
+    if alike:
+        findings.append(f"Classes with the same weights in the last layer, which cannot be told apart: {_some(alike)}.")
+    return findings
+
+
+def _some(names: list[str] | list[int]) -> str:
+    return ", ".join(map(str, names[:MAX_NAMED])) + (f", ... ({len(names)} in all)" if len(names) > MAX_NAMED else "")

@@ -1,0 +1,128 @@
+"""A first look at a network by running it: does it take the images, and are these logits that come out?"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from engine.errors import SSDKDError
+
+Shape = tuple[int, int, int]
+
+TRIED_PIXELS = (32, 64, 96, 128, 224, 256, 299, 384, 28)
+# What layers raise at sizes that they cannot take.
+FORWARD_ERRORS = (RuntimeError, ValueError, AssertionError, IndexError, TypeError, KeyError)
+NEVER_RUNS = "ssdkd_never_runs"  # set on layers that the forward pass leaves out
+
+
+class Logits(nn.Module):
+    """A network whose output is put into the form of logits; the layers inside stay as they are."""
+
+    def __init__(self, network: nn.Module, probabilities: bool) -> None:
+        super().__init__()
+        self.network = network
+        self.probabilities = probabilities
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, classes]."""
+        out: Tensor = self.network(images).flatten(1)
+        return out.clamp_min(1e-12).log() if self.probabilities else out
+
+
+def as_classifier(module: nn.Module, shape: Shape, name: str) -> tuple[nn.Module, Tensor, list[str]]:
+    """Runs noise [2, C, H, W] through the network; returns it with its logits [2, classes] and warnings.
+
+    Outputs [B, classes, 1, 1] are flattened, probabilities (a softmax at the end) made logits again. BatchNorm layers that
+    did not run are marked NEVER_RUNS. `name`: of the file, for messages.
+
+    Raises:
+        SSDKDError: the network cannot take such images, or what it gives is no vector of logits.
+    """
+    _check_channels(module, shape, name)
+    ran: set[nn.Module] = set()
+    handles = [layer.register_forward_hook(lambda layer, *_: ran.add(layer)) for layer in module.modules()]
+    images = noise(shape)
+    try:
+        with torch.no_grad():
+            out = module(images)
+    except FORWARD_ERRORS as error:
+        raise _wrong_size(module, shape, name, error) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer in module.modules():
+        if layer not in ran and "BatchNorm" in type(layer).__name__:
+            setattr(layer, NEVER_RUNS, True)
+    if not isinstance(out, Tensor):
+        raise SSDKDError(
+            f"{name} computes a {type(out).__name__}: expected a tensor of logits [B, classes]",
+            "write a function that returns a module with logits alone, and name it: --arch package.module:function",
+        )
+    if out.dim() == 4 and out.shape[2:] != (1, 1):
+        raise SSDKDError(
+            f"{name} computes {list(out.shape)} for 2 images of {words(shape)}: expected logits [2, classes]",
+            "ssdkd compresses classifiers; this looks like a network for segmentation or detection",
+        )
+    if out.shape[0] != 2 or out.flatten(1).shape[1] < 2 or out.dim() == 3:
+        raise SSDKDError(
+            f"{name} computes {list(out.shape)} for 2 images of {words(shape)}: expected logits [2, classes], 2 classes or more",
+            "give a classifier whose last layer has one output for each class",
+        )
+    probabilities = _are_probabilities(out.flatten(1))
+    if out.dim() == 2 and not probabilities:
+        return module, out, []
+    module = Logits(module, probabilities).eval()
+    warnings = (
+        ["The network ends in a softmax; logarithms of its probabilities are used as logits."] if probabilities else []
+    )
+    with torch.no_grad():
+        return module, module(images), warnings
+
+
+def noise(shape: Shape, images: int = 2) -> Tensor:
+    """The same standard normal images [images, C, H, W] each time; nobody's random state is touched."""
+    return torch.randn(images, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def words(shape: Sequence[int]) -> str:
+    """(3, 32, 32) -> "3x32x32", as --input takes it."""
+    return "x".join(map(str, shape))
+
+
+def input_channels(module: nn.Module) -> int | None:
+    """How many channels the first convolution takes; None without one."""
+    first = next((layer for layer in module.modules() if isinstance(layer, nn.Conv2d)), None)
+    return first.in_channels if first is not None else None
+
+
+def _check_channels(module: nn.Module, shape: Shape, name: str) -> None:
+    channels = input_channels(module)
+    if channels is not None and channels != shape[0]:
+        raise SSDKDError(
+            f"--input says {shape[0]} channels, but the first convolution of {name} takes {channels}",
+            f"give --input {words((channels, *shape[1:]))}",
+        )
+
+
+def _wrong_size(module: nn.Module, shape: Shape, name: str, error: BaseException) -> SSDKDError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    for pixels in TRIED_PIXELS:
+        other = (shape[0], pixels, pixels)
+        try:
+            with torch.no_grad():
+                module(noise(other))
+        except FORWARD_ERRORS:
+            continue
+        return SSDKDError(
+            f"{name} cannot take images of {words(shape)}: {reason}",
+            f"give the size that it was trained at; it takes, for example, --input {words(other)}",
+        )
+    return SSDKDError(
+        f"{name} cannot take images of {words(shape)}, nor of any other size that was tried: {reason}",
+        "give the size that it was trained at with --input CxHxW",
+    )
+
+
+def _are_probabilities(out: Tensor) -> bool:
+    sums = out.sum(1)
+    return bool((out >= 0).all() and (out <= 1).all() and (sums - 1).abs().max() < 1e-4)
