@@ -37,9 +37,7 @@ ARGUMENT_NAMES = {
 
 _lock = threading.RLock()
 _active: list[Path] = []  # the roots of the user_modules() that are open, one in another
-_loaded: dict[
-    Path, dict[str, ModuleType]
-] = {}  # root -> the user's modules of our names, while ours are in sys.modules
+_loaded: dict[Path, dict[str, ModuleType]] = {}  # root -> the user's modules of our names, while ours are in place
 _python_import = builtins.__import__
 
 
@@ -124,7 +122,8 @@ def _import_users(module_name: str) -> ModuleType:
                 f"there is no module '{missing}' in {Path.cwd()}, nor is one installed",
                 f"run ssdkd in the folder that holds {missing.replace('.', '/')}, or put that folder on PYTHONPATH",
             ) from error
-        raise _failed(f"importing '{module_name}' failed", error, f"install {missing} beside ssdkd") from error
+        hint = f"install {missing} beside ssdkd, or run ssdkd in the folder that holds it"
+        raise _failed(f"importing '{module_name}' failed", error, hint) from error
     except (Exception, SystemExit) as error:  # the user's code may raise anything: it is theirs to correct
         hint = f'run `python -c "import {module_name}"` to see it alone'
         raise _failed(f"importing '{module_name}' failed", error, hint) from error
@@ -135,14 +134,17 @@ def _accepted_arguments(reference: str, function: Any, offered: Mapping[str, Any
         parameters = inspect.signature(function).parameters
     except ValueError:  # a callable without a signature, as some builtins are
         return {}
-    named = [name for name, parameter in parameters.items() if parameter.kind in (1, 3)]  # by keyword, or only so
+    by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = [name for name, parameter in parameters.items() if parameter.kind in by_keyword]
     arguments = {
         alias: value for name, value in offered.items() for alias in ARGUMENT_NAMES.get(name, (name,)) if alias in named
     }
     unknown = [
         name
         for name, parameter in parameters.items()
-        if parameter.default is parameter.empty and parameter.kind in (0, 1, 3) and name not in arguments
+        if parameter.default is parameter.empty
+        and parameter.kind in (*by_keyword, inspect.Parameter.POSITIONAL_ONLY)
+        and name not in arguments
     ]
     if unknown:
         raise SSDKDError(
@@ -172,7 +174,7 @@ def _import(
 ) -> ModuleType:
     """Python's __import__; inside user_modules() where the statement stands in a file of the user's."""
     root = _root_of((globals or {}).get("__file__"))
-    if root is None or root in _active[-1:]:
+    if root is None:
         return _python_import(name, globals, locals, fromlist, level)
     if globals and (module := _already_imported(root, name, globals, fromlist or (), level)):
         return module
