@@ -1,0 +1,82 @@
+"""The one place where a known error becomes a sentence, a hint and an exit code.
+
+What is not known keeps its traceback: it is a bug.
+"""
+
+import contextlib
+import errno
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+import typer
+
+from engine.errors import SSDKDError
+from ssdkd_cli import console
+from ssdkd_cli.outcome import Outcome
+
+KNOWN_ERROR, VERIFICATION_FAILED, INTERRUPTED = 1, 3, 130
+
+OTHER_DISK = "free some space, or choose another disk with --out DIR"
+OTHER_FOLDER = "choose a folder that you may write with --out DIR"
+NO_FOLDER = "a part of the path is a file: choose another folder with --out DIR"
+DISK_HINTS = {
+    errno.ENOSPC: OTHER_DISK,
+    errno.EDQUOT: OTHER_DISK,
+    errno.EIO: OTHER_DISK,
+    errno.EROFS: OTHER_FOLDER,
+    errno.EACCES: OTHER_FOLDER,
+    errno.EPERM: OTHER_FOLDER,
+    errno.ENOTDIR: NO_FOLDER,
+    errno.EEXIST: NO_FOLDER,
+    errno.ENAMETOOLONG: "choose a shorter path with --out DIR",
+}
+
+# How PyTorch, CUDA and the C++ library say it where the exception's type does not.
+OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory")
+
+
+def within_boundary(command: Callable[..., Outcome]) -> Callable[..., None]:
+    """The command as Typer is to call it: its signature, its errors made sentences."""
+
+    @functools.wraps(command)
+    def guarded(*args: object, **options: object) -> None:
+        raise typer.Exit(exit_code_of(functools.partial(command, *args, **options)))
+
+    return guarded
+
+
+def exit_code_of(command: Callable[[], Outcome]) -> int:
+    """Run a command, print its result on stdout or its error on stderr, and return the exit code."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # users' own code and libraries print, too
+            outcome = command()
+        outcome.show()
+        sys.stdout.flush()
+        return outcome.exit_code
+    except SSDKDError as error:
+        console.error(error.message, error.hint)
+    except KeyboardInterrupt:
+        console.warn("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes stdout once more at its end: give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in DISK_HINTS:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        console.error(f"{os.strerror(error.errno)}{where}", DISK_HINTS[error.errno])
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        console.error("out of memory", "try a smaller --batch-size, or close what else uses the memory")
+    return KNOWN_ERROR
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is Python's, PyTorch's or CUDA's way to say that memory ran out."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)

@@ -1,0 +1,56 @@
+"""`ssdkd compress` and `ssdkd demo`: the same run with other defaults."""
+
+import functools
+import shlex
+from pathlib import Path
+
+import typer
+
+from ssdkd_cli import console
+from ssdkd_cli.boundary import VERIFICATION_FAILED
+from ssdkd_cli.options import Options, command_taking_options
+from ssdkd_cli.outcome import Outcome
+
+ASSETS = Path(__file__).parent / "assets"
+DEMO_TEACHER = ASSETS / "demo_teacher.pt"
+
+# As they would be typed; the demo's help shows them.
+DEMO_DEFAULTS: dict[str, object] = {
+    "student": "resnet8",
+    "eval_data": str(ASSETS / "demo_test.npz"),
+    "out": "runs/demo",
+}
+
+
+def run_compress(context: typer.Context, options: Options) -> Outcome:
+    """Distil a teacher into a small student without data, export it, prove the files and report.
+
+    The whole main job: [bold]ssdkd compress teacher.pt --student mobilenetv2[/bold]
+
+    A look at it in a minute: [bold]ssdkd compress teacher.pt --student resnet8 --effort smoke[/bold]
+    """
+    from ssdkd_cli import pipeline, report
+    from ssdkd_cli.summary import show_report
+
+    finished = pipeline.compress(options, command=shlex.join(["ssdkd", *context.obj]))
+    failed = any(artifact.verified is False for artifact in finished.report.artifacts)
+    show = (
+        functools.partial(console.print_json, report.to_json(finished.report))
+        if options.json
+        else functools.partial(show_report, finished.folder, finished.report)
+    )
+    return Outcome(show, VERIFICATION_FAILED if failed else 0)
+
+
+def run_demo(context: typer.Context, options: Options) -> Outcome:
+    """Run the whole pipeline on a small teacher that ships with ssdkd: no download, no GPU, three minutes.
+
+    Just look: [bold]ssdkd demo[/bold]
+
+    Another student, on a GPU: [bold]ssdkd demo --student mobilenetv2 --device cuda[/bold]
+    """
+    return run_compress(context, options)
+
+
+compress = command_taking_options(run_compress)
+demo = command_taking_options(run_demo, teacher=DEMO_TEACHER)

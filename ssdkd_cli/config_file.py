@@ -1,0 +1,97 @@
+"""ssdkd.toml: values for the options that were not typed, read and written.
+
+[compress]            keys are the options' names; a run's config.toml holds them all
+[distillation]        keys are the fields of engine.config.DistillationSettings, for ablations
+"""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import typer
+
+from engine.errors import SSDKDError
+
+TABLES = ("compress", "distillation")
+
+
+def read_config(path: Path) -> dict[str, dict[str, object]]:
+    """The tables of a config file, each a dict, empty where the file has none.
+
+    Raises:
+        SSDKDError: no such file, not TOML, or a table of another name.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SSDKDError(f"--config {path} cannot be read: {error.strerror}", "check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SSDKDError(f"--config {path} is not TOML: {error}", "a run's config.toml shows the form") from None
+    for name, table in tables.items():
+        if name not in TABLES or not isinstance(table, dict):
+            raise SSDKDError(
+                f"--config {path}: expected the tables [compress] and [distillation]; found '{name}'",
+                f"move '{name}' under [compress], or delete it",
+            )
+    return {name: dict(tables.get(name, {})) for name in TABLES}
+
+
+def apply_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Typer's callback of --config: the file's values become the defaults of this command's options."""
+    if path is None:
+        return None
+    values = {key.replace("-", "_"): value for key, value in read_config(path)["compress"].items()}
+    known = [str(option.name) for option in context.command.params if option.name not in ("config", "help")]
+    check_keys(values, known, f"--config {path}, table [compress]")
+    defaults = {key: _as_typed(value) for key, value in values.items()}
+    context.default_map = {**(context.default_map or {}), **defaults}
+    return path
+
+
+def check_keys(found: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raises SSDKDError, with the nearest known key, for the first unknown one."""
+    known = sorted(known)
+    for key in found:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+            raise SSDKDError(f"{where}: unknown key '{key}'", hint)
+
+
+def _as_typed(value: object) -> object:
+    """A TOML value as the same words would stand on the command line."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, list):
+        return (
+            [str(item) for item in value] if all(isinstance(item, str) for item in value) else ",".join(map(str, value))
+        )
+    return str(value)
+
+
+def write_config(
+    compress: Mapping[str, object], distillation: Mapping[str, object], settings: Mapping[str, object]
+) -> str:
+    """The text of a config file that repeats a run.
+
+    Args:
+        compress: options, by their names; None is left out.
+        distillation: settings that differ from what --effort gives.
+        settings: every setting; those that --effort gave are listed as comments, so that --effort keeps its meaning.
+    """
+    lines = ["# Repeat this run: ssdkd compress --config config.toml --out OTHER", "", "[compress]"]
+    lines += [f"{name.replace('_', '-')} = {_toml(value)}" for name, value in compress.items() if value is not None]
+    lines += ["", "[distillation]"]
+    lines += [f"{name} = {_toml(value)}" for name, value in distillation.items()]
+    lines += [f"# {name} = {_toml(value)}" for name, value in settings.items() if name not in distillation]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

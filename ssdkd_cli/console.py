@@ -1,0 +1,239 @@
+"""What is seen: the show on stderr while a command works, its result on stdout. The only file that imports rich.
+
+On a terminal the show is a live view; anywhere else it is plain lines, one every few seconds.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from ssdkd_cli.words import duration
+
+if TYPE_CHECKING:
+    from engine.distill import RoundMetrics
+
+ACCENT, GOOD, CAUTION, BAD, QUIET = "cyan", "green", "yellow", "bold red", "bright_black"
+PLAIN_LINE_SECONDS = 5.0
+REDRAWS_PER_SECOND = 8
+NAME_WIDTH = 11
+PIPE_WIDTH = 140  # columns of a table that goes to a file or another program
+SPARK_WIDTH = 40
+SPARKS = "▁▂▃▄▅▆▇█"
+
+show = Console(stderr=True, highlight=False)
+result = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+
+
+def line(mark: str, style: str, text: str) -> None:
+    """One line of the show; long ones are not broken, so that they can be searched."""
+    show.print(Text.assemble((f"{mark} ", style), text), soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Something that the user should know and that does not stop the run."""
+    line("!", CAUTION, text)
+
+
+def note(text: str) -> None:
+    """Something worth knowing."""
+    line(" ", QUIET, text)
+
+
+def error(message: str, hint: str) -> None:
+    """What is wrong, and what to type next."""
+    line("ERROR", BAD, message)
+    if hint:
+        line("HINT", ACCENT, hint)
+
+
+@contextmanager
+def stage(name: str, doing: str) -> Iterator[Callable[[str], None]]:
+    """A spinner while a stage works; the function that it yields says in one phrase what came of it."""
+    outcome: list[str] = []
+    started = time.perf_counter()
+    if show.is_terminal:
+        waiting = Spinner("dots", Text.assemble((f"{name:<{NAME_WIDTH}}", "bold"), (doing, QUIET)), style=ACCENT)
+        with Live(waiting, console=show, transient=True, refresh_per_second=REDRAWS_PER_SECOND):
+            yield outcome.append
+    else:
+        yield outcome.append
+    finish(name, " ".join(outcome) or doing, started)
+
+
+def finish(name: str, text: str, started: float) -> None:
+    """The line that a finished stage leaves; `started` is its time.perf_counter()."""
+    seconds = time.perf_counter() - started
+    spent = f"  {duration(seconds)}" if seconds >= 1 else ""
+    show.print(Text.assemble(("✓ ", GOOD), (f"{name:<{NAME_WIDTH}}", "bold"), text, (spent, QUIET)), soft_wrap=True)
+
+
+@contextmanager
+def rounds(title: str) -> Iterator[Callable[["RoundMetrics"], None]]:
+    """The view of a distillation; the function that it yields is given each round's metrics."""
+    history: list[RoundMetrics] = []
+    started = time.perf_counter()
+    view = Live(Text(), console=show, transient=True, refresh_per_second=REDRAWS_PER_SECOND)
+    last_line_seconds = -PLAIN_LINE_SECONDS
+
+    def draw(metrics: "RoundMetrics") -> None:
+        nonlocal last_line_seconds
+        history.append(metrics)
+        if show.is_terminal:
+            view.update(round_view(title, history))
+        elif metrics.seconds - last_line_seconds >= PLAIN_LINE_SECONDS:
+            last_line_seconds = metrics.seconds
+            note(plain_round(metrics))
+
+    if show.is_terminal:
+        with view:
+            yield draw
+    else:
+        yield draw
+    last = history[-1]
+    text = (
+        f"{last.round:,} rounds, {last.steps:,} steps, {last.images_seen:,} images, "
+        f"{last.agreement:.1f} % agreement with the teacher"
+    )
+    finish("distil", text, started)
+
+
+def round_view(title: str, history: Sequence["RoundMetrics"]) -> RenderableType:
+    """The live picture after the last round of `history`."""
+    metrics = history[-1]
+    share = metrics.seconds / max(metrics.seconds + metrics.seconds_left, 1e-9)
+    bar = Table.grid(padding=(0, 2))
+    bar.add_row(
+        Text(f"round {metrics.round} of {metrics.rounds}", "bold"),
+        ProgressBar(total=1.0, completed=share, width=SPARK_WIDTH, complete_style=ACCENT, finished_style=ACCENT),
+        Text(f"{100 * share:3.0f} %"),
+        Text(f"{duration(metrics.seconds_left)} left" if metrics.seconds_left else "", QUIET),
+    )
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style=QUIET, justify="right")
+    facts.add_column()
+    facts.add_row(
+        "agreement with the teacher",
+        Text.assemble(
+            (f"{metrics.agreement:5.1f} %", f"bold {ACCENT}"),
+            "   ",
+            (sparkline([past.agreement for past in history]), ACCENT),
+        ),
+    )
+    facts.add_row("losses", losses(metrics))
+    facts.add_row(
+        "synthetic samples",
+        Text.assemble(f"{metrics.buffer_size:,}", ("   class balance ", QUIET), f"{metrics.class_balance:.2f}"),
+    )
+    facts.add_row(
+        "speed",
+        Text.assemble(
+            f"{metrics.images_per_second:,.0f}",
+            (" images/s   ", QUIET),
+            f"{metrics.images_seen:,}",
+            (" images in ", QUIET),
+            f"{metrics.steps:,}",
+            (" steps", QUIET),
+        ),
+    )
+    phase = {"warm-up": "filling the buffer", "distill": "distilling"}[metrics.phase]
+    head = Text.assemble((title, "bold"), (f"   {phase}", QUIET))
+    return Padding(Group(head, Text(), bar, Text(), facts), (1, 2))
+
+
+def losses(metrics: "RoundMetrics") -> Text:
+    """The losses of a round, those that are not yet there left out."""
+    parts = (
+        ("inversion", metrics.inversion_loss),
+        ("prior", metrics.prior_loss),
+        ("class", metrics.class_loss),
+        ("adversarial", metrics.adversarial_loss),
+        ("distillation", metrics.distillation_loss),
+    )
+    text = Text()
+    for name, value in parts:
+        if value == value:
+            text.append(f"{name} ", QUIET)
+            text.append(f"{value:.3g}   ")
+    return text
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Percent over time as up to `SPARK_WIDTH` bars, each the mean of its share of the values."""
+    width = min(SPARK_WIDTH, len(values))
+    bars = []
+    for index in range(width):
+        part = values[index * len(values) // width : (index + 1) * len(values) // width]
+        bars.append(SPARKS[min(len(SPARKS) - 1, int(sum(part) / len(part) / 100 * len(SPARKS)))])
+    return "".join(bars)
+
+
+def plain_round(metrics: "RoundMetrics") -> str:
+    """One round as one line."""
+    return (
+        f"round {metrics.round}/{metrics.rounds}  {metrics.phase}  agreement {metrics.agreement:.1f} %  "
+        f"balance {metrics.class_balance:.2f}  {losses(metrics).plain.strip()}  "
+        f"{metrics.images_per_second:,.0f} images/s  {duration(metrics.seconds_left)} left"
+    )
+
+
+def print_json(text: str) -> None:
+    """JSON on stdout, as it is."""
+    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+
+
+def print_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), caption: str = ""
+) -> None:
+    """A table on stdout; the columns in `right` are numbers."""
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False)
+    for index, name in enumerate(head):
+        table.add_column(name, justify="right" if index in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    result.print(table)
+    if caption:
+        result.print(Text(caption, QUIET))
+
+
+def print_facts(title: str, facts: Mapping[str, str], *, findings: Sequence[str] = (), closing: str = "") -> None:
+    """Names and values on stdout, then what is suspicious, then the next command."""
+    result.print(Text(title, "bold"), soft_wrap=True)
+    width = max(len(name) for name in facts)
+    for name, value in facts.items():
+        result.print(Text.assemble((f"  {name:<{width}}  ", QUIET), value), soft_wrap=True)
+    for finding in findings:
+        result.print(Text.assemble(("! ", CAUTION), finding), soft_wrap=True)
+    if closing:
+        result.print(Text.assemble("\n  ", (closing, ACCENT)), soft_wrap=True)
+
+
+def print_comparison(rows: Sequence[tuple[str, str, str, str]], artifacts: Sequence[tuple[bool | None, str]]) -> None:
+    """The end of a run on stdout: (name, teacher, student, what was gained) a row, then one line an artifact."""
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False)
+    table.add_column("", style=QUIET)
+    table.add_column("teacher", justify="right")
+    table.add_column("student", justify="right", style="bold")
+    table.add_column("", style=ACCENT)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    result.print()
+    result.print(table)
+    marks = {True: ("✓ ", GOOD), False: ("✗ ", BAD), None: ("? ", CAUTION)}
+    for verified, text in artifacts:
+        result.print(Text.assemble(marks[verified], text), soft_wrap=True)
+
+
+def print_closing(folder: str, files: Sequence[str]) -> None:
+    """Where the run is, and what to open first."""
+    result.print(Text.assemble("  ", (folder, ACCENT), (f"  {'  '.join(files)}", QUIET)), soft_wrap=True)

@@ -1,0 +1,112 @@
+"""What this machine is and has: for report.json and `ssdkd doctor`."""
+
+import importlib
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ssdkd_cli import __version__
+from ssdkd_cli.report import Environment
+
+if TYPE_CHECKING:
+    from engine.device import Compute
+
+PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "safetensors")
+TENSORRT_FLAVOURS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
+
+
+def cpu_name() -> str:
+    """'Intel(R) Xeon(R) ..., 2 cores', from where the system says it."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
+    except (OSError, StopIteration):
+        pass  # not Linux, or a processor without a name: the architecture will do
+    return f"{name}, {usable_cores()} cores"
+
+
+def usable_cores() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpu_names() -> list[str]:
+    """The CUDA GPUs that PyTorch finds, with their memory."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [
+        f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}" for gpu in found
+    ]
+
+
+def environment(compute: "Compute") -> Environment:
+    """The machine's part of report.json."""
+    import torch
+
+    return Environment(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        ssdkd=__version__,
+        device=compute.describe(),
+        cpu=cpu_name(),
+        gpu=gpu_names()[compute.device.index or 0] if compute.device.type == "cuda" else None,
+    )
+
+
+def doctor_facts() -> dict[str, str]:
+    """What `ssdkd doctor` shows, in its order."""
+    import onnxruntime
+    import torch
+
+    from engine.device import cpu_computes_bfloat16
+
+    facts = {
+        "ssdkd": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(terse=True),
+        "cpu": cpu_name(),
+        "cpu_precision": "bfloat16 natively" if cpu_computes_bfloat16() else "float32 (no native bfloat16)",
+        "gpu": "; ".join(gpu_names()) or "none that PyTorch can use",
+        "cuda": torch.version.cuda or "PyTorch was built without it",
+    }
+    facts |= {name: importlib.metadata.version(name) for name in PACKAGES}
+    facts["onnxruntime_providers"] = ", ".join(onnxruntime.get_available_providers())
+    facts |= {package: _import_of(package) for package in TENSORRT_FLAVOURS}
+    return facts
+
+
+def doctor_findings() -> list[str]:
+    """What this machine can and cannot do, one sentence each."""
+    import onnxruntime
+    import torch
+
+    from engine.device import cpu_computes_bfloat16
+
+    findings = []
+    if torch.cuda.is_available():
+        findings.append("distils on the GPU: --device auto takes it")
+    else:
+        findings.append("distils on the CPU; a CUDA GPU is many times faster")
+        if torch.version.cuda and Path("/proc/driver/nvidia").exists():
+            findings.append("an NVIDIA driver is here but PyTorch cannot use it: compare the driver with CUDA above")
+        if not cpu_computes_bfloat16():
+            findings.append("computes in float32: this processor has no native bfloat16")
+    findings.append("exports to ONNX and proves the file in ONNX Runtime on the CPU")
+    if torch.cuda.is_available() and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        findings.append("measures ONNX files on the CPU only: pip install onnxruntime-gpu to measure them on the GPU")
+    return findings
+
+
+def _import_of(package: str) -> str:
+    try:
+        return str(getattr(importlib.import_module(package), "__version__", "installed"))
+    except ModuleNotFoundError:
+        return "not installed"
+    except (ImportError, OSError) as error:  # installed, but its libraries are not
+        return f"cannot be imported: {error}"

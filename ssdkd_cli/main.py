@@ -1,0 +1,78 @@
+"""The `ssdkd` command and its subcommands.
+
+Exit codes: 0 done; 1 a known error; 2 wrong usage; 3 a verification failed; 130 interrupted.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+import typer
+
+from ssdkd_cli import __version__, compress, stages
+from ssdkd_cli.boundary import within_boundary
+from ssdkd_cli.outcome import Outcome
+
+app = typer.Typer(
+    name="ssdkd",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; `arguments` default to those of the process."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # what a test or a notebook put there may have no encoding
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        app(args=words, prog_name="ssdkd", obj=words)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ssdkd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def ssdkd(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Make a vision network small enough for an edge device, without the data it was trained on.
+
+    See it work in three minutes: [bold]ssdkd demo[/bold]
+
+    The main job: [bold]ssdkd compress teacher.pt --student mobilenetv2[/bold]
+    """
+
+
+GROUPS: dict[str, dict[str, Callable[..., Outcome]]] = {
+    "Compress": {"compress": compress.compress, "demo": compress.demo},
+    "Look": {"inspect": stages.inspect, "students": stages.students, "doctor": stages.doctor},
+    "Work with a finished run": {
+        "export": stages.export,
+        "eval": stages.evaluate,
+        "bench": stages.bench,
+        "report": stages.report,
+    },
+}
+DEFAULTS: dict[str, dict[str, object]] = {"demo": compress.DEMO_DEFAULTS}
+
+for _group, _commands in GROUPS.items():
+    for _name, _command in _commands.items():
+        _settings = {"default_map": DEFAULTS[_name]} if _name in DEFAULTS else {}
+        app.command(_name, rich_help_panel=_group, context_settings=_settings)(within_boundary(_command))
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,275 @@
+"""What can be typed after `compress` and `demo`: one frozen dataclass, and the words that its values are made of.
+
+The fields of `Options` are the options: name, type, help and default stand here once, and `command_taking_options`
+makes a command's signature from them.
+"""
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+import typer
+
+from engine.config import EFFORTS
+from ssdkd_cli.config_file import apply_config
+from ssdkd_cli.outcome import Outcome
+from ssdkd_cli.words import shape
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """'3x32x32' -> (3, 32, 32): channels, height, width. Raises typer.BadParameter."""
+    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip().lower())
+    shape = tuple(int(number) for number in found.groups()) if found else ()
+    if len(shape) != 3 or min(shape) < 1:
+        raise typer.BadParameter(f"expected channels x height x width, for example 3x32x32; found {text!r}")
+    return shape[0], shape[1], shape[2]
+
+
+def parse_numbers(text: str) -> tuple[float, ...]:
+    """'0.49,0.48,0.45' -> (0.49, 0.48, 0.45): one number a channel. Raises typer.BadParameter."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"expected one number a channel, for example 0.49,0.48,0.45; found {text!r}") from None
+
+
+def parse_spread(text: str) -> tuple[float, ...]:
+    """As `parse_numbers`, and each number is above zero: images are divided by it."""
+    numbers = parse_numbers(text)
+    if min(numbers) <= 0:
+        raise typer.BadParameter(f"expected numbers above 0; found {text!r}")
+    return numbers
+
+
+def parse_duration(text: str) -> float:
+    """'90s', '10m', '1h30m' -> seconds. Raises typer.BadParameter."""
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip().lower())
+    hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0)
+    if hours + minutes + seconds == 0:
+        raise typer.BadParameter(f"expected a time such as 90s, 10m or 1h30m; found {text!r}")
+    return 3600.0 * hours + 60.0 * minutes + seconds
+
+
+def parse_effort(text: str) -> str:
+    """One of `EFFORTS`. Raises typer.BadParameter."""
+    if text not in EFFORTS:
+        raise typer.BadParameter(f"expected one of {', '.join(EFFORTS)}; found {text!r}")
+    return text
+
+
+def parse_classes(text: str) -> int | Path:
+    """A number of classes, or the path of a labels file (one name a line). Raises typer.BadParameter."""
+    if not re.fullmatch(r"-?\d+", text.strip()):
+        return Path(text)
+    if int(text) < 2:
+        raise typer.BadParameter(f"expected at least 2 classes, or a labels file; found {text!r}")
+    return int(text)
+
+
+# Options that other commands take too. Typer reads a tuple type as so many words: where there is a parser, the type
+# that Typer is shown is Any (see `command_taking_options`).
+ARCH = typer.Option(
+    metavar="NAME",
+    help="Architecture, where the file does not tell: a name of ours, torchvision's or timm's, "
+    "or package.module:function.",
+    rich_help_panel="Teacher",
+)
+INPUT = typer.Option(
+    parser=parse_shape,
+    metavar="CxHxW",
+    help="What the network takes: channels x height x width, for example 3x32x32.",
+    rich_help_panel="Teacher",
+)
+MEAN = typer.Option(
+    parser=parse_numbers,
+    metavar="R,G,B",
+    help="Mean of the normalisation, a number a channel.",
+    rich_help_panel="Teacher",
+)
+STD = typer.Option(
+    parser=parse_spread,
+    metavar="R,G,B",
+    help="Standard deviation of the normalisation, a number a channel.",
+    rich_help_panel="Teacher",
+)
+CLASSES = typer.Option(
+    parser=parse_classes,
+    metavar="N|FILE",
+    help="How many classes, or a labels file with one class name a line.",
+    rich_help_panel="Teacher",
+)
+TRUST_PICKLE = typer.Option(
+    "--trust-pickle",
+    help="Allow a file whose loading runs code. Only for files that you trust.",
+    rich_help_panel="Teacher",
+)
+DEVICE = typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:1.", rich_help_panel="Run")
+EXPORT = typer.Option(
+    metavar="FORMAT", help="File format of the student; can be given more than once.", rich_help_panel="Result"
+)
+EMBED_PREPROCESSING = typer.Option(
+    "--embed-preprocessing",
+    help="The exported file takes images in 0...1 and normalises them itself.",
+    rich_help_panel="Result",
+)
+OVERWRITE = typer.Option("--overwrite", help="Replace what a run left in the output folder.", rich_help_panel="Result")
+JSON = typer.Option(
+    "--json", help="Print the result as JSON on stdout, and nothing else there.", rich_help_panel="Result"
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """A run as it was asked for: what was typed, else what --config says, else the default."""
+
+    teacher: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TEACHER",
+            help="The trained network: a checkpoint, .safetensors, .pt2, TorchScript or .onnx file.",
+            show_default=False,
+        ),
+    ]
+    student: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="From `ssdkd students`, torchvision, timm, package.module:function, or `same` as the teacher.",
+            rich_help_panel="Student",
+        ),
+    ]
+    student_weights: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Start from these weights instead of random ones.", rich_help_panel="Student"
+        ),
+    ] = None
+    arch: Annotated[str | None, ARCH] = None
+    input: Annotated[tuple[int, int, int] | None, INPUT] = None
+    mean: Annotated[tuple[float, ...] | None, MEAN] = None
+    std: Annotated[tuple[float, ...] | None, STD] = None
+    classes: Annotated[int | Path | None, CLASSES] = None
+    trust_pickle: Annotated[bool, TRUST_PICKLE] = False
+    effort: Annotated[
+        str,
+        typer.Option(
+            parser=parse_effort,
+            metavar="|".join(EFFORTS),
+            help="How long to distil: smoke proves the path, full is for the result.",
+            rich_help_panel="Run",
+        ),
+    ] = "quick"
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Synthetic samples that the student learns from (default: 5000).",
+            rich_help_panel="Run",
+        ),
+    ] = None
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="N", help="Images a step; fewer need less memory.", rich_help_panel="Run"),
+    ] = None
+    time_limit: Annotated[
+        float | None,
+        typer.Option(
+            parser=parse_duration,
+            metavar="TIME",
+            help="Stop distilling after 90s, 10m, 1h30m. The same seed then no longer gives the same student.",
+            rich_help_panel="Run",
+        ),
+    ] = None
+    device: Annotated[str, DEVICE] = "auto"
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="The same seed on a CPU gives the same student, bit for bit.",
+            rich_help_panel="Run",
+        ),
+    ] = 0
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            is_eager=True,
+            callback=apply_config,
+            help="TOML file with values for what is not typed, such as a run's config.toml.",
+            rich_help_panel="Run",
+        ),
+    ] = None
+    export: Annotated[list[str], EXPORT] = field(default_factory=lambda: ["onnx"])
+    embed_preprocessing: Annotated[bool, EMBED_PREPROCESSING] = False
+    eval_data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Labelled images (a folder a class, or an .npz) for the accuracy in the report; "
+            "the distillation never sees them.",
+            rich_help_panel="Result",
+        ),
+    ] = None
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder of the run. Default: runs/<teacher>-<student>.", rich_help_panel="Result"
+        ),
+    ] = None
+    overwrite: Annotated[bool, OVERWRITE] = False
+    json: Annotated[bool, JSON] = False
+
+
+# Where a run goes and how it is shown says nothing of what it does: config.toml leaves it out.
+NOT_IN_CONFIG = ("config", "out", "overwrite", "json")
+
+
+def as_typed(options: Options) -> dict[str, object]:
+    """The options as config.toml holds them: the words that the command line takes, files by their full path."""
+    values = {name: value for name, value in vars(options).items() if name not in NOT_IN_CONFIG and value is not None}
+    words: dict[str, Callable[[Any], str]] = {"input": shape, "time_limit": lambda seconds: f"{seconds:.0f}s"}
+    return {
+        name: str(value.resolve()) if isinstance(value, Path) else words[name](value) if name in words else value
+        for name, value in values.items()
+    }
+
+
+def command_taking_options(run: Callable[[typer.Context, Options], Outcome], **fixed: Any) -> Callable[..., Outcome]:
+    """A function for Typer whose parameters are the fields of Options, less those that are `fixed`; it calls `run`."""
+
+    def command(context: typer.Context, **values: Any) -> Outcome:
+        return run(context, Options(**fixed, **values))
+
+    hints = get_type_hints(Options, include_extras=True)
+    parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+    for option in dataclasses.fields(Options):
+        if option.name not in fixed:
+            parameters.append(
+                inspect.Parameter(
+                    option.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=_default(option),
+                    annotation=_for_typer(hints[option.name]),
+                )
+            )
+    command.__signature__ = inspect.Signature(parameters, return_annotation=Outcome)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {"return": Outcome}
+    command.__doc__ = run.__doc__
+    return command
+
+
+def _default(option: "dataclasses.Field[Any]") -> object:
+    if option.default_factory is not dataclasses.MISSING:
+        return option.default_factory()
+    return inspect.Parameter.empty if option.default is dataclasses.MISSING else option.default
+
+
+def _for_typer(annotation: Any) -> Any:
+    kind, declared = get_args(annotation)
+    return Annotated[Any, declared] if getattr(declared, "parser", None) else Annotated[kind, declared]

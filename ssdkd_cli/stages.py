@@ -1,0 +1,266 @@
+"""The commands beside `compress`: each reads, asks one stage, and hands back what to print."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ssdkd_cli import console
+from ssdkd_cli.boundary import VERIFICATION_FAILED
+from ssdkd_cli.options import (
+    ARCH,
+    CLASSES,
+    EMBED_PREPROCESSING,
+    EXPORT,
+    INPUT,
+    JSON,
+    MEAN,
+    OVERWRITE,
+    STD,
+    TRUST_PICKLE,
+)
+from ssdkd_cli.outcome import Outcome, as_json
+from ssdkd_cli.words import count, milliseconds, percent, shape, size
+
+MODEL = typer.Argument(metavar="MODEL", help="The folder of a run, or an .onnx file.", show_default=False)
+RUN = typer.Argument(metavar="RUN", help="The folder of a finished run.", show_default=False)
+TEACHER = typer.Argument(metavar="TEACHER", help="The file of a trained network.", show_default=False)
+
+
+def inspect(
+    teacher: Annotated[Path, TEACHER],
+    arch: Annotated[str | None, ARCH] = None,
+    input: Annotated[Any, INPUT] = None,
+    mean: Annotated[Any, MEAN] = None,
+    std: Annotated[Any, STD] = None,
+    classes: Annotated[Any, CLASSES] = None,
+    trust_pickle: Annotated[bool, TRUST_PICKLE] = False,
+    json: Annotated[bool, JSON] = False,
+) -> Outcome:
+    """Show what is in a teacher's file, what is missing, and the compress command to type.
+
+    Example: [bold]ssdkd inspect teacher.pt[/bold]
+    """
+    from engine.inspection import inspect_teacher
+    from engine.teacher import load_teacher
+    from ssdkd_cli.labels import read_classes
+
+    number, names = read_classes(classes)
+    with console.stage("teacher", f"reading {teacher}"):
+        loaded = load_teacher(
+            teacher,
+            arch=arch,
+            input_shape=input,
+            mean=mean,
+            std=std,
+            classes=number,
+            class_names=names,
+            trust_pickle=trust_pickle,
+            allow_nonfinite=True,
+        )
+        found = inspect_teacher(loaded)
+    spec = found.spec
+    facts = {
+        "format": spec.format,
+        "architecture": f"{spec.arch} ({spec.arch_evidence})",
+        "parameters": f"{spec.parameters:,}",
+        "FLOPs": f"{count(found.flops)}, one image",
+        "layers": ", ".join(f"{number} {kind}" for kind, number in found.layers.items()),
+        "BatchNorm": f"{spec.batchnorm_layers} usable layers",
+        "input": shape(spec.input_shape),
+        "mean, std": f"{list(spec.preprocessing.mean)}, {list(spec.preprocessing.std)} ({spec.preprocessing.source})",
+        "classes": f"{spec.classes}" + (f": {', '.join(spec.class_names[:10])}" if spec.class_names else ""),
+        "file": f"{size(spec.size_bytes)}, sha256 {spec.sha256}",
+    }
+    findings = [*spec.warnings, *found.findings]
+    return _outcome(
+        json,
+        found,
+        functools.partial(console.print_facts, spec.path, facts, findings=findings, closing=found.command),
+    )
+
+
+def students(json: Annotated[bool, JSON] = False) -> Outcome:
+    """List the students that ssdkd builds, with their sizes.
+
+    Any name of torchvision's or timm's works too, and your own code as package.module:function.
+
+    Example: [bold]ssdkd students[/bold]
+    """
+    import torch
+
+    from engine.students import STUDENTS, StudentEntry
+
+    def parameters(entry: StudentEntry, classes: int, pixels: int) -> int:
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in entry.build(classes, 3, pixels).parameters())
+
+    found = [(name, parameters(entry, 10, 32), parameters(entry, 1000, 224), entry) for name, entry in STUDENTS.items()]
+    rows = [
+        {"name": name, "parameters_32px": small, "parameters_224px": large, "summary": entry.summary}
+        for name, small, large, entry in found
+    ]
+    table = [(name, count(small), count(large), entry.summary) for name, small, large, entry in found]
+    head, caption = (
+        ("student", "small", "large", ""),
+        "parameters: small for 32 px, 10 classes; large for 224 px, 1,000",
+    )
+    return _outcome(json, rows, functools.partial(console.print_table, head, table, right=(1, 2), caption=caption))
+
+
+def doctor(json: Annotated[bool, JSON] = False) -> Outcome:
+    """Say what this machine can do: processor, GPU, runtimes, versions.
+
+    Example: [bold]ssdkd doctor[/bold]
+    """
+    from ssdkd_cli.environment import doctor_facts, doctor_findings
+
+    facts, findings = doctor_facts(), doctor_findings()
+    text = functools.partial(console.print_facts, "this machine", facts, closing="\n  ".join(findings))
+    return _outcome(json, {**facts, "findings": findings}, text)
+
+
+def export(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN|TEACHER",
+            help="The folder of a run, or a teacher's file to convert as it is.",
+            show_default=False,
+        ),
+    ],
+    export: Annotated[list[str], EXPORT] = ["onnx"],  # noqa: B006  Typer copies it
+    embed_preprocessing: Annotated[bool, EMBED_PREPROCESSING] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where the file goes. Default: the run's folder, or runs/<teacher>.",
+            rich_help_panel="Result",
+        ),
+    ] = None,
+    overwrite: Annotated[bool, OVERWRITE] = False,
+    arch: Annotated[str | None, ARCH] = None,
+    input: Annotated[Any, INPUT] = None,
+    mean: Annotated[Any, MEAN] = None,
+    std: Annotated[Any, STD] = None,
+    classes: Annotated[Any, CLASSES] = None,
+    trust_pickle: Annotated[bool, TRUST_PICKLE] = False,
+    json: Annotated[bool, JSON] = False,
+) -> Outcome:
+    """Export the student of a run again, or a teacher as it is, and prove the file.
+
+    A file that normalises by itself: [bold]ssdkd export runs/demo --embed-preprocessing --out deploy[/bold]
+    """
+    from engine.errors import SSDKDError
+    from ssdkd_cli import again
+    from ssdkd_cli.labels import read_classes
+
+    if source.is_dir():
+        stated = {"--arch": arch, "--input": input, "--mean": mean, "--std": std, "--classes": classes}
+        given = [name for name, value in stated.items() if value is not None]
+        if given:
+            raise SSDKDError(
+                f"{' '.join(given)} describe a teacher's file; {source} is a run, which knows its own", "leave them out"
+            )
+        material = again.from_run(source, trust_pickle=trust_pickle)
+    else:
+        number, names = read_classes(classes)
+        material = again.from_teacher(
+            source,
+            arch=arch,
+            input_shape=input,
+            mean=mean,
+            std=std,
+            classes=number,
+            class_names=names,
+            trust_pickle=trust_pickle,
+        )
+    artifacts = again.export(
+        material, export, out or material.folder, overwrite=overwrite, embed_preprocessing=embed_preprocessing
+    )
+    rows = [
+        (
+            item.path,
+            size(item.size_bytes),
+            milliseconds(item.latency_ms.p50 if item.latency_ms else None),
+            "verified" if item.verified else "REJECTED",
+            item.verified_reason,
+        )
+        for item in artifacts
+    ]
+    show = functools.partial(console.print_table, ("file", "size", "p50", "", ""), rows, right=(1, 2))
+    code = 0 if all(item.verified for item in artifacts) else VERIFICATION_FAILED
+    return _outcome(json, artifacts, show, code)
+
+
+def evaluate(
+    model: Annotated[Path, MODEL],
+    data: Annotated[
+        Path,
+        typer.Option(metavar="DIR", help="Labelled images: a folder a class, or an .npz.", rich_help_panel="Input"),
+    ],
+    input: Annotated[Any, INPUT] = None,
+    mean: Annotated[Any, MEAN] = None,
+    std: Annotated[Any, STD] = None,
+    trust_pickle: Annotated[bool, TRUST_PICKLE] = False,
+    json: Annotated[bool, JSON] = False,
+) -> Outcome:
+    """Measure the accuracy of a run's student and files, or of an .onnx file, on labelled images.
+
+    Example: [bold]ssdkd eval runs/demo --data images/[/bold]
+    """
+    from ssdkd_cli import again
+
+    scores = again.evaluate(model, data, input_shape=input, mean=mean, std=std, trust_pickle=trust_pickle)
+    rows = [(item.path, percent(item.accuracy), f"{item.images:,}") for item in scores]
+    return _outcome(
+        json, scores, functools.partial(console.print_table, ("model", "accuracy", "images"), rows, right=(1, 2))
+    )
+
+
+def bench(
+    model: Annotated[Path, MODEL],
+    input: Annotated[Any, INPUT] = None,
+    json: Annotated[bool, JSON] = False,
+) -> Outcome:
+    """Measure the latency of a run's files, or of an .onnx file, on this machine's CPU.
+
+    Example: [bold]ssdkd bench runs/demo[/bold]
+    """
+    from ssdkd_cli import again
+
+    timings = again.bench(model, input_shape=input)
+    rows = [
+        (
+            item.path,
+            *(milliseconds(value) for value in (item.latency_ms.p50, item.latency_ms.p90, item.latency_ms.p99)),
+            f"{item.throughput_per_s:,.0f}",
+            str(item.batch),
+            item.runtime,
+        )
+        for item in timings
+    ]
+    head = ("model", "p50", "p90", "p99", "images/s", "at batch", "runtime")
+    return _outcome(json, timings, functools.partial(console.print_table, head, rows, right=(1, 2, 3, 4, 5)))
+
+
+def report(run: Annotated[Path, RUN], json: Annotated[bool, JSON] = False) -> Outcome:
+    """Write report.json and report.md of a run again, and show the result.
+
+    Example: [bold]ssdkd report runs/demo[/bold]
+    """
+    from ssdkd_cli.report import read_report, to_json, write_report
+    from ssdkd_cli.summary import show_report
+
+    found = read_report(run)
+    write_report(found, run)
+    if json:
+        return Outcome(functools.partial(console.print_json, to_json(found)))
+    return Outcome(functools.partial(show_report, run, found))
+
+
+def _outcome(json: bool, value: object, show: Callable[[], None], exit_code: int = 0) -> Outcome:
+    return Outcome(functools.partial(console.print_json, as_json(value)) if json else show, exit_code)

@@ -1,0 +1,71 @@
+"""The end of a run as a small table: teacher beside student, and what was gained."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ssdkd_cli import console, runs
+from ssdkd_cli.report import Artifact, Report
+from ssdkd_cli.words import count, milliseconds, percent, size, times
+
+Words = Callable[[float | None], str]
+Row = tuple[str, str, str, str]  # name, teacher, student, gain
+
+
+def show_report(folder: Path, report: Report) -> None:
+    """Print the table, the artifacts, and where everything is."""
+    console.print_comparison(comparison(report), [(item.verified, artifact_line(item)) for item in report.artifacts])
+    console.print_closing(f"{folder}/", (runs.REPORT, "report.md", runs.SAMPLES_PICTURE))
+
+
+def comparison(report: Report) -> list[Row]:
+    """The rows of the table; what is unknown for both is left out."""
+    teacher, student = report.teacher, report.student
+    artifact = next((item for item in report.artifacts if item.latency_ms), None)
+    latency = artifact.latency_ms if artifact else None
+    batch = artifact.batch if artifact else None
+    kept = (
+        f"{100 * student.accuracy / teacher.accuracy:.1f} % of the teacher's"
+        if student.accuracy is not None and teacher.accuracy
+        else ""
+    )
+    rows = [
+        ("", teacher.arch, student.arch, ""),
+        ("accuracy", percent(teacher.accuracy), percent(student.accuracy), kept),
+        ("agreement", "", percent(student.agreement), "on held-out synthetic samples"),
+        _row("parameters", teacher.parameters, student.parameters, count, "fewer"),
+        _row("FLOPs", teacher.flops, student.flops, count, "fewer"),
+        _row("file", teacher.size_bytes, student.size_bytes, size, "smaller"),
+        _row(
+            "latency p50",
+            teacher.latency_ms.p50 if teacher.latency_ms else None,
+            latency.p50 if latency else None,
+            milliseconds,
+            "faster",
+        ),
+        _row(
+            f"images/s, batch {batch}" if batch else "images/s",
+            teacher.throughput_per_s,
+            artifact.throughput_per_s if artifact else None,
+            count,
+            "more",
+        ),
+    ]
+    return [row for row in rows if row[1:3] != (percent(None), percent(None))]
+
+
+def artifact_line(item: Artifact) -> str:
+    """'model.onnx, 0.31 MB, verified: max abs error ...'."""
+    state = {True: "verified", False: "REJECTED", None: "not run here"}[item.verified]
+    return f"{item.path}, {size(item.size_bytes)}, {state}: {item.verified_reason}"
+
+
+def _row(
+    name: str, teacher: float | None, student: float | None, words: Callable[[float | None], str], gain: str
+) -> Row:
+    if not teacher or not student:
+        return name, words(teacher), words(student), ""
+    larger, smaller = (student, teacher) if gain == "more" else (teacher, student)
+    change = (
+        f"{times(larger, smaller)} {gain}" if larger > smaller else f"no gain: {times(smaller, larger)} the teacher's"
+    )
+    return name, words(teacher), words(student), change
