@@ -26,6 +26,7 @@ from ssdkd_cli.words import milliseconds, size
 
 BATCHES = (32, 16, 8, 4, 2, 1)  # of the throughput: the largest that stays below BATCH_SECONDS a call
 BATCH_SECONDS = 0.4
+BENCH_SECONDS = 1.0  # each file at each batch size is called for at least so long
 NAME = "model"  # files are called model.onnx, ...
 
 
@@ -104,7 +105,7 @@ def export_and_prove(
         verification = verify(module, path, samples, mean=card.mean, std=card.std)
         if not verification.verified:
             path = reject(path)
-        done(verification.reason)
+        done(verification.reason, good=verification.verified)
     if not verification.verified:
         console.warn(f"{path.name} does not compute what the student computes and was set aside")
     return Proven(path, name, verification, embed_preprocessing)
@@ -119,10 +120,10 @@ def time_files(
     """
     runtimes = [open_runtime(path, input_shape=input_shape) for path in paths]
     images = to_input(samples[np.arange(max(BATCHES)) % len(samples)], (0.5,), (0.25,))  # [32, C, H, W]
-    single = bench_together(runtimes, images[:1])
+    single = bench_together(runtimes, images[:1], min_seconds=BENCH_SECONDS)
     slowest_seconds = max(latency.p50_ms for latency in single) / 1e3
     batch = next(batch for batch in BATCHES if batch * slowest_seconds <= BATCH_SECONDS or batch == 1)
-    many = bench_together(runtimes, images[:batch]) if batch > 1 else single
+    many = bench_together(runtimes, images[:batch], min_seconds=BENCH_SECONDS) if batch > 1 else single
     return [_timing(one, several) for one, several in zip(single, many, strict=True)]
 
 

@@ -29,6 +29,7 @@ REDRAWS_PER_SECOND = 8
 NAME_WIDTH = 11
 PIPE_WIDTH = 140  # columns of a table that goes to a file or another program
 SPARK_WIDTH = 40
+MARKS: dict[bool | None, tuple[str, str]] = {True: ("✓ ", GOOD), False: ("✗ ", BAD), None: ("? ", CAUTION)}
 SPARKS = "▁▂▃▄▅▆▇█"
 
 show = Console(stderr=True, highlight=False)
@@ -58,24 +59,29 @@ def error(message: str, hint: str) -> None:
 
 
 @contextmanager
-def stage(name: str, doing: str) -> Iterator[Callable[[str], None]]:
-    """A spinner while a stage works; the function that it yields says in one phrase what came of it."""
-    outcome: list[str] = []
+def stage(name: str, doing: str) -> Iterator[Callable[..., None]]:
+    """A spinner while a stage works; the function that it yields, done(text, good=True), says what came of it."""
+    outcome = (doing, True)
+
+    def done(text: str, good: bool = True) -> None:
+        nonlocal outcome
+        outcome = (text, good)
+
     started = time.perf_counter()
     if show.is_terminal:
         waiting = Spinner("dots", Text.assemble((f"{name:<{NAME_WIDTH}}", "bold"), (doing, QUIET)), style=ACCENT)
         with Live(waiting, console=show, transient=True, refresh_per_second=REDRAWS_PER_SECOND):
-            yield outcome.append
+            yield done
     else:
-        yield outcome.append
-    finish(name, " ".join(outcome) or doing, started)
+        yield done
+    finish(name, *outcome, started)
 
 
-def finish(name: str, text: str, started: float) -> None:
+def finish(name: str, text: str, good: bool, started: float) -> None:
     """The line that a finished stage leaves; `started` is its time.perf_counter()."""
     seconds = time.perf_counter() - started
     spent = f"  {duration(seconds)}" if seconds >= 1 else ""
-    show.print(Text.assemble(("✓ ", GOOD), (f"{name:<{NAME_WIDTH}}", "bold"), text, (spent, QUIET)), soft_wrap=True)
+    show.print(Text.assemble(MARKS[good], (f"{name:<{NAME_WIDTH}}", "bold"), text, (spent, QUIET)), soft_wrap=True)
 
 
 @contextmanager
@@ -105,7 +111,7 @@ def rounds(title: str) -> Iterator[Callable[["RoundMetrics"], None]]:
         f"{last.round:,} rounds, {last.steps:,} steps, {last.images_seen:,} images, "
         f"{last.agreement:.1f} % agreement with the teacher"
     )
-    finish("distil", text, started)
+    finish("distil", text, True, started)
 
 
 def round_view(title: str, history: Sequence["RoundMetrics"]) -> RenderableType:
@@ -122,49 +128,35 @@ def round_view(title: str, history: Sequence["RoundMetrics"]) -> RenderableType:
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style=QUIET, justify="right")
     facts.add_column()
+    agreements = sparkline([past.agreement for past in history])
     facts.add_row(
-        "agreement with the teacher",
-        Text.assemble(
-            (f"{metrics.agreement:5.1f} %", f"bold {ACCENT}"),
-            "   ",
-            (sparkline([past.agreement for past in history]), ACCENT),
-        ),
+        "agreement", Text.assemble((f"{metrics.agreement:.1f} %", f"bold {ACCENT}"), "   ", (agreements, ACCENT))
     )
-    facts.add_row("losses", losses(metrics))
-    facts.add_row(
-        "synthetic samples",
-        Text.assemble(f"{metrics.buffer_size:,}", ("   class balance ", QUIET), f"{metrics.class_balance:.2f}"),
-    )
-    facts.add_row(
-        "speed",
-        Text.assemble(
-            f"{metrics.images_per_second:,.0f}",
-            (" images/s   ", QUIET),
-            f"{metrics.images_seen:,}",
-            (" images in ", QUIET),
-            f"{metrics.steps:,}",
-            (" steps", QUIET),
-        ),
-    )
-    phase = {"warm-up": "filling the buffer", "distill": "distilling"}[metrics.phase]
+    facts.add_row("student loss", f"{metrics.distillation_loss:.3g}" if metrics.steps else Text("waits", QUIET))
+    facts.add_row("image loss", image_losses(metrics))
+    facts.add_row("samples", named(("", f"{metrics.buffer_size:,}"), ("class balance", f"{metrics.class_balance:.2f}")))
+    facts.add_row("speed", f"{metrics.images_per_second:,.0f} images/s" if metrics.steps else Text("waits", QUIET))
+    phase = {"warm-up": "the first samples", "distill": "distilling"}[metrics.phase]
     head = Text.assemble((title, "bold"), (f"   {phase}", QUIET))
     return Padding(Group(head, Text(), bar, Text(), facts), (1, 2))
 
 
-def losses(metrics: "RoundMetrics") -> Text:
-    """The losses of a round, those that are not yet there left out."""
-    parts = (
-        ("inversion", metrics.inversion_loss),
-        ("prior", metrics.prior_loss),
-        ("class", metrics.class_loss),
-        ("adversarial", metrics.adversarial_loss),
-        ("distillation", metrics.distillation_loss),
+def image_losses(metrics: "RoundMetrics") -> Text:
+    """The loss of the synthetic images and its parts."""
+    return named(
+        ("", f"{metrics.inversion_loss:.3g}"),
+        ("prior", f"{metrics.prior_loss:.3g}"),
+        ("class", f"{metrics.class_loss:.3g}"),
+        ("adversarial", f"{metrics.adversarial_loss:.3g}"),
     )
+
+
+def named(*parts: tuple[str, str]) -> Text:
+    """Values with their names before them, the names quiet."""
     text = Text()
     for name, value in parts:
-        if value == value:
-            text.append(f"{name} ", QUIET)
-            text.append(f"{value:.3g}   ")
+        text.append(f"   {name} " if name else "", QUIET)
+        text.append(value)
     return text
 
 
@@ -180,9 +172,10 @@ def sparkline(values: Sequence[float]) -> str:
 
 def plain_round(metrics: "RoundMetrics") -> str:
     """One round as one line."""
+    student = f"student loss {metrics.distillation_loss:.3g}  " if metrics.steps else ""
     return (
-        f"round {metrics.round}/{metrics.rounds}  {metrics.phase}  agreement {metrics.agreement:.1f} %  "
-        f"balance {metrics.class_balance:.2f}  {losses(metrics).plain.strip()}  "
+        f"round {metrics.round}/{metrics.rounds}  agreement {metrics.agreement:.1f} %  {student}"
+        f"image loss {image_losses(metrics).plain}  balance {metrics.class_balance:.2f}  "
         f"{metrics.images_per_second:,.0f} images/s  {duration(metrics.seconds_left)} left"
     )
 
@@ -229,9 +222,8 @@ def print_comparison(rows: Sequence[tuple[str, str, str, str]], artifacts: Seque
         table.add_row(*(Text(cell) for cell in row))
     result.print()
     result.print(table)
-    marks = {True: ("✓ ", GOOD), False: ("✗ ", BAD), None: ("? ", CAUTION)}
     for verified, text in artifacts:
-        result.print(Text.assemble(marks[verified], text), soft_wrap=True)
+        result.print(Text.assemble(MARKS[verified], text), soft_wrap=True)
 
 
 def print_closing(folder: str, files: Sequence[str]) -> None:

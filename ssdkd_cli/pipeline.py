@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -82,19 +82,21 @@ def compress(options: Options, *, command: str) -> Finished:
     started = time.perf_counter()
     check_formats(options.export)
     compute = choose_device(options.device)
-    overrides = distillation_overrides(options)
+    ablations = read_config(options.config)["distillation"] if options.config else {}
     folder = options.out or runs.default_folder(options.teacher, options.student)
     runs.check_free(folder, options.overwrite)
     with new_folder(folder):
         teacher = load(options)
-        settings = settings_for(options.effort, image_shape=teacher.spec.input_shape, **overrides)
+        settings = settings_for(
+            options.effort, image_shape=teacher.spec.input_shape, **ablations | typed_settings(options)
+        )
         student = build(options, teacher)
         labelled = read_labelled(options.eval_data, teacher)
         check_space(folder, needed_bytes(teacher, student, settings))
 
     runs.clear(folder)
     card = runs.teacher_card(teacher.spec, options.student)
-    write_text(folder / runs.CONFIG, resolved_config(options, overrides, settings))
+    write_text(folder / runs.CONFIG, write_config(as_typed(options), ablations, dataclasses.asdict(settings)))
     distilled = teach(teacher, student, settings, compute, folder, card, options)
     weights = runs.save_student(folder, distilled.student, card)
     warnings = [*teacher.spec.warnings, *warn_all(prior_warnings(distilled.state))]
@@ -156,14 +158,14 @@ def new_folder(folder: Path) -> Iterator[None]:
         raise
 
 
-def distillation_overrides(options: Options) -> dict[str, Any]:
-    """Settings that --effort does not decide: the [distillation] table of --config, and over it what was typed."""
-    overrides = dict(read_config(options.config)["distillation"]) if options.config else {}
+def typed_settings(options: Options) -> dict[str, Any]:
+    """Settings that have an option of their own, where it was given; they win over the [distillation] table."""
+    settings: dict[str, Any] = {}
     if options.samples:
-        overrides["samples"] = options.samples
+        settings["samples"] = options.samples
     if options.batch_size:
-        overrides |= {"student_batch": options.batch_size, "inversion_batch": options.batch_size}
-    return overrides
+        settings |= {"student_batch": options.batch_size, "inversion_batch": options.batch_size}
+    return settings
 
 
 def load(options: Options) -> Teacher:
@@ -290,11 +292,6 @@ def warn_all(sentences: Sequence[str]) -> list[str]:
     return list(sentences)
 
 
-def resolved_config(options: Options, overrides: Mapping[str, Any], settings: DistillationSettings) -> str:
-    """The text of config.toml: what repeats this run, wherever it is started from."""
-    return write_config(as_typed(options), overrides, dataclasses.asdict(settings))
-
-
 def prior_warnings(state: State) -> list[str]:
     """What the classes of the synthetic samples say of the teacher's prior, where it is suspicious."""
     histogram = class_histogram(state)
@@ -305,9 +302,9 @@ def prior_warnings(state: State) -> list[str]:
 
 
 def save_picture(folder: Path, state: State, names: Sequence[str]) -> None:
-    """samples.png, from the newest state of the replay buffer."""
-    filled = state.buffer.size
-    images, classes = (tensor[:filled].cpu().numpy() for tensor in (state.buffer.images, state.buffer.classes))
+    """samples.png: of each class the newest samples in the replay buffer."""
+    newest = state.buffer.born[: state.buffer.size].argsort(descending=True)
+    images, classes = (tensor[newest].cpu().numpy() for tensor in (state.buffer.images, state.buffer.classes))
     write_samples(folder / runs.SAMPLES_PICTURE, images, classes, names)
 
 

@@ -4,7 +4,7 @@ What is not known is null. Paths of artifacts are relative to the run's folder. 
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -13,7 +13,7 @@ from engine.errors import SSDKDError
 from ssdkd_cli.files import write_text
 from ssdkd_cli.words import count, duration, markdown_table, percent, shape, size, times
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 

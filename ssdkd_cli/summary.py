@@ -7,6 +7,7 @@ from ssdkd_cli import console, runs
 from ssdkd_cli.report import Artifact, Report
 from ssdkd_cli.words import count, milliseconds, percent, size, times
 
+SAME = 1.05  # numbers that differ by less are called the same
 Words = Callable[[float | None], str]
 Row = tuple[str, str, str, str]  # name, teacher, student, gain
 
@@ -32,22 +33,22 @@ def comparison(report: Report) -> list[Row]:
         ("", teacher.arch, student.arch, ""),
         ("accuracy", percent(teacher.accuracy), percent(student.accuracy), kept),
         ("agreement", "", percent(student.agreement), "on held-out synthetic samples"),
-        _row("parameters", teacher.parameters, student.parameters, count, "fewer"),
-        _row("FLOPs", teacher.flops, student.flops, count, "fewer"),
-        _row("file", teacher.size_bytes, student.size_bytes, size, "smaller"),
+        _row("parameters", teacher.parameters, student.parameters, count, ("fewer", "more")),
+        _row("FLOPs", teacher.flops, student.flops, count, ("fewer", "more")),
+        _row("file", teacher.size_bytes, student.size_bytes, size, ("smaller", "larger")),
         _row(
             "latency p50",
             teacher.latency_ms.p50 if teacher.latency_ms else None,
             latency.p50 if latency else None,
             milliseconds,
-            "faster",
+            ("faster", "slower"),
         ),
         _row(
             f"images/s, batch {batch}" if batch else "images/s",
             teacher.throughput_per_s,
             artifact.throughput_per_s if artifact else None,
             count,
-            "more",
+            ("fewer", "more"),
         ),
     ]
     return [row for row in rows if row[1:3] != (percent(None), percent(None))]
@@ -59,13 +60,10 @@ def artifact_line(item: Artifact) -> str:
     return f"{item.path}, {size(item.size_bytes)}, {state}: {item.verified_reason}"
 
 
-def _row(
-    name: str, teacher: float | None, student: float | None, words: Callable[[float | None], str], gain: str
-) -> Row:
+def _row(name: str, teacher: float | None, student: float | None, words: Words, change: tuple[str, str]) -> Row:
+    """`change`: what to call a student whose number is smaller, and one whose number is larger."""
     if not teacher or not student:
         return name, words(teacher), words(student), ""
-    larger, smaller = (student, teacher) if gain == "more" else (teacher, student)
-    change = (
-        f"{times(larger, smaller)} {gain}" if larger > smaller else f"no gain: {times(smaller, larger)} the teacher's"
-    )
-    return name, words(teacher), words(student), change
+    larger, smaller = max(teacher, student), min(teacher, student)
+    gain = "the same" if larger < SAME * smaller else f"{times(larger, smaller)} {change[student > teacher]}"
+    return name, words(teacher), words(student), gain
