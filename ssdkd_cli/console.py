@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ACCENT, GOOD, CAUTION, BAD, QUIET = "cyan", "green", "yellow", "bold red", "bright_black"
 PLAIN_LINE_SECONDS = 5.0
 REDRAWS_PER_SECOND = 8
-NAME_WIDTH = 11
+NAME_WIDTH = 10
 PIPE_WIDTH = 140  # columns of a table that goes to a file or another program
 SPARK_WIDTH = 40
 MARKS: dict[bool | None, tuple[str, str]] = {True: ("✓ ", GOOD), False: ("✗ ", BAD), None: ("? ", CAUTION)}
@@ -36,26 +36,31 @@ show = Console(stderr=True, highlight=False)
 result = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
-def line(mark: str, style: str, text: str) -> None:
-    """One line of the show; long ones are not broken, so that they can be searched."""
-    show.print(Text.assemble((f"{mark} ", style), text), soft_wrap=True)
+def line(mark: Text, text: Text | str) -> None:
+    """A mark and its text: beside each other on a terminal; elsewhere one unbroken line, so that it can be searched."""
+    if show.is_terminal:
+        beside = Table.grid(padding=(0, 1, 0, 0))
+        beside.add_row(mark, text)
+        show.print(beside)
+    else:
+        show.print(Text.assemble(mark, " ", text), soft_wrap=True)
 
 
 def warn(text: str) -> None:
     """Something that the user should know and that does not stop the run."""
-    line("!", CAUTION, text)
+    line(Text("!", CAUTION), text)
 
 
 def note(text: str) -> None:
     """Something worth knowing."""
-    line(" ", QUIET, text)
+    line(Text(" "), text)
 
 
 def error(message: str, hint: str) -> None:
     """What is wrong, and what to type next."""
-    line("ERROR", BAD, message)
+    line(Text("ERROR", BAD), message)
     if hint:
-        line("HINT", ACCENT, hint)
+        line(Text("HINT ", ACCENT) if show.is_terminal else Text("HINT", ACCENT), hint)
 
 
 @contextmanager
@@ -81,7 +86,7 @@ def finish(name: str, text: str, good: bool, started: float) -> None:
     """The line that a finished stage leaves; `started` is its time.perf_counter()."""
     seconds = time.perf_counter() - started
     spent = f"  {duration(seconds)}" if seconds >= 1 else ""
-    show.print(Text.assemble(MARKS[good], (f"{name:<{NAME_WIDTH}}", "bold"), text, (spent, QUIET)), soft_wrap=True)
+    line(Text.assemble(MARKS[good], (f"{name:<{NAME_WIDTH}}", "bold")), Text.assemble(text, (spent, QUIET)))
 
 
 @contextmanager

@@ -1,0 +1,259 @@
+import errno
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine.errors import NonFiniteLossError
+from exporters.verify import Verification
+from ssdkd_cli import artifacts, console, files, pipeline
+
+
+def arguments(shared: Path, out: Path, *more: object) -> list[object]:
+    teacher, config = shared / "teacher.pt", shared / "ssdkd.toml"
+    return ["compress", teacher, "--student", "resnet8", "--config", config, "--out", out, *more]
+
+
+def test_a_run_leaves_all_its_files(compressed: Path) -> None:
+    assert {path.name for path in compressed.iterdir()} == {
+        *("student.safetensors", "model.onnx", "report.json", "report.md"),
+        *("metrics.jsonl", "samples.png", "samples.npz", "config.toml"),
+    }
+
+
+def test_the_report_says_what_was_done(compressed: Path, shared: Path) -> None:
+    report = json.loads((compressed / "report.json").read_text())
+    assert report["command"].startswith(f"ssdkd compress {shared}/teacher.pt --student resnet8")
+    teacher, student, distillation = report["teacher"], report["student"], report["distillation"]
+    assert (teacher["arch"], teacher["classes"], teacher["input_shape"]) == ("resnet8", 4, [1, 16, 16])
+    assert teacher["class_names"] == ["apple", "bird", "cat", "dog"]
+    assert teacher["accuracy_images"] == 20
+    assert 0 <= teacher["accuracy"] <= 100
+    assert 0 <= student["agreement"] <= 100
+    assert student["parameters"] == teacher["parameters"]
+    assert student["size_bytes"] == (compressed / "student.safetensors").stat().st_size
+    assert (distillation["rounds"], distillation["steps"]) == (3, 4)
+    assert distillation["images_seen"] == 4 * 16
+    assert sum(distillation["class_histogram"]) == distillation["samples"]
+    assert distillation["settings"]["student_batch"] == 16
+    (artifact,) = report["artifacts"]
+    assert (artifact["path"], artifact["format"], artifact["precision"]) == ("model.onnx", "onnx", "fp32")
+    assert artifact["verified"] is True
+    assert artifact["agreement"] == 100
+    assert artifact["accuracy"] == student["accuracy"]
+    assert 0 < artifact["latency_ms"]["p50"] <= artifact["latency_ms"]["p99"]
+    assert report["recommendation"]["artifact"] == "model.onnx"
+    assert report["gates"] == []
+
+
+def test_metrics_are_one_json_line_a_round(compressed: Path) -> None:
+    lines = [json.loads(line) for line in (compressed / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [1, 2, 3]
+    assert [line["phase"] for line in lines] == ["warm-up", "distill", "distill"]
+    assert lines[0]["distillation_loss"] is None  # nothing was learned yet: unknown, not NaN
+    assert lines[2]["distillation_loss"] > 0
+
+
+def test_the_model_file_takes_any_batch_and_says_what_it_is(compressed: Path) -> None:
+    session = onnxruntime.InferenceSession(compressed / "model.onnx", providers=["CPUExecutionProvider"])
+    for batch in (1, 3):
+        (logits,) = session.run(["logits"], {"images": np.zeros((batch, 1, 16, 16), np.float32)})
+        assert logits.shape == (batch, 4)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["ssdkd.class_names"]) == ["apple", "bird", "cat", "dog"]
+
+
+def test_config_toml_repeats_the_run_bit_for_bit(ssdkd: Any, compressed: Path, tmp_path: Path) -> None:
+    again = ssdkd("compress", "--config", compressed / "config.toml", "--out", tmp_path / "again")
+    assert again.code == 0, again.err
+    first, second = (load_file(folder / "student.safetensors") for folder in (compressed, tmp_path / "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (tmp_path / "again/config.toml").read_text() == (compressed / "config.toml").read_text()
+
+
+def test_json_is_the_report_and_nothing_else(ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    build = pipeline.build_student
+
+    def chatty(*args: Any, **kwargs: Any) -> Any:
+        print("a user's own code prints")
+        return build(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "build_student", chatty)
+    ran = ssdkd(*arguments(shared, tmp_path / "run", "--json", "--time-limit", "1h"))
+    assert ran.code == 0, ran.err
+    assert ran.json == json.loads((tmp_path / "run/report.json").read_text())
+    assert "a user's own code prints" in ran.err
+    assert ran.json["teacher"]["accuracy"] is None
+    assert any("--time-limit" in warning for warning in ran.json["warnings"])
+
+
+def test_embedded_preprocessing_is_proven_too(ssdkd: Any, shared: Path, tmp_path: Path) -> None:
+    ran = ssdkd(*arguments(shared, tmp_path / "run", "--json", "--embed-preprocessing"))
+    assert ran.code == 0, ran.err
+    (artifact,) = ran.json["artifacts"]
+    assert artifact["verified"] is True
+    assert artifact["notes"] == ["takes images in 0...1"]
+
+
+def test_a_file_that_fails_its_proof_is_set_aside(ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    write = artifacts.write_format
+
+    def corrupt(name: str, module: Any, path: Path, card: Any, **options: Any) -> None:
+        with torch.no_grad():
+            next(parameter for parameter in module.parameters() if parameter.dim() == 4).add_(0.5)
+            write(name, module, path, card, **options)
+            next(parameter for parameter in module.parameters() if parameter.dim() == 4).sub_(0.5)
+
+    monkeypatch.setattr(artifacts, "write_format", corrupt)
+    ran = ssdkd(*arguments(shared, tmp_path / "run", "--json"))
+    assert ran.code == 3
+    (artifact,) = ran.json["artifacts"]
+    assert (artifact["path"], artifact["verified"]) == ("model.onnx.rejected", False)
+    assert ran.json["recommendation"] is None
+    assert (tmp_path / "run/model.onnx.rejected").exists()
+    assert not (tmp_path / "run/model.onnx").exists()
+    assert "NO" in (tmp_path / "run/report.md").read_text()
+
+
+def test_a_file_that_never_ran_has_no_numbers(ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(artifacts, "verify", lambda *_, **__: Verification(False, "cannot be opened", None, None))
+    ran = ssdkd(*arguments(shared, tmp_path / "run", "--json"))
+    assert ran.code == 3
+    (artifact,) = ran.json["artifacts"]
+    assert artifact["max_abs_error"] is None
+    assert artifact["latency_ms"] is None
+    assert artifact["verified_reason"] == "cannot be opened"
+
+
+def test_an_interrupted_run_keeps_the_student_so_far(
+    ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    plain = console.plain_round
+
+    def interrupt(metrics: Any) -> str:
+        if metrics.round == 2:
+            raise KeyboardInterrupt
+        return plain(metrics)
+
+    monkeypatch.setattr(console, "plain_round", interrupt)
+    monkeypatch.setattr(console, "PLAIN_LINE_SECONDS", 0.0)
+    ran = ssdkd(*arguments(shared, tmp_path / "run"))
+    assert ran.code == 130
+    assert str(tmp_path / "run/student.safetensors") in ran.err
+    assert str(tmp_path / "run/metrics.jsonl") in ran.err
+    assert "Traceback" not in ran.err
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
+    scored = ssdkd("eval", tmp_path / "run", "--data", shared / "test.npz", "--json")
+    assert scored.code == 0, scored.err
+    assert [row["images"] for row in scored.json] == [20]
+
+
+def test_overwrite_replaces_the_run_and_nothing_else(
+    ssdkd: Any, shared: Path, compressed: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(compressed, folder)
+    (folder / "model.onnx.rejected").write_text("old")
+    (folder / "notes.txt").write_text("mine")
+    ran = ssdkd(*arguments(shared, folder, "--overwrite", "--seed", "1"))
+    assert ran.code == 0, ran.err
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert not (folder / "model.onnx.rejected").exists()
+    assert json.loads((folder / "report.json").read_text())["distillation"]["seed"] == 1
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_a_disk_that_fails_while_the_student_is_written(
+    code: int, ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(code, "as the system says it", str(tmp_path / "run/student.safetensors"))
+
+    monkeypatch.setattr(pipeline.runs, "write_bytes", full)
+    ran = ssdkd(*arguments(shared, tmp_path / "run"))
+    assert ran.code == 1
+    assert "student.safetensors" in ran.err
+    assert "--out DIR" in ran.err
+    assert "Traceback" not in ran.err
+    assert ran.out == ""
+
+
+def test_too_little_space_is_found_before_the_work(ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
+    ran = ssdkd(*arguments(shared, tmp_path / "run"))
+    assert ran.code == 1
+    assert "MB free" in ran.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_names_the_batch_size_to_try(
+    error: Exception, ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, "distill", fail)
+    ran = ssdkd(*arguments(shared, tmp_path / "run", "--batch-size", "64", "--json"))
+    assert ran.code == 1
+    assert "out of memory with a batch of 64" in ran.err
+    assert "--batch-size 32" in ran.err
+    assert ran.out == ""
+
+
+def test_a_loss_that_is_not_finite_leaves_no_student(
+    ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise NonFiniteLossError("a loss became NaN in round 7", "lower student_rate")
+
+    monkeypatch.setattr(pipeline, "distill", fail)
+    ran = ssdkd(*arguments(shared, tmp_path / "run"))
+    assert ran.code == 1
+    assert "round 7" in ran.err
+    assert not (tmp_path / "run/student.safetensors").exists()
+
+
+def test_a_bug_keeps_its_traceback(ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(pipeline, "distill", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ssdkd(*arguments(shared, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("student", ["same", "resnet8"])
+def test_a_teacher_without_latency_is_reported_as_unknown(
+    student: str, ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from engine.errors import SSDKDError
+
+    write = artifacts.write_format
+
+    def only_students(name: str, module: Any, path: Path, card: Any, **options: Any) -> None:
+        if path.name == "teacher.onnx":
+            raise SSDKDError("the teacher cannot be exported", "")
+        write(name, module, path, card, **options)
+
+    monkeypatch.setattr(artifacts, "write_format", only_students)
+    config = shared / "ssdkd.toml"
+    ran = ssdkd(
+        *("compress", shared / "teacher.pt", "--student", student, "--config", config, "--out", tmp_path / "run"),
+        "--json",
+    )
+    assert ran.code == 0, ran.err
+    assert ran.json["teacher"]["latency_ms"] is None
+    assert ran.json["artifacts"][0]["latency_ms"] is not None
+    assert "the teacher cannot be exported" in ran.err
