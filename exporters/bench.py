@@ -45,7 +45,7 @@ def bench_together(
     min_seconds: float = 1.0,
     min_repeats: int = 50,
 ) -> list[Latency]:
-    """Time several runtimes on the same batch [B, C, H, W], in short turns of equal length, so that noise hits all alike.
+    """Time several runtimes on the same batch [B, C, H, W], in short turns of equal length: noise hits all alike.
 
     After a warm-up each is called for at least `min_seconds` and `min_repeats` times, until every median is stable;
     where the machine is too busy for that, or the file too slow, it ends after four times `min_seconds` of each.

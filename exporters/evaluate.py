@@ -3,6 +3,8 @@
 import re
 import warnings
 import zipfile
+import zlib
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from engine.errors import SSDKDError
 from exporters.runtimes import Predict, available_threads, to_input
@@ -43,7 +45,8 @@ def load_labelled(
         return _load_folder(path, input_shape, classes, class_names)
     if path.suffix.lower() == ".npz" and path.is_file():
         return _load_npz(path, input_shape, classes, class_names)
-    raise SSDKDError(f"{path}: expected a folder of class folders or an .npz file, found neither", LAYOUT_HINT)
+    found = "another file" if path.exists() else "nothing there"
+    raise SSDKDError(f"{path}: expected a folder of class folders or an .npz file, found {found}", LAYOUT_HINT)
 
 
 def accuracy(
@@ -74,7 +77,10 @@ def accuracy(
 def _load_folder(
     path: Path, input_shape: tuple[int, int, int], classes: int, class_names: tuple[str, ...] | None
 ) -> LabelledImages:
-    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    try:
+        folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise SSDKDError(f"{path} cannot be read: {error.strerror}", LAYOUT_HINT) from error
     names = tuple(folder.name for folder in folders)
     numbers, ordered_names = _number_classes(path, names, classes, class_names)
     files, labels = [], []
@@ -90,9 +96,9 @@ def _load_folder(
     def read(index: int) -> None:
         images[index] = _read_image(files[index], input_shape)
 
-    with ThreadPoolExecutor(available_threads()) as pool:
-        for _ in pool.map(read, range(len(files))):
-            pass
+    with warnings.catch_warnings(), ThreadPoolExecutor(available_threads()) as pool:
+        warnings.simplefilter("ignore")  # Pillow warns of odd EXIF blocks and palettes
+        deque(pool.map(read, range(len(files))), maxlen=0)  # raises what a thread raised
     return LabelledImages(images, np.asarray(labels, dtype=np.int64), ordered_names)
 
 
@@ -103,16 +109,17 @@ def _number_classes(
     if len(names) != classes:
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         raise SSDKDError(
-            f"{path}: expected {classes} class folders, found {len(names)} ({shown or 'none'})", LAYOUT_HINT
+            f"{path}: expected the model's {classes} classes, found {len(names)} ({shown or 'none'})",
+            f"{LAYOUT_HINT}, of the classes that the model knows",
         )
     if class_names is None:
         return list(range(classes)), names
     number_of = {_plain(name): number for number, name in enumerate(class_names)}
     found = [number_of.get(_plain(name)) for name in names]
     known = [number for number in found if number is not None]
-    if not known or len(number_of) != classes:
+    if not known or len(number_of) != classes or len({_plain(name) for name in names}) != classes:
         return list(range(classes)), names
-    if len(set(known)) != classes:
+    if len(known) != classes:
         strangers = [name for name, number in zip(names, found, strict=True) if number is None]
         raise SSDKDError(
             f"{path}: some folders carry names of the model's classes, others do not: {', '.join(strangers[:5])}",
@@ -127,17 +134,19 @@ def _plain(name: str) -> str:
 
 def _read_image(file: Path, input_shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd EXIF blocks, which nothing here reads
-            with Image.open(file) as image:
-                return _fitted(image, input_shape)
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        with Image.open(file) as image:
+            return _fitted(image, input_shape)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise SSDKDError(f"{file} cannot be read as an image: {error}", "remove it or replace it") from error
 
 
 def _fitted(image: Image.Image, input_shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     """Return a picture as uint8 [H, W, C]: the shorter side resized (bilinear), then the centre cut out."""
     channels, height, width = input_shape
+    if image.mode == "F":
+        raise ValueError("float pixels have no known range")
+    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion cuts everything above 255 off
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     converted = image if image.mode == MODES[channels] else image.convert(MODES[channels])
     if converted.size != (width, height):
         scale = max(width / converted.width, height / converted.height)
@@ -154,13 +163,13 @@ def _load_npz(
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays: dict[str, NDArray[Any]] = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise SSDKDError(f"{path} cannot be read: {error}", LAYOUT_HINT) from error
     missing = {"images", "labels"} - arrays.keys()
     if missing:
         raise SSDKDError(f"{path} lacks {' and '.join(sorted(missing))}; found {', '.join(arrays)}", LAYOUT_HINT)
     images, labels = arrays["images"], arrays["labels"]
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] > (4,):
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in MODES):
         raise SSDKDError(
             f"{path}: expected images uint8 [N, H, W] or [N, H, W, C], found {images.dtype} {list(images.shape)}",
             LAYOUT_HINT,
