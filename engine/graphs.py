@@ -1,0 +1,147 @@
+"""Exported graphs as modules: BatchNorm layers are taken out of the operations again, and the batch is made free."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from engine.errors import SSDKDError
+from engine.probing import FORWARD_ERRORS, Shape, noise
+
+aten = torch.ops.aten
+TOLERANCE = 1e-4  # relative to the largest logit
+
+# Operation -> position of epsilon; the first five arguments are input, weight, bias, running mean and running variance.
+BATCHNORMS = {
+    aten.batch_norm.default: 7,
+    aten._native_batch_norm_legit_no_training.default: 6,
+    aten.native_batch_norm.default: 7,
+    aten._native_batch_norm_legit.default: 7,
+}
+SHAPE_OPERATIONS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A network as an exporter wrote it."""
+
+    module: nn.Module  # runs it; with BatchNorm layers where the file still has them
+    reference: Callable[[Tensor], Tensor]  # runs it as its own runtime does, [batch, C, H, W] -> logits
+    input_shape: Shape | None
+    batch: int | None  # where the exporter fixed it
+
+
+class GraphBatchNorm(_BatchNorm):
+    """BatchNorm of any number of dimensions: the graph does not say which of nn.BatchNorm1d, 2d, 3d it was."""
+
+    def _check_input_dim(self, _input: Tensor) -> None:
+        pass
+
+
+def restore_batchnorm(module: fx.GraphModule) -> fx.GraphModule:
+    """Puts a BatchNorm layer in the place of every BatchNorm operation with stored statistics; in place.
+
+    A hook sees the inputs of a layer, but not those of an operation.
+    """
+    nodes = [node for node in module.graph.nodes if node.op == "call_function" and node.target in BATCHNORMS]
+    for index, node in enumerate(nodes):
+        tensors = [_constant(module, argument) for argument in node.args[1:5]]
+        mean, variance = tensors[2:]
+        if mean is None or variance is None:
+            continue
+        name = f"batchnorm_{index}"
+        module.add_module(name, _batchnorm_layer(*tensors, epsilon=node.args[BATCHNORMS[node.target]]))
+        with module.graph.inserting_before(node):
+            layer = module.graph.call_module(name, (node.args[0],))
+        if node.target is aten.batch_norm.default:
+            node.replace_all_uses_with(layer)
+        else:  # these give (output, mean, deviation)
+            for user in list(node.users):
+                if user.args[1] != 0:
+                    raise AssertionError("a BatchNorm in eval mode whose statistics are used")
+                user.replace_all_uses_with(layer)
+                module.graph.erase_node(user)
+        module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.delete_all_unused_submodules()
+    _forget_unused_tensors(module)
+    module.recompile()
+    return module
+
+
+def loosen_batch(module: fx.GraphModule, batch: int) -> None:
+    """Replaces a batch size that the exporter wrote into reshaping operations by "whatever is left"; in place."""
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target in SHAPE_OPERATIONS:
+            sizes = node.args[1]
+            if isinstance(sizes, list | tuple) and sizes and sizes[0] == batch and -1 not in sizes:
+                node.args = (node.args[0], [-1, *sizes[1:]])
+    module.recompile()
+
+
+def same_logits(module: nn.Module, graph: Graph, shape: Shape) -> bool:
+    """Whether `module` computes what the graph computes on noise of `shape`; a module that cannot run does not."""
+    images = noise(shape, graph.batch or 2)
+    expected = graph.reference(images)
+    try:
+        with torch.no_grad():
+            found = module.eval()(images)
+    except FORWARD_ERRORS:
+        return False
+    return isinstance(found, Tensor) and found.shape == expected.shape and relative_error(found, expected) < TOLERANCE
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference over the largest absolute value expected; NaN where either has one."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+
+
+def check_graph(graph: Graph, shape: Shape, name: str) -> None:
+    """Raises SSDKDError unless the graph runs with other batches than the exporter's, and computes the same in them."""
+    if graph.batch is None:
+        return
+    images = noise(shape, 2 * graph.batch)
+    expected = torch.cat([graph.reference(part) for part in images.split(graph.batch)])
+    try:
+        with torch.no_grad():
+            found = graph.module(images)
+        free = found.shape == expected.shape and relative_error(found, expected) < TOLERANCE
+    except FORWARD_ERRORS:
+        free = False
+    if not free:
+        raise SSDKDError(
+            f"{name} was exported for batches of {graph.batch} image(s) alone: expected a graph whose batch size is free",
+            "export it again with a dynamic batch dimension, or give the checkpoint that it was exported from",
+        )
+
+
+def _batchnorm_layer(
+    weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, epsilon: float
+) -> GraphBatchNorm:
+    layer = GraphBatchNorm(len(mean), eps=float(epsilon), affine=weight is not None or bias is not None)
+    layer.running_mean, layer.running_var = mean.detach().clone(), variance.detach().clone()
+    if weight is not None:
+        layer.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone())
+    return layer.eval()
+
+
+def _constant(module: fx.GraphModule, argument: object) -> Tensor | None:
+    if not isinstance(argument, fx.Node) or argument.op != "get_attr":
+        return None
+    path, _, name = str(argument.target).rpartition(".")
+    value = getattr(module.get_submodule(path), name)
+    return value if isinstance(value, Tensor) else None
+
+
+def _forget_unused_tensors(module: fx.GraphModule) -> None:
+    """The operations' own copies of the statistics would be saved and counted as parameters twice."""
+    used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    for name in [*dict(module.named_parameters()), *dict(module.named_buffers())]:
+        path, _, attribute = name.rpartition(".")
+        owner = module.get_submodule(path)
+        if name not in used and not isinstance(owner, GraphBatchNorm):
+            delattr(owner, attribute)

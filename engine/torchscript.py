@@ -1,0 +1,178 @@
+"""TorchScript archives: their state dict, and their operations as a module whose BatchNorm layers take hooks.
+
+A loaded ScriptModule's own layers take none. So the frozen graph is written out operation by operation; branches, which
+are decisions about sizes or about training, are taken as one example image takes them.
+"""
+
+import operator
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from engine.graphs import Graph, restore_batchnorm
+from engine.probing import FORWARD_ERRORS, TRIED_PIXELS, Shape, noise
+from engine.safe_pickle import UNREADABLE, damaged
+from engine.unwrap import State
+
+
+# TorchScript's own operations on numbers and lists, which PyTorch's dispatcher does not take from Python.
+ON_NUMBERS: dict[str, Callable[..., Any]] = {
+    **{name: getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "neg", "eq", "ne", "lt", "le", "gt", "ge")},
+    **{"len": len, "copy": list, "Int": int, "Float": float, "Bool": bool, "div": operator.truediv, "list": list},
+    **{"remainder": operator.mod, "__getitem__": operator.getitem, "__contains__": operator.contains},
+    **{"__is__": operator.is_, "__isnot__": operator.is_not, "__not__": operator.not_},
+    **{"__and__": operator.and_, "__or__": operator.or_},
+}
+
+
+def read_torchscript(path: Path) -> tuple[State, Graph, list[str]]:
+    """The state dict of a TorchScript archive, its graph, and warnings.
+
+    TorchScript is a language of its own without access to files or processes: loading an archive runs no Python.
+
+    Raises:
+        SSDKDError: it is damaged.
+    """
+    try:
+        # torch.jit is deprecated, and warns; the files are there nevertheless.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            script = torch.jit.load(str(path), map_location="cpu").eval()
+            # Frozen, all methods become one graph and all weights constants; without optimizing, BatchNorm stays.
+            trainable = any(True for _ in script.parameters()) or any(True for _ in script.buffers())
+            frozen = torch.jit.freeze(script, optimize_numerics=False) if trainable else script
+    except UNREADABLE as error:
+        raise damaged(path, error) from error
+    state = {name: value.detach() for name, value in script.state_dict().items()}
+
+    def run(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            out: Tensor = script(images)
+        return out
+
+    shape = _working_shape(script, state)
+    notes = []
+    module: nn.Module = script
+    if shape is not None:
+        try:
+            module = restore_batchnorm(_as_operations(frozen.graph, noise(shape)))
+        except _NotPlainError as error:
+            notes.append(f"The TorchScript graph has {error}, so its BatchNorm layers cannot be used.")
+    return state, Graph(module, run, None, None), notes
+
+
+class _NotPlainError(Exception):
+    """A graph with what a list of operations cannot hold."""
+
+
+def _working_shape(script: nn.Module, state: State) -> Shape | None:
+    """A size of images that the network takes; TorchScript does not say which it was made for."""
+    first = next((value for value in state.values() if value.dim() == 4), None)
+    channels = [int(first.shape[1])] if first is not None else [3, 1]
+    for shape in [(count, pixels, pixels) for count in channels for pixels in TRIED_PIXELS]:
+        try:
+            with torch.no_grad():
+                script(noise(shape))
+        except FORWARD_ERRORS:
+            continue
+        return shape
+    return None
+
+
+def _as_operations(graph: Any, example: Tensor) -> fx.GraphModule:
+    """The graph as torch.fx operations. Each is also carried out on `example`, so that branches can be decided."""
+    root = nn.Module()
+    written = fx.Graph()
+    # Per value: what stands for it in the new graph, and what it is for the example.
+    symbols: dict[str, Any] = {}
+    values: dict[str, Any] = {}
+    _self, images = graph.inputs()
+    symbols[images.debugName()], values[images.debugName()] = written.placeholder("images"), example
+
+    def define(name: str, symbol: Any, value: Any) -> None:
+        symbols[name], values[name] = symbol, value
+
+    def walk(nodes: Any) -> None:
+        for node in nodes:
+            inputs = [value.debugName() for value in node.inputs()]
+            outputs = [value.debugName() for value in node.outputs()]
+            kind = node.kind()
+            if kind == "prim::Constant":
+                constant = node.output().toIValue()
+                symbol = constant
+                if isinstance(constant, Tensor):
+                    name = f"constant_{len(list(root.buffers()))}"
+                    root.register_buffer(name, constant.detach())
+                    symbol = written.get_attr(name)
+                define(outputs[0], symbol, constant)
+            elif kind in ("prim::ListConstruct", "prim::TupleConstruct"):
+                make = list if kind == "prim::ListConstruct" else tuple
+                define(outputs[0], make(symbols[name] for name in inputs), make(values[name] for name in inputs))
+            elif kind in ("prim::ListUnpack", "prim::TupleUnpack"):
+                for index, name in enumerate(outputs):
+                    symbol = symbols[inputs[0]]
+                    part = symbol[index] if isinstance(symbol, list | tuple) else written.call_function(operator.getitem, (symbol, index))
+                    define(name, part, values[inputs[0]][index])
+            elif kind == "prim::If":
+                block = list(node.blocks())[0 if values[inputs[0]] else 1]
+                walk(block.nodes())
+                for name, result in zip(outputs, block.outputs(), strict=True):
+                    define(name, symbols[result.debugName()], values[result.debugName()])
+            elif kind == "aten::append" and isinstance(symbols[inputs[0]], list):
+                for known in (symbols, values):
+                    known[inputs[0]].append(known[inputs[1]])
+                define(outputs[0], symbols[inputs[0]], values[inputs[0]])
+            elif kind == "aten::warn":
+                pass
+            elif kind == "prim::RaiseException":
+                raise _NotPlainError("a branch that refuses the image")
+            elif kind.startswith("aten::") or kind in ("prim::NumToTensor", "prim::dtype", "prim::device"):
+                operation, keywords = _operation(node, [values[name] for name in inputs])
+                count = len(inputs) - len(keywords)
+                named = dict(zip(keywords, inputs[count:], strict=True))
+                try:
+                    with torch.no_grad():
+                        value = operation(
+                            *(values[name] for name in inputs[:count]), **{key: values[name] for key, name in named.items()}
+                        )
+                except FORWARD_ERRORS as error:
+                    raise _NotPlainError(f"an instruction {kind} on numbers") from error
+                symbol = value
+                # What holds no image and no size is a plain number: it needs no operation.
+                if any(_has_symbol(symbols[name]) for name in inputs):
+                    arguments = tuple(symbols[name] for name in inputs[:count])
+                    symbol = written.call_function(
+                        operation, arguments, {key: symbols[name] for key, name in named.items()}
+                    )
+                define(outputs[0], symbol, value)
+            else:
+                raise _NotPlainError(f"an instruction {kind}")
+
+    walk(graph.nodes())
+    (result,) = [value.debugName() for value in graph.outputs()]
+    written.output(symbols[result])
+    return fx.GraphModule(root, written)
+
+
+def _operation(node: Any, arguments: Sequence[Any]) -> tuple[Callable[..., Any], list[str]]:
+    """The operation of a node, and the names of those of its last arguments that are taken by name alone."""
+    namespace, _, name = node.kind().partition("::")
+    if not any(isinstance(argument, Tensor) for argument in arguments) and name in ON_NUMBERS:
+        return ON_NUMBERS[name], []
+    overload = node.schema().partition("(")[0].partition(".")[2] or "default"
+    try:
+        operation = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+    except AttributeError as error:
+        raise _NotPlainError(f"an instruction {node.kind()}") from error
+    return operation, [argument.name for argument in operation._schema.arguments if argument.kwarg_only]
+
+
+def _has_symbol(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_has_symbol, value))
+    return isinstance(value, fx.Node)
+
