@@ -20,12 +20,12 @@ class DistillationSettings:
 
     inversion_batch: int = 256  # samples a round
     inversion_steps: int = 5  # K
-    generator_width: int = 32  # channels at full resolution
-    generator_latent: int = 128
-    generator_rate: float = 5e-3  # Adam
-    latent_rate: float = 1.5e-2  # Adam
-    batchnorm_weight: float = 1.0  # a_bn
-    batchnorm_momentum: float = 0.9  # of the average over rounds that L_bn compares
+    generator_width: int = 16  # channels at full resolution
+    generator_latent: int = 256
+    generator_rate: float = 2e-2  # Adam
+    latent_rate: float = 0.1  # Adam
+    batchnorm_weight: float = 10.0  # a_bn
+    batchnorm_momentum: float = 0.0  # of the average over rounds that L_bn compares
     class_weight: float = 1.0  # a_ce
     adversarial_weight: float = 1.0  # a_adv
     gamma: float = 1.0  # exponent of the difficulty-aware part of phi

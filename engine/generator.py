@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 COARSEST_PIXELS = 8  # the first feature map has at most this many pixels a side
+CONTRAST = 2.0  # initial deviation before the sigmoid: at 1, pixels stay grey for many rounds (docs/experiments.md)
 WIDEST = 8  # times `width`: the cap on channels of the coarse maps
 
 
@@ -30,6 +31,7 @@ class Generator(nn.Module):
         self.blocks = nn.Sequential(*(_upsampling_block(before, after) for before, after in pairwise(widths)))
         self.to_pixels = nn.Conv2d(width, channels, 3, padding=1)
         self.pixel_norm = _batchnorm(channels)
+        nn.init.constant_(self.pixel_norm.weight, CONTRAST)
 
     def forward(self, z: Tensor) -> Tensor:
         """Pixels in 0...1 [B, C, H, W]; a size that is no multiple of the coarse map is cropped from the centre."""
