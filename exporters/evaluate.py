@@ -161,7 +161,7 @@ def _load_npz(
     path: Path, input_shape: tuple[int, int, int], classes: int, class_names: tuple[str, ...] | None
 ) -> LabelledImages:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:  # np.load leaks a bad file open
             arrays: dict[str, NDArray[Any]] = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise SSDKDError(f"{path} cannot be read: {error}", LAYOUT_HINT) from error

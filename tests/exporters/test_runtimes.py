@@ -1,0 +1,180 @@
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import nn
+
+from engine.errors import SSDKDError
+from exporters.metadata import describe
+from exporters.runtimes import available_threads, open_runtime, predictor, to_input
+
+
+def foreign(
+    path: Path,
+    shape: Sequence[int | str | None],
+    *,
+    kind: int = TensorProto.FLOAT,
+    pooled: bool = True,
+    operator: str = "Identity",
+) -> Path:
+    """An ONNX file of another tool: the mean of each channel as logits, no metadata."""
+    nodes = [helper.make_node(operator, ["x"], ["y"])]
+    if pooled:
+        nodes.append(helper.make_node("ReduceMean", ["y"], ["z"], axes=[2, 3], keepdims=0))
+    output = helper.make_tensor_value_info("z" if pooled else "y", kind, None)
+    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("x", kind, shape)], [output])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def test_opened_file_says_what_it_takes_and_gives(exported: Path) -> None:
+    runtime = open_runtime(exported, threads=1)
+    assert runtime.name == f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider"
+    assert (runtime.input_shape, runtime.classes, runtime.fixed_batch) == ((3, 8, 8), 5, None)
+    assert (runtime.path, runtime.threads) == (exported, 1)
+    assert describe(runtime.metadata).class_names == ("cat", "dog", "T-shirt/top", "é", "5")
+
+
+def test_logits_do_not_depend_on_the_threads(exported: Path) -> None:
+    images = np.random.default_rng(0).standard_normal((9, 3, 8, 8), dtype=np.float32)
+    one, two = (open_runtime(exported, threads=threads).run(images) for threads in (1, 2))
+    np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(SSDKDError, match="no model file at"):
+        open_runtime(tmp_path / "model.onnx")
+    with pytest.raises(SSDKDError, match="no model file at"):
+        open_runtime(tmp_path)
+
+
+def test_unknown_suffix(tmp_path: Path) -> None:
+    (tmp_path / "model.tflite").write_bytes(b"TFL3")
+    with pytest.raises(SSDKDError, match=r"expected a model file ending in \.onnx, found '\.tflite'") as caught:
+        open_runtime(tmp_path / "model.tflite")
+    assert "ssdkd export" in caught.value.hint
+
+
+@pytest.mark.parametrize("content", [b"", b"no model at all\n" * 20, bytes(1000)])
+def test_file_that_is_no_model(content: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises(SSDKDError, match="cannot be opened by ONNX Runtime: ") as caught:
+        open_runtime(path)
+    assert "ONNXRuntimeError" not in caught.value.message
+    assert caught.value.message.count(str(path)) == 1
+    assert capfd.readouterr() == ("", "")
+
+
+def test_operator_that_the_runtime_lacks(tmp_path: Path) -> None:
+    with pytest.raises(SSDKDError, match=r"cannot be opened by ONNX Runtime: .*Unheard"):
+        open_runtime(foreign(tmp_path / "model.onnx", ["n", 3, 8, 8], operator="Unheard"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "pooled", "message"),
+    [
+        (["n", 3, 8, 8], TensorProto.DOUBLE, True, r"expected one float32 input .* found x tensor\(double\)"),
+        (["n", 3, 8], TensorProto.FLOAT, False, "expected one float32 input"),
+        (["n", 3, 8, 8], TensorProto.FLOAT, False, r"expected logits \[batch, classes\], found .* \[1, 3, 8, 8\]"),
+        (["n", 3, "h", "w"], TensorProto.FLOAT, True, "leaves its image size open"),
+    ],
+)
+def test_file_that_is_no_classifier_of_images(
+    shape: list[int | str], kind: int, pooled: bool, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SSDKDError, match=message):
+        open_runtime(foreign(tmp_path / "model.onnx", shape, kind=kind, pooled=pooled))
+
+
+def test_stated_size_completes_an_open_one(tmp_path: Path) -> None:
+    path = foreign(tmp_path / "model.onnx", [None, 3, "h", None])
+    assert open_runtime(path, input_shape=(3, 16, 20)).input_shape == (3, 16, 20)
+    with pytest.raises(SSDKDError, match="takes images of 3xanyxany, found --input 1x16x16"):
+        open_runtime(path, input_shape=(1, 16, 16))
+
+
+def test_file_with_a_fixed_batch_takes_any_number(tmp_path: Path) -> None:
+    runtime = open_runtime(foreign(tmp_path / "model.onnx", [4, 3, 8, 8]))
+    images = np.random.default_rng(0).standard_normal((9, 3, 8, 8), dtype=np.float32)
+    assert runtime.fixed_batch == 4
+    np.testing.assert_allclose(runtime.run(images), images.mean((2, 3)), rtol=1e-5, atol=1e-6)
+
+
+def test_images_of_another_size(exported: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SSDKDError, match=r"cannot run on images of shape \[2, 3, 9, 9\]") as caught:
+        open_runtime(exported).run(np.zeros((2, 3, 9, 9), dtype=np.float32))
+    assert caught.value.hint == "it takes [batch, 3, 8, 8]"
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="has CUDA")
+def test_cuda_without_a_build_for_it(exported: Path) -> None:
+    with pytest.raises(SSDKDError, match="cannot run on 'cuda:1'") as caught:
+        open_runtime(exported, device="cuda:1")
+    assert "onnxruntime-gpu" in caught.value.hint
+
+
+def test_unknown_device(exported: Path) -> None:
+    with pytest.raises(SSDKDError, match="cannot run on 'abacus'"):
+        open_runtime(exported, device="abacus")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="no CUDA provider")
+def test_cuda_gives_the_logits_of_the_cpu(exported: Path) -> None:
+    images = np.random.default_rng(0).standard_normal((9, 3, 8, 8), dtype=np.float32)
+    runtime = open_runtime(exported, device="cuda")
+    assert runtime.name.endswith("CUDAExecutionProvider")
+    np.testing.assert_allclose(runtime.run(images), open_runtime(exported).run(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("content", "threads"), [("100000 100000", 1), ("50000 100000", 1), ("max 100000", None), ("", None)]
+)
+def test_threads_follow_the_share_of_a_container(
+    content: str, threads: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu.max").write_text(content)
+    monkeypatch.setattr("exporters.runtimes.CPU_QUOTA", tmp_path / "cpu.max")
+    assert available_threads() == (threads or len(os.sched_getaffinity(0)))
+
+
+def test_predictor_runs_in_eval_mode_and_puts_the_flags_back() -> None:
+    module = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Dropout(0.5)).train()
+    module[2].eval()
+    images = np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2)
+    logits = predictor(module)(images)
+    np.testing.assert_allclose(logits, images.reshape(2, 12) / np.sqrt(1 + 1e-5), rtol=1e-6)
+    assert [child.training for child in module] == [True, True, False]
+    assert module[1].num_batches_tracked == 0
+    assert torch.equal(module[1].running_mean, torch.zeros(12))
+
+
+def test_predictor_puts_the_flags_back_after_an_error() -> None:
+    module = nn.Linear(5, 2).train()
+    with pytest.raises(RuntimeError):
+        predictor(module)(np.zeros((1, 4), dtype=np.float32))
+    assert module.training
+
+
+def test_input_is_scaled_normalised_and_channels_first() -> None:
+    images = np.array([[[[0, 255], [51, 102]]]], dtype=np.uint8)  # [1, 1, 2, 2]
+    inputs = to_input(images, (0.0, 0.5), (1.0, 0.25))
+    assert inputs.dtype == np.float32
+    assert inputs.flags.c_contiguous
+    np.testing.assert_allclose(inputs, [[[[0.0, 0.2]], [[2.0, -0.4]]]], atol=1e-6)
+
+
+def test_a_model_file_is_used_without_torch() -> None:
+    modules = ["exporters", "exporters.metadata", "exporters.runtimes", "exporters.bench", "exporters.evaluate"]
+    code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules or 'onnxruntime' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

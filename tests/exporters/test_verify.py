@@ -1,0 +1,262 @@
+"""A verifier that never fails proves nothing: every way to break a file here must be found, and named."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from exporters.metadata import PREFIX, metadata_for
+from exporters.to_onnx import WithPreprocessing, write_onnx
+from exporters.verify import Verification, reject, verify
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
+SHAPE = (3, 8, 8)
+Samples = NDArray[np.uint8]
+
+
+def check(network: nn.Module, path: Path, samples: Samples) -> Verification:
+    return verify(network, path, samples, mean=MEAN, std=STD)
+
+
+def change(model: ModelProto, suffix: str, changed: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> None:
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name.endswith(suffix))
+    tensor.CopyFrom(numpy_helper.from_array(changed(numpy_helper.to_array(tensor).copy()), tensor.name))
+
+
+def state(model: ModelProto, name: str, value: str) -> None:
+    (entry,) = (entry for entry in model.metadata_props if entry.key == PREFIX + name)
+    entry.value = value
+
+
+def perturb_weights(model: ModelProto) -> None:
+    rng = np.random.default_rng(0)
+    change(model, "features.3.weight", lambda weight: weight * rng.normal(1, 0.01, weight.shape).astype(np.float32))
+
+
+def change_one_weight(model: ModelProto) -> None:
+    def changed(weight: NDArray[np.float32]) -> NDArray[np.float32]:
+        weight[0, 0, 1, 1] += 0.05
+        return weight
+
+    change(model, "features.3.weight", changed)
+
+
+def swap_classes(model: ModelProto) -> None:
+    order = [0, 3, 2, 1, 4]
+    change(model, "head.weight", lambda weight: weight[order])
+    change(model, "head.bias", lambda bias: bias[order])
+
+
+def put_nan(model: ModelProto) -> None:
+    def changed(bias: NDArray[np.float32]) -> NDArray[np.float32]:
+        bias[2] = np.nan
+        return bias
+
+    change(model, "head.bias", changed)
+
+
+def put_hidden_infinity(model: ModelProto) -> None:
+    """Minus infinity behind a ReLU: the logits stay finite."""
+
+    def changed(bias: NDArray[np.float32]) -> NDArray[np.float32]:
+        bias[2] = -np.inf
+        return bias
+
+    change(model, "features.3.bias", changed)
+
+
+def fix_batch(model: ModelProto) -> None:
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+
+
+def fix_batch_inside(model: ModelProto) -> None:
+    """The interface still promises any batch; a Reshape inside takes one image only."""
+    node = model.graph.node[-1]
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1, 5], dtype=np.int64), "one_row"))
+    node.output[0] = "before"
+    model.graph.node.append(helper.make_node("Reshape", ["before", "one_row"], ["logits"]))
+
+
+def drop_a_class(model: ModelProto) -> None:
+    change(model, "head.weight", lambda weight: weight[:4])
+    change(model, "head.bias", lambda bias: bias[:4])
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 4
+
+
+def take_doubles(model: ModelProto) -> None:
+    model.graph.node.insert(0, helper.make_node("Cast", ["images"], ["as_float"], to=TensorProto.FLOAT))
+    model.graph.node[1].input[0] = "as_float"
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.DOUBLE
+
+
+BROKEN = [
+    (perturb_weights, "the logits are not the student's"),
+    (change_one_weight, "the logits are not the student's"),
+    (swap_classes, "classes have changed places (1 holds 3, 3 holds 1)"),
+    (put_nan, "the file holds NaN or infinity in head.bias: NaN or infinite logits for 50 of 50 samples"),
+    (put_hidden_infinity, "the file holds NaN or infinity in features.3.bias"),
+    (fix_batch, "its batch is fixed at 1"),
+    (fix_batch_inside, "cannot run on images of shape [7, 3, 8, 8]"),
+    (drop_a_class, "it gives 4 classes, the student gives 5"),
+    (take_doubles, "expected one float32 input"),
+    (lambda model: state(model, "mean", "[0.5, 0.5, 0.5]"), "its metadata states mean (0.5, 0.5, 0.5)"),
+    (lambda model: state(model, "input_range", "0...1"), "its normalisation is wrong, it takes images normalised"),
+    (lambda model: state(model, "mean", "half"), "metadata cannot be read"),
+]
+
+
+def test_a_correct_file_passes_with_its_numbers(network: nn.Module, exported: Path, samples: Samples) -> None:
+    result = check(network, exported, samples)
+    assert result.verified
+    assert result.agreement == 100.0
+    assert result.max_abs_error is not None
+    assert result.max_abs_error < 1e-5
+    assert result.reason.startswith("max abs error ")
+    assert "agreement 100.00 % on 50 samples" in result.reason
+
+
+@pytest.mark.parametrize(("damage", "reason"), BROKEN)
+def test_each_way_to_break_a_file_is_found_and_named(
+    damage: Callable[[ModelProto], None],
+    reason: str,
+    network: nn.Module,
+    exported: Path,
+    samples: Samples,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    model = onnx.load(exported)
+    damage(model)
+    onnx.save(model, tmp_path / "model.onnx")
+    result = check(network, tmp_path / "model.onnx", samples)
+    assert not result.verified
+    assert reason in result.reason
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_size_of_the_damage_is_measured(
+    network: nn.Module, exported: Path, samples: Samples, tmp_path: Path
+) -> None:
+    model = onnx.load(exported)
+    change(model, "head.bias", lambda bias: bias + np.array([0, 0, 0.25, 0, 0], dtype=np.float32))
+    onnx.save(model, tmp_path / "model.onnx")
+    result = check(network, tmp_path / "model.onnx", samples)
+    assert result.max_abs_error == pytest.approx(0.25, abs=1e-5)
+    assert result.agreement is not None
+    assert 0 <= result.agreement < 100
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, -1])
+def test_truncated_file(keep: float, network: nn.Module, exported: Path, samples: Samples, tmp_path: Path) -> None:
+    content = exported.read_bytes()
+    (tmp_path / "model.onnx").write_bytes(content[: int(len(content) * keep) if keep == 0.5 else int(keep)])
+    result = check(network, tmp_path / "model.onnx", samples)
+    assert (result.verified, result.max_abs_error, result.agreement) == (False, None, None)
+    assert "cannot be opened by ONNX Runtime" in result.reason
+
+
+def test_missing_file(network: nn.Module, samples: Samples, tmp_path: Path) -> None:
+    assert "no model file" in check(network, tmp_path / "model.onnx", samples).reason
+
+
+def embedded_metadata() -> dict[str, str]:
+    return metadata_for(
+        input_shape=SHAPE,
+        classes=5,
+        class_names=None,
+        mean=MEAN,
+        std=STD,
+        embed_preprocessing=True,
+        teacher_sha256="",
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrap", "reason"),
+    [
+        (lambda network: WithPreprocessing(network, MEAN, STD), "max abs error"),
+        (lambda network: WithPreprocessing(network, MEAN, (0.25, 0.25, 0.25)), "the logits are not the student's"),
+        (lambda network: WithPreprocessing(network, tuple(reversed(MEAN)), STD), "the logits are not the student's"),
+        (lambda network: network, "its normalisation is wrong, it takes images normalised"),
+    ],
+)
+def test_embedded_preprocessing_is_proven_from_the_pixels_on(
+    wrap: Callable[[nn.Module], nn.Module], reason: str, network: nn.Module, samples: Samples, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.onnx"
+    write_onnx(wrap(network).eval(), path, input_shape=SHAPE, metadata=embedded_metadata())
+    result = check(network, path, samples)
+    assert result.verified is (reason == "max abs error")
+    assert reason in result.reason
+
+
+class MixesTheBatch(nn.Module):
+    """Right for one image alone: what it adds is the distance to the batch's mean."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(2 * images - images.mean(0, keepdim=True))
+
+
+def test_images_that_affect_each_other(network: nn.Module, samples: Samples, tmp_path: Path) -> None:
+    write_onnx(MixesTheBatch(network), tmp_path / "model.onnx", input_shape=SHAPE, metadata={})
+    result = check(network, tmp_path / "model.onnx", samples)
+    assert not result.verified
+    assert "right for one image and wrong for several" in result.reason
+
+
+def test_samples_of_another_size(network: nn.Module, exported: Path) -> None:
+    others = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    assert "it takes images of 3x8x8, the student takes 3x16x16" in check(network, exported, others).reason
+
+
+@pytest.mark.parametrize("count", [0, 1, 20])
+def test_samples_without_a_difference_prove_nothing(
+    count: int, network: nn.Module, exported: Path, samples: Samples
+) -> None:
+    result = check(network, exported, samples[:1].repeat(count, axis=0))
+    assert not result.verified
+    assert "fewer than two different samples" in result.reason
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"), [(0.0, "the same logits for every sample"), (float("nan"), "the student itself gives NaN")]
+)
+def test_a_student_that_proves_nothing(
+    value: float, reason: str, network: nn.Module, exported: Path, samples: Samples
+) -> None:
+    student = copy.deepcopy(network)
+    with torch.no_grad():
+        student.get_parameter("head.weight").fill_(value)
+    result = check(student, exported, samples)
+    assert not result.verified
+    assert reason in result.reason
+
+
+def test_the_student_is_compared_in_eval_mode_and_left_in_train_mode(
+    network: nn.Module, exported: Path, samples: Samples
+) -> None:
+    student = copy.deepcopy(network).train()
+    assert check(student, exported, samples).verified
+    assert all(child.training for child in student.modules())
+    for name, value in network.state_dict().items():
+        assert torch.equal(student.state_dict()[name], value)
+
+
+def test_rejected_file_is_set_aside_over_an_earlier_one(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"new")
+    (tmp_path / "model.onnx.rejected").write_bytes(b"old")
+    rejected = reject(tmp_path / "model.onnx")
+    assert rejected == tmp_path / "model.onnx.rejected"
+    assert [(entry.name, entry.read_bytes()) for entry in tmp_path.iterdir()] == [("model.onnx.rejected", b"new")]
