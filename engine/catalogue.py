@@ -36,7 +36,7 @@ class Architecture:
 
 
 class _WithoutMemory(TorchFunctionMode):
-    """Tensors are made on the meta device, except for small ranges that some networks compute with while they are built."""
+    """Tensors are made on the meta device, except for the small ranges that some networks compute with."""
 
     def __torch_function__(
         self,
@@ -87,6 +87,7 @@ def _torchvisions() -> Iterator[Architecture]:
         full_name = TORCHVISION + name
         published = list(models.get_model_weights(name))
         pixels: int = published[0].transforms.keywords["crop_size"]
+        builders: list[Builder]
         if name in WITH_AUXILIARY_HEADS:
             builders = [partial(_with_auxiliary_heads, name, heads) for heads in (False, True)]
             sizes = [(_count(build, 1000),) for build in builders]

@@ -1,4 +1,7 @@
-"""A teacher's file, of whatever format, as weights, a module, or an exported graph. Decided by content, never by suffix."""
+"""A teacher's file, of whatever format, as weights, a module, or an exported graph.
+
+The content decides what it is, never the suffix.
+"""
 
 import hashlib
 import zipfile
@@ -9,15 +12,19 @@ from pathlib import Path
 import safetensors
 
 from engine.errors import SSDKDError
+from engine.graphs import Graph
+from engine.onnx_graph import read_onnx
 from engine.safe_pickle import LEGACY_MAGIC, damaged, safe_load, trusted_load
+from engine.torch_export import read_export
+from engine.torchscript import read_torchscript
 from engine.unwrap import State, Weights, plain, strip_prefixes, unwrap
 
-ACCEPTED = "a PyTorch checkpoint (.pt, .pth), .safetensors, a torch.export program (.pt2), a TorchScript archive or an ONNX graph"
+ACCEPTED = "a PyTorch checkpoint, .safetensors, a torch.export program (.pt2), TorchScript or ONNX"
 
 # What people pass by mistake, by the first bytes: (offset, bytes, what it is, what to do).
 STRANGERS = (
-    (0, b"version https://git-lfs", "a git-lfs pointer, not the weights", "run `git lfs pull` in the repository it came from"),
-    (0, b"\x89HDF\r\n", "an HDF5 file, as Keras writes them", "convert the network to ONNX (tf2onnx) and give that file"),
+    (0, b"version https://git-lfs", "a git-lfs pointer, not the weights", "run `git lfs pull` in its repository"),
+    (0, b"\x89HDF\r\n", "an HDF5 file, as Keras writes them", "convert it to ONNX (tf2onnx) and give that file"),
     (4, b"TFL3", "a TensorFlow Lite model", "give the float network that it was made from, as ONNX"),
     (0, b"GGUF", "a GGUF file", "give the PyTorch checkpoint that it was made from"),
     (0, b"ptrt", "a TensorRT engine", "give the network that it was built from: its weights cannot be read back"),
@@ -30,10 +37,11 @@ STRANGERS = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds. One of `weights.state`, `weights.module` and `graph` is there; graphs mostly have a state too."""
+    """What a file holds: weights, a module, or a graph and what the exporter left of its layers' weights."""
 
     format: str  # "state_dict", "safetensors", "pickle", "torch.export", "torchscript", "onnx"
     weights: Weights
+    graph: Graph | None  # what an exporter wrote; `weights.state` is then what it left of the layers
     keeps_order: bool  # whether the state lies in the file in the order in which the network was built
 
 
@@ -126,7 +134,8 @@ def _zip_format(path: Path) -> str:
     if "data.pkl" in members:
         return "zip"
     raise SSDKDError(
-        f"{path.name} is a zip archive without a network: expected {ACCEPTED}, found {', '.join(names[:3]) or 'nothing'}",
+        f"{path.name} is a zip archive without a network: "
+        f"expected {ACCEPTED}, found {', '.join(names[:3]) or 'nothing'}",
         "if it is a packed folder, unpack it and give the checkpoint inside",
     )
 
@@ -144,7 +153,7 @@ def _is_text(head: bytes) -> bool:
 def _read_pickle(path: Path, trust_pickle: bool) -> Checkpoint:
     loaded = trusted_load(path) if trust_pickle else safe_load(path)
     weights = unwrap(loaded, path.name)
-    return Checkpoint("pickle" if weights.module is not None else "state_dict", weights, keeps_order=True)
+    return Checkpoint("pickle" if weights.module is not None else "state_dict", weights, None, keeps_order=True)
 
 
 def _read_safetensors(path: Path, _trust_pickle: bool) -> Checkpoint:
@@ -157,11 +166,36 @@ def _read_safetensors(path: Path, _trust_pickle: bool) -> Checkpoint:
     metadata = {name.removeprefix("ssdkd"): plain(value) for name, value in header.items()}
     stripped, notes = strip_prefixes(state)
     # The format sorts its tensors by type and name.
-    return Checkpoint("safetensors", Weights(stripped, None, metadata, tuple(notes)), keeps_order=False)
+    return Checkpoint("safetensors", Weights(stripped, None, metadata, tuple(notes)), None, keeps_order=False)
+
+
+def _read_export(path: Path, trust_pickle: bool) -> Checkpoint:
+    state, graph = read_export(path, trust_pickle=trust_pickle)
+    return _of_graph("torch.export", state, graph, {}, [])
+
+
+def _read_torchscript(path: Path, _trust_pickle: bool) -> Checkpoint:
+    state, graph, notes = read_torchscript(path)
+    return _of_graph("torchscript", state, graph, {}, notes)
+
+
+def _read_onnx(path: Path, _trust_pickle: bool) -> Checkpoint:
+    state, graph, metadata = read_onnx(path)
+    return _of_graph(
+        "onnx", state, graph, {name.removeprefix("ssdkd."): plain(text) for name, text in metadata.items()}, []
+    )
+
+
+def _of_graph(kind: str, state: State, graph: Graph, metadata: dict[str, object], notes: list[str]) -> Checkpoint:
+    stripped, _ = strip_prefixes(state)
+    return Checkpoint(kind, Weights(stripped, None, metadata, tuple(notes)), graph, keeps_order=True)
 
 
 READERS: dict[str, Callable[[Path, bool], Checkpoint]] = {
     "zip": _read_pickle,
     "legacy": _read_pickle,
     "safetensors": _read_safetensors,
+    "torch.export": _read_export,
+    "torchscript": _read_torchscript,
+    "onnx": _read_onnx,
 }

@@ -1,4 +1,7 @@
-"""What a checkpoint says beside its weights: architecture, input size, normalisation, class names. Nothing is believed that does not fit."""
+"""What a checkpoint says beside its weights: architecture, input size, normalisation, class names.
+
+Nothing is believed that does not fit the network.
+"""
 
 from collections.abc import Mapping, Sequence
 

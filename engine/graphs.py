@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.errors import SSDKDError
-from engine.probing import FORWARD_ERRORS, Shape, noise
+from engine.probing import FORWARD_ERRORS, Shape, first_line, noise, words
 
 aten = torch.ops.aten
 TOLERANCE = 1e-4  # relative to the largest logit
@@ -47,12 +48,11 @@ def restore_batchnorm(module: fx.GraphModule) -> fx.GraphModule:
     """
     nodes = [node for node in module.graph.nodes if node.op == "call_function" and node.target in BATCHNORMS]
     for index, node in enumerate(nodes):
-        tensors = [_constant(module, argument) for argument in node.args[1:5]]
-        mean, variance = tensors[2:]
+        weight, bias, mean, variance = (_constant(module, argument) for argument in node.args[1:5])
         if mean is None or variance is None:
             continue
         name = f"batchnorm_{index}"
-        module.add_module(name, _batchnorm_layer(*tensors, epsilon=node.args[BATCHNORMS[node.target]]))
+        module.add_module(name, batchnorm_layer(weight, bias, mean, variance, node.args[BATCHNORMS[node.target]]))
         with module.graph.inserting_before(node):
             layer = module.graph.call_module(name, (node.args[0],))
         if node.target is aten.batch_norm.default:
@@ -95,31 +95,47 @@ def same_logits(module: nn.Module, graph: Graph, shape: Shape) -> bool:
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """Largest absolute difference over the largest absolute value expected; NaN where either has one."""
+    found, expected = found.detach(), expected.detach()
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
 
 
 def check_graph(graph: Graph, shape: Shape, name: str) -> None:
-    """Raises SSDKDError unless the graph runs with other batches than the exporter's, and computes the same in them."""
-    if graph.batch is None:
-        return
-    images = noise(shape, 2 * graph.batch)
-    expected = torch.cat([graph.reference(part) for part in images.split(graph.batch)])
+    """Makes sure that the module computes what the graph's own runtime does, in other batches than the exporter's too.
+
+    Raises:
+        SSDKDError: it does not.
+    """
+    batch = graph.batch or 2
+    images = noise(shape, 2 * batch)
+    try:
+        expected = torch.cat([graph.reference(part) for part in torch.split(images, batch)])
+    except FORWARD_ERRORS as error:
+        raise SSDKDError(
+            f"{name} does not run on images of {words(shape)}: {first_line(error)}",
+            "give the size that it was exported for with --input CxHxW",
+        ) from error
+    if not same_logits(graph.module, graph, shape):
+        raise SSDKDError(
+            f"{name} cannot be run with gradients: its operations in PyTorch do not compute what the file does",
+            "give the checkpoint that it was exported from",
+        )
     try:
         with torch.no_grad():
             found = graph.module(images)
-        free = found.shape == expected.shape and relative_error(found, expected) < TOLERANCE
+        is_free = found.shape == expected.shape and relative_error(found, expected) < TOLERANCE
     except FORWARD_ERRORS:
-        free = False
-    if not free:
+        is_free = False
+    if not is_free:
         raise SSDKDError(
-            f"{name} was exported for batches of {graph.batch} image(s) alone: expected a graph whose batch size is free",
+            f"{name} was exported for batches of {batch} image(s) alone: expected a graph whose batch size is free",
             "export it again with a dynamic batch dimension, or give the checkpoint that it was exported from",
         )
 
 
-def _batchnorm_layer(
-    weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, epsilon: float
+def batchnorm_layer(
+    weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, epsilon: Any
 ) -> GraphBatchNorm:
+    """A BatchNorm layer in eval mode with these weights and statistics, each [C]."""
     layer = GraphBatchNorm(len(mean), eps=float(epsilon), affine=weight is not None or bias is not None)
     layer.running_mean, layer.running_var = mean.detach().clone(), variance.detach().clone()
     if weight is not None:

@@ -1,9 +1,9 @@
 """Which architecture a bare state dict belongs to, from its names and shapes, and how sure that is.
 
-Names and shapes that agree with one architecture alone settle it. Where only the names differ, the layers must agree in
-kind, shape and order, and the blocks that the names spell out must not cross: the layers of a pre-activation ResNet have
-the order and the shapes of a plain one's, but its blocks begin one BatchNorm earlier. Strides, paddings and epsilons show
-nowhere, so an agreement by order is always said to be one.
+Names and shapes that agree with one architecture alone settle it. Where only the names differ, the layers must agree
+in kind, shape and order, and the blocks that the names spell out must not cross: the layers of a pre-activation ResNet
+have the order and the shapes of a plain one's, but its blocks begin one BatchNorm earlier. Strides, paddings and
+epsilons show nowhere, so an agreement by order is always said to be one.
 """
 
 import math
@@ -16,8 +16,7 @@ from engine.unwrap import State
 
 NAMES_MATCH = "layer names and shapes match"
 ORDER_MATCHES = "shapes match in order; layer names differ"
-# log(file / candidate) up to which sizes count as near. Exact fits have 0; the rest covers what the head's estimate misses.
-SIZE_TOLERANCE = 0.02
+SIZE_TOLERANCE = 0.02  # log(file / candidate); an exact fit has 0, the rest covers what the head's estimate misses
 MAX_COMPARED = 16
 NEAREST_SHOWN = 3
 HEAD_NAMES = {"fc", "linear", "classifier", "head", "heads", "output", "logits", "last_linear"}
@@ -49,7 +48,7 @@ class Layer:
 def fitting(state: State, *, keeps_order: bool, hint: Architecture | None = None) -> list[Match]:
     """Every architecture that fits `state`, by name if any does, else by order; one match each.
 
-    `keeps_order`: whether the file has the layers in the network's order, without which differing names cannot be matched.
+    `keeps_order`: whether the file has the layers in the network's order, without which other names cannot be matched.
     `hint`: the architecture that the file itself names.
     """
     shapes = shapes_of(state)
@@ -128,7 +127,7 @@ def layers_of(shapes: Mapping[str, Shape]) -> list[Layer]:
 def blocks_cross(our_paths: Sequence[str], their_paths: Sequence[str]) -> bool:
     """Whether a block of ours overlaps a block of theirs while neither holds the other.
 
-    A block is a run of layers whose names begin alike. Flat names (`conv1`, `bn1`) spell out no blocks and cross nothing.
+    A block is a run of layers whose names begin alike. Flat names (`conv1`, `bn1`) spell out no blocks.
     """
     theirs = _blocks(their_paths)
     return any(a < c < b < d or c < a < d < b for a, b in _blocks(our_paths) for c, d in theirs)
@@ -147,7 +146,7 @@ def guess_heads(shapes: Mapping[str, Shape]) -> list[tuple[int, int]]:
     return [(a, b) for a in dict.fromkeys(classes) for b in dict.fromkeys([*first, *thin] or [3])]
 
 
-def differences(ours: Mapping[str, Shape], theirs: Mapping[str, Shape], shown: int = 3) -> str:
+def differences(ours: Mapping[str, Shape], theirs: Mapping[str, Shape], shown: int = 2) -> str:
     """What a file has and lacks against a network, in one line."""
     parts = {
         "missing from the file": [name for name in theirs if name not in ours],
@@ -205,8 +204,8 @@ def _no_match(shapes: Mapping[str, Shape], hint: Architecture | None, keeps_orde
     ]
     order = "" if keeps_order else "; this format does not keep the layers' order, so other names cannot be matched"
     return SSDKDError(
-        f"the architecture is not known: expected one of ours or of torchvision's, found {len(layers_of(shapes))} layers"
-        f" that fit none{order}{'. The nearest:' if lines else ''}{''.join(lines)}",
+        "the architecture is not known: expected one of ours or of torchvision's, found "
+        f"{len(layers_of(shapes))} layers that fit none{order}{'. The nearest:' if lines else ''}{''.join(lines)}",
         ASK_FOR_ARCH,
     )
 

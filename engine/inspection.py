@@ -64,7 +64,8 @@ def _batchnorm_findings(module: nn.Module) -> list[str]:
     if not untrained:
         return []
     return [
-        f"Running statistics never trained, or not finite, in {len(untrained)} of {len(layers)} BatchNorm layers: {_some(untrained)}."
+        f"Running statistics never trained, or not finite, in {len(untrained)} of {len(layers)} BatchNorm layers: "
+        f"{_some(untrained)}."
     ]
 
 
@@ -99,7 +100,7 @@ def _class_findings(module: nn.Module, classes: int) -> list[str]:
         return []
     rows = heads[-1].flatten(1)  # [classes, features]
     zero = (rows == 0).all(1).nonzero().flatten().tolist()
-    _, group, sizes = rows.unique(dim=0, return_inverse=True, return_counts=True)
+    _, group, sizes = torch.unique(rows, dim=0, return_inverse=True, return_counts=True)
     alike = [index for index, size in enumerate(sizes[group].tolist()) if size > 1 and index not in zero]
     findings = []
     if zero:

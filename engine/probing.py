@@ -32,8 +32,8 @@ class Logits(nn.Module):
 def as_classifier(module: nn.Module, shape: Shape, name: str) -> tuple[nn.Module, Tensor, list[str]]:
     """Runs noise [2, C, H, W] through the network; returns it with its logits [2, classes] and warnings.
 
-    Outputs [B, classes, 1, 1] are flattened, probabilities (a softmax at the end) made logits again. BatchNorm layers that
-    did not run are marked NEVER_RUNS. `name`: of the file, for messages.
+    Outputs [B, classes, 1, 1] are flattened, probabilities (a softmax at the end) made logits again. BatchNorm layers
+    that did not run are marked NEVER_RUNS. `name`: of the file, for messages.
 
     Raises:
         SSDKDError: the network cannot take such images, or what it gives is no vector of logits.
@@ -65,7 +65,7 @@ def as_classifier(module: nn.Module, shape: Shape, name: str) -> tuple[nn.Module
         )
     if out.shape[0] != 2 or out.flatten(1).shape[1] < 2 or out.dim() == 3:
         raise SSDKDError(
-            f"{name} computes {list(out.shape)} for 2 images of {words(shape)}: expected logits [2, classes], 2 classes or more",
+            f"{name} computes {list(out.shape)} for 2 images of {words(shape)}: expected logits [2, 2 or more classes]",
             "give a classifier whose last layer has one output for each class",
         )
     probabilities = _are_probabilities(out.flatten(1))
@@ -89,6 +89,11 @@ def words(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def input_channels(module: nn.Module) -> int | None:
     """How many channels the first convolution takes; None without one."""
     first = next((layer for layer in module.modules() if isinstance(layer, nn.Conv2d)), None)
@@ -105,7 +110,7 @@ def _check_channels(module: nn.Module, shape: Shape, name: str) -> None:
 
 
 def _wrong_size(module: nn.Module, shape: Shape, name: str, error: BaseException) -> SSDKDError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = first_line(error)
     for pixels in TRIED_PIXELS:
         other = (shape[0], pixels, pixels)
         try:

@@ -1,7 +1,7 @@
 """From weights to a module: the architecture is built and the weights are put in, by name or in order."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -39,6 +39,7 @@ class Rebuilt:
     evidence: str
     pixels: int | None  # the image side that the architecture is usually trained at
     warnings: tuple[str, ...]
+    input_shape: tuple[int, int, int] | None = None  # C, H, W, where the file says it
 
 
 def rebuild(state: State, *, keeps_order: bool, named_in_file: str | None, pixels: int | None) -> Rebuilt:
@@ -50,25 +51,21 @@ def rebuild(state: State, *, keeps_order: bool, named_in_file: str | None, pixel
         SSDKDError: several architectures fit, or none.
     """
     hint = _hint(named_in_file, pixels) if named_in_file else None
-    return build_match(state, identify(state, keeps_order=keeps_order, hint=hint), named_in_file)
+    return _with_weights(state, identify(state, keeps_order=keeps_order, hint=hint), named_in_file)
 
 
 def rebuild_like(
-    state: State,
-    *,
-    keeps_order: bool,
-    named_in_file: str | None,
-    pixels: int | None,
-    agrees: Callable[[nn.Module], bool],
+    state: State, agrees: Callable[[nn.Module, int | None], bool], *, named_in_file: str | None
 ) -> Rebuilt | None:
-    """As `rebuild`, but of all that fit the first for which `agrees` holds; None if there is none."""
-    hint = _hint(named_in_file, pixels) if named_in_file else None
-    for match in fitting(state, keeps_order=keeps_order, hint=hint):
-        rebuilt = build_match(state, match, named_in_file)
-        if agrees(rebuilt.module):
-            return Rebuilt(
-                rebuilt.module, rebuilt.arch, f"{match.evidence}; same logits as the graph", rebuilt.pixels, ()
-            )
+    """The first architecture that fits `state` and computes the right logits; None if there is none.
+
+    `agrees`, of a module and its usual image side, compares it with the graph that the state was taken from.
+    """
+    hint = _hint(named_in_file, None) if named_in_file else None
+    for match in fitting(state, keeps_order=True, hint=hint):
+        rebuilt = _with_weights(state, match, named_in_file)
+        if agrees(rebuilt.module, rebuilt.pixels):
+            return replace(rebuilt, evidence=f"{rebuilt.evidence}; same logits as the graph", warnings=())
     return None
 
 
@@ -114,8 +111,7 @@ def rebuild_stated(state: State, arch: str, *, keeps_order: bool, pixels: int | 
     )
 
 
-def build_match(state: State, match: Match, named_in_file: str | None = None) -> Rebuilt:
-    """Builds the network of a match and loads `state` into it."""
+def _with_weights(state: State, match: Match, named_in_file: str | None) -> Rebuilt:
     with torch.random.fork_rng(devices=[]):
         module = match.architecture.build(match.classes, match.channels)
     _load(module, state, match.names)
@@ -124,8 +120,8 @@ def build_match(state: State, match: Match, named_in_file: str | None = None) ->
     warnings = []
     if match.evidence == ORDER_MATCHES:
         warnings.append(
-            f"The file's layers have other names than {name}'s. Their kinds, shapes and order agree, but strides and padding"
-            " do not show in a file: check the architecture, and say it with --arch if it is another."
+            f"The file's layers have other names than {name}'s. Their kinds, shapes and order agree, but strides and "
+            "padding do not show in a file: check the architecture, and say it with --arch if it is another."
         )
     if name in WITH_AUXILIARY_HEADS:
         warnings.append(

@@ -1,4 +1,7 @@
-"""Reading pickles without running what they ask for: torch's weights-only reader plus inert stand-ins for harmless extras."""
+"""Reading pickles without running what they ask for.
+
+torch's weights-only reader, with inert stand-ins for the harmless extras that training programs leave in their files.
+"""
 
 import argparse
 import collections
@@ -131,7 +134,8 @@ def trusted_load(path: Path) -> object:
     except (ImportError, AttributeError) as error:
         raise SSDKDError(
             f"{path.name} pickles classes that cannot be imported here: {error}",
-            "run ssdkd in the folder that holds the network's source, or save model.state_dict() and state --arch package.module:function",
+            "run ssdkd in the folder that holds the network's source, "
+            "or save model.state_dict() and state --arch package.module:function",
         ) from error
     except (pickle.UnpicklingError, *UNREADABLE) as error:
         raise damaged(path, error) from error
@@ -139,7 +143,7 @@ def trusted_load(path: Path) -> object:
 
 
 def pickled_globals(file: BinaryIO) -> list[str]:
-    """Names of the functions and classes that a pickle would import, found by reading its opcodes, not by running them."""
+    """Names of the functions and classes that a pickle would import; its opcodes are read, not run."""
     names: list[str] = []
     file.seek(0)
     if zipfile.is_zipfile(file):
@@ -192,6 +196,8 @@ def _refusal(path: Path, wanted: list[str], reason: str) -> SSDKDError:
     listed = ", ".join(unsafe[:4]) + (", ..." if len(unsafe) > 4 else "")
     found = f"a call for {listed}" if unsafe else "a pickle that the safe reader does not understand"
     return SSDKDError(
-        f"{path.name} is a pickle that may run code when it is loaded: expected weights alone, found {found}. Nothing was run",
-        "save the weights alone with torch.save(model.state_dict(), ...), or add --trust-pickle if you trust whoever made the file",
+        f"{path.name} is a pickle that may run code when it is loaded: "
+        f"expected weights alone, found {found}. Nothing was run",
+        "save the weights alone with torch.save(model.state_dict(), ...), "
+        "or add --trust-pickle if you trust whoever made the file",
     )

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from engine.checkpoints import Checkpoint, read_checkpoint, sha256_of
+from engine.checkpoints import read_checkpoint, sha256_of
 from engine.errors import SSDKDError
-from engine.facts import Metadata, Shape, architecture_in, class_names_in, input_shape_in, normalisation_in
+from engine.facts import Metadata, Shape, class_names_in, input_shape_in, normalisation_in
 from engine.probing import NEVER_RUNS, as_classifier, input_channels, words
-from engine.rebuild import Rebuilt, rebuild, rebuild_stated
+from engine.resolve import resolve_network
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FALLBACK_PIXELS = 32
@@ -71,19 +71,19 @@ def load_teacher(
 ) -> Teacher:
     """Reads a teacher of any supported format; TeacherSpec says what is found out about it.
 
-    `input_shape`: C, H, W. `mean`, `std`: a value a channel, for images in 0...1. `trust_pickle`: code in the file may run.
-    `allow_nonfinite`: NaN weights are not refused.
+    `input_shape`: C, H, W. `mean`, `std`: a value a channel, for images in 0...1. `trust_pickle`: code in the file may
+    run. `allow_nonfinite`: NaN weights are not refused.
 
     Raises:
         SSDKDError: everything that makes the file unusable as it is, with the flag that would help.
     """
     checkpoint = read_checkpoint(path, trust_pickle=trust_pickle)
     metadata = checkpoint.weights.metadata
-    network = _network(checkpoint, arch, input_shape)
+    network = resolve_network(checkpoint, path.name, arch=arch, input_shape=input_shape)
     module = network.module.cpu().float().eval().requires_grad_(False)
     if not allow_nonfinite:
         _refuse_nonfinite(module, path)
-    shape, size_warnings = _input_shape(module, input_shape, metadata, network.pixels)
+    shape, size_warnings = _input_shape(module, input_shape or network.input_shape, metadata, network.pixels)
     module, logits, form_warnings = as_classifier(module, shape, path.name)
     if not allow_nonfinite and not bool(logits.isfinite().all()):
         raise SSDKDError(
@@ -139,27 +139,6 @@ def is_trained(layer: nn.Module) -> bool:
     mean, variance = layer.get_buffer("running_mean"), layer.get_buffer("running_var")
     new = bool((mean == 0).all() and (variance == 1).all())
     return not new and bool(mean.isfinite().all() and variance.isfinite().all())
-
-
-def _network(checkpoint: Checkpoint, arch: str | None, input_shape: Shape | None) -> Rebuilt:
-    weights = checkpoint.weights
-    if weights.module is not None:
-        if arch:
-            raise SSDKDError(
-                f"the file holds the network itself, a {type(weights.module).__name__}: --arch {arch} has no use",
-                "leave --arch away",
-            )
-        return Rebuilt(weights.module, type(weights.module).__name__, "the file holds the network itself", None, ())
-    stated = input_shape or input_shape_in(weights.metadata, 3) or input_shape_in(weights.metadata, 1)
-    pixels = min(stated[1:]) if stated else None
-    if arch:
-        return rebuild_stated(weights.state, arch, keeps_order=checkpoint.keeps_order, pixels=pixels)
-    return rebuild(
-        weights.state,
-        keeps_order=checkpoint.keeps_order,
-        named_in_file=architecture_in(weights.metadata),
-        pixels=pixels,
-    )
 
 
 def _refuse_nonfinite(module: nn.Module, path: Path) -> None:
@@ -222,7 +201,8 @@ def _preprocessing(
     source, found = next((source, found) for source, found in sources.items() if found)
     assumed = "ImageNet's" if channels == 3 else "0.5"
     warnings = [
-        f"The mean and std of the training images are not in the file: {assumed} are assumed; say them with --mean and --std."
+        f"The mean and std of the training images are not in the file: {assumed} are assumed; "
+        "say them with --mean and --std if they are others."
     ]
     return Preprocessing(mean or found[0], std or found[1], source), warnings if source == "default" else []
 

@@ -1,9 +1,9 @@
 """`.pt2` files of torch.export, read without running code of theirs unless they are trusted.
 
 torch.export.load is no reader for strangers' files: it unpickles members (falling back to a full unpickling where the
-weights-only one fails), looks operations up by dotted names from `torch` on, which reach `torch.os.system`, and evaluates
-size expressions. So every member is checked first: weights are raw numbers or pass the weights-only reader, every
-operation is one of ATen's, every expression a formula.
+weights-only one fails), looks operations up by dotted names from `torch` on, which reach `torch.os.system`, and
+evaluates size expressions. So every member is checked first: weights are raw numbers or pass the weights-only reader,
+every operation is one of ATen's, every expression a formula.
 """
 
 import io
@@ -25,7 +25,9 @@ from engine.safe_pickle import UNREADABLE, damaged
 from engine.unwrap import State
 
 # Of the archive, without its top folder. Anything else (compiled code, pickled objects) needs trust.
-RAW = re.compile(r"data/(weights|constants)/[\w.]+|archive_(format|version)|byteorder|version|\.data/\w+|\.\w+|extra/.*")
+RAW = re.compile(
+    r"data/(weights|constants)/[\w.]+|archive_(format|version)|byteorder|version|\.data/\w+|\.\w+|extra/.*"
+)
 JSON = re.compile(r"models/\w+\.json|data/(weights|constants)/\w+_config\.json|serialized_exported_program\.json")
 PICKLES = re.compile(r"data/(sample_inputs|weights|constants)/\w+\.pt|serialized_\w+\.pt")
 OBJECTS = re.compile(r"data/constants/(custom|opaque)_obj_.*")
@@ -52,7 +54,8 @@ def read_export(path: Path, *, trust_pickle: bool) -> tuple[State, Graph]:
             raise SSDKDError(
                 f"{path.name} is a torch.export program that may run code when it is loaded: expected weights and ATen"
                 f" operations alone, found {reason}. Nothing was run",
-                "give the checkpoint that it was exported from, or add --trust-pickle if you trust whoever made the file",
+                "give the checkpoint that it was exported from, "
+                "or add --trust-pickle if you trust whoever made the file",
             )
     logger = logging.getLogger("torch.export")
     try:
@@ -86,7 +89,11 @@ def why_not_data(path: Path) -> Iterator[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             for full_name in archive.namelist():
-                name = full_name if full_name.startswith("serialized_") or "/" not in full_name else full_name.partition("/")[2]
+                name = (
+                    full_name
+                    if full_name.startswith("serialized_") or "/" not in full_name
+                    else full_name.partition("/")[2]
+                )
                 if JSON.fullmatch(name):
                     yield from _unsafe_strings(json.loads(archive.read(full_name)))
                 elif PICKLES.fullmatch(name):

@@ -18,10 +18,12 @@ from engine.probing import FORWARD_ERRORS, TRIED_PIXELS, Shape, noise
 from engine.safe_pickle import UNREADABLE, damaged
 from engine.unwrap import State
 
-
 # TorchScript's own operations on numbers and lists, which PyTorch's dispatcher does not take from Python.
 ON_NUMBERS: dict[str, Callable[..., Any]] = {
-    **{name: getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "neg", "eq", "ne", "lt", "le", "gt", "ge")},
+    **{
+        name: getattr(operator, name)
+        for name in ("add", "sub", "mul", "floordiv", "neg", "eq", "ne", "lt", "le", "gt", "ge")
+    },
     **{"len": len, "copy": list, "Int": int, "Float": float, "Bool": bool, "div": operator.truediv, "list": list},
     **{"remainder": operator.mod, "__getitem__": operator.getitem, "__contains__": operator.contains},
     **{"__is__": operator.is_, "__isnot__": operator.is_not, "__not__": operator.not_},
@@ -41,7 +43,7 @@ def read_torchscript(path: Path) -> tuple[State, Graph, list[str]]:
         # torch.jit is deprecated, and warns; the files are there nevertheless.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            script = torch.jit.load(str(path), map_location="cpu").eval()
+            script = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
             # Frozen, all methods become one graph and all weights constants; without optimizing, BatchNorm stays.
             trainable = any(True for _ in script.parameters()) or any(True for _ in script.buffers())
             frozen = torch.jit.freeze(script, optimize_numerics=False) if trainable else script
@@ -105,8 +107,11 @@ def _as_operations(graph: Any, example: Tensor) -> fx.GraphModule:
                 constant = node.output().toIValue()
                 symbol = constant
                 if isinstance(constant, Tensor):
-                    name = f"constant_{len(list(root.buffers()))}"
-                    root.register_buffer(name, constant.detach())
+                    name = f"constant_{len(root.state_dict())}"
+                    if constant.is_floating_point() and constant.dim():
+                        root.register_parameter(name, nn.Parameter(constant.detach()))
+                    else:
+                        root.register_buffer(name, constant.detach())
                     symbol = written.get_attr(name)
                 define(outputs[0], symbol, constant)
             elif kind in ("prim::ListConstruct", "prim::TupleConstruct"):
@@ -115,7 +120,11 @@ def _as_operations(graph: Any, example: Tensor) -> fx.GraphModule:
             elif kind in ("prim::ListUnpack", "prim::TupleUnpack"):
                 for index, name in enumerate(outputs):
                     symbol = symbols[inputs[0]]
-                    part = symbol[index] if isinstance(symbol, list | tuple) else written.call_function(operator.getitem, (symbol, index))
+                    part = (
+                        symbol[index]
+                        if isinstance(symbol, list | tuple)
+                        else written.call_function(operator.getitem, (symbol, index))
+                    )
                     define(name, part, values[inputs[0]][index])
             elif kind == "prim::If":
                 block = list(node.blocks())[0 if values[inputs[0]] else 1]
@@ -137,7 +146,8 @@ def _as_operations(graph: Any, example: Tensor) -> fx.GraphModule:
                 try:
                     with torch.no_grad():
                         value = operation(
-                            *(values[name] for name in inputs[:count]), **{key: values[name] for key, name in named.items()}
+                            *(values[name] for name in inputs[:count]),
+                            **{key: values[name] for key, name in named.items()},
                         )
                 except FORWARD_ERRORS as error:
                     raise _NotPlainError(f"an instruction {kind} on numbers") from error
@@ -175,4 +185,3 @@ def _has_symbol(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(map(_has_symbol, value))
     return isinstance(value, fx.Node)
-

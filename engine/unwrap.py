@@ -1,4 +1,4 @@
-"""From what a checkpoint file holds to the weights of one network: wrappers, prefixes, and the facts that stand beside."""
+"""From what a checkpoint holds to the weights of one network: wrappers, prefixes, and the facts that stand beside."""
 
 import json
 import re
