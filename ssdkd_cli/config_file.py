@@ -43,6 +43,11 @@ def apply_config(context: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
     values = {key.replace("-", "_"): value for key, value in read_config(path)["compress"].items()}
+    if "teacher" in values and context.info_name == "demo":
+        raise SSDKDError(
+            f"--config {path} names a teacher; the demo has its own",
+            f"ssdkd compress --config {path}, or delete 'teacher' from the file",
+        )
     known = [str(option.name) for option in context.command.params if option.name not in ("config", "help")]
     check_keys(values, known, f"--config {path}, table [compress]")
     defaults = {key: _as_typed(value) for key, value in values.items()}

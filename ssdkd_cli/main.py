@@ -10,8 +10,9 @@ from typing import Annotated
 
 import typer
 
-from ssdkd_cli import __version__, compress, stages
-from ssdkd_cli.boundary import within_boundary
+from engine.errors import SSDKDError
+from ssdkd_cli import __version__, compress, console, stages
+from ssdkd_cli.boundary import KNOWN_ERROR, within_boundary
 from ssdkd_cli.outcome import Outcome
 
 app = typer.Typer(
@@ -34,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         app(args=words, prog_name="ssdkd", obj=words)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except SSDKDError as error:  # from --config, which is read before a command starts
+        console.error(error.message, error.hint)
+        return KNOWN_ERROR
     return 0
 
 

@@ -6,6 +6,7 @@ makes a command's signature from them.
 
 import dataclasses
 import inspect
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,9 +33,12 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 def parse_numbers(text: str) -> tuple[float, ...]:
     """'0.49,0.48,0.45' -> (0.49, 0.48, 0.45): one number a channel. Raises typer.BadParameter."""
     try:
-        return tuple(float(part) for part in text.split(","))
+        numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise typer.BadParameter(f"expected one number a channel, for example 0.49,0.48,0.45; found {text!r}") from None
+        numbers = ()
+    if not numbers or not all(math.isfinite(number) for number in numbers):
+        raise typer.BadParameter(f"expected one number a channel, for example 0.49,0.48,0.45; found {text!r}")
+    return numbers
 
 
 def parse_spread(text: str) -> tuple[float, ...]:

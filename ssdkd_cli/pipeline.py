@@ -21,7 +21,7 @@ from torch import nn
 from engine.config import DistillationSettings, settings_for
 from engine.device import Compute, choose_device
 from engine.distill import RoundMetrics, State, averaged_student, class_histogram, distill, start
-from engine.errors import OutOfMemoryError
+from engine.errors import OutOfMemoryError, SSDKDError
 from engine.inspection import count_flops
 from engine.students import STUDENTS, build_student
 from engine.task import Classification
@@ -52,6 +52,7 @@ METHOD = "SSD-KD"
 PROOF_SAMPLES = 256  # held-out samples that files are proven on, now and in later exports of the run
 SPARE_BYTES = 4_000_000  # report, picture, metrics
 SMALLEST_BATCH = 16
+CHANNELS, PIXELS = range(1, 5), range(16, 513)  # what the engine was made and tried for
 NOT_REPEATABLE = "--time-limit ends the run by the clock: the same seed does not give the same student again"
 
 
@@ -188,6 +189,12 @@ def load(options: Options) -> Teacher:
             f"{shape(spec.input_shape)}, {spec.classes} classes"
         )
     warn_all(spec.warnings)
+    channels, *sides = spec.input_shape
+    if channels not in CHANNELS or min(sides) not in PIXELS or max(sides) not in PIXELS:
+        raise SSDKDError(
+            f"the teacher takes images of {shape(spec.input_shape)}: expected 1 to 4 channels, 16 to 512 pixels a side",
+            "correct --input if that is not the teacher's size",
+        )
     return teacher
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -173,9 +174,9 @@ def read_samples(folder: Path) -> NDArray[np.uint8]:
         SSDKDError: the run has none; an interrupted one may not.
     """
     try:
-        with np.load(folder / SAMPLES) as arrays:
+        with (folder / SAMPLES).open("rb") as file, np.load(file) as arrays:
             return np.asarray(arrays["images"], dtype=np.uint8)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise SSDKDError(
             f"{folder / SAMPLES} cannot be read: {error}",
             "an export is proven on these samples: run `ssdkd compress` again",

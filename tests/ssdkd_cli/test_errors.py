@@ -1,0 +1,224 @@
+"""Everything that a user can get wrong: one row each, through the same main() as the console script."""
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from engine.zoo import ZOO
+
+RUN = ("--student", "resnet8", "--effort", "smoke", "--device", "cpu", "--input", "1x16x16", "--out", "{out}")
+
+
+class RunsCode:
+    """Unpickling it makes a folder called `ran`."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(Path(os.environ["SSDKD_TEST_FOLDER"]) / "ran"),)
+
+
+def no_checkpoint(folder: Path) -> None:
+    (folder / "teacher.txt").write_text("not a checkpoint, but long enough to be looked at " * 20)
+
+
+def truncated(folder: Path) -> None:
+    content = (folder / "teacher.pt").read_bytes()
+    (folder / "half.pt").write_bytes(content[: len(content) // 2])
+
+
+def code_in_pickle(folder: Path) -> None:
+    torch.save({"state_dict": RunsCode()}, folder / "code.pt")
+
+
+def plain_pickle(folder: Path) -> None:
+    (folder / "code.pkl").write_bytes(pickle.dumps(RunsCode()))
+
+
+def unknown_network(folder: Path) -> None:
+    save_file({"a.weight": torch.randn(7, 13, 3, 3), "b.weight": torch.randn(4, 7)}, folder / "unknown.safetensors")
+
+
+def not_finite(folder: Path) -> None:
+    state = ZOO["resnet8"](4, 1).state_dict()
+    state["conv1.weight"][0] = float("nan")
+    torch.save(state, folder / "nan.pt")
+
+
+def other_classes(folder: Path) -> None:
+    for name in ("one", "two", "three"):
+        (folder / "three" / name).mkdir(parents=True)
+        Image.new("L", (16, 16)).save(folder / "three" / name / "image.png")
+
+
+def empty_folder(folder: Path) -> None:
+    (folder / "empty").mkdir()
+
+
+def broken_images(folder: Path) -> None:
+    for name in "abcd":
+        (folder / "broken" / name).mkdir(parents=True)
+        (folder / "broken" / name / "image.png").write_bytes(b"no picture")
+
+
+def broken_npz(folder: Path) -> None:
+    (folder / "broken.npz").write_bytes(b"no archive")
+
+
+def another_run(folder: Path) -> None:
+    (folder / "out").mkdir()
+    (folder / "out/report.json").write_text("{}")
+
+
+def file_as_out(folder: Path) -> None:
+    (folder / "out").write_text("a file")
+
+
+def bad_config(text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "bad.toml").write_text(text) and None
+
+
+def wrong_labels(folder: Path) -> None:
+    (folder / "three.txt").write_text("a\nb\nc\n")
+
+
+def nothing(_: Path) -> None:
+    pass
+
+
+COMPRESS = ("compress", "{in}/teacher.pt", *RUN)
+DEMO = ("demo", "--config", "{in}/bad.toml")
+CONFIGURED = (*COMPRESS, "--config", "{in}/bad.toml")
+# (name, what to prepare, arguments, exit code, part of the message, part of the hint)
+ROWS: list[tuple[str, Callable[[Path], None], tuple[str, ...], int, str, str]] = [
+    ("no file", nothing, ("compress", "{in}/gone.pt", *RUN), 1, "no file", "path"),
+    ("no checkpoint", no_checkpoint, ("compress", "{in}/teacher.txt", *RUN), 1, "teacher.txt", ""),
+    ("truncated", truncated, ("compress", "{in}/half.pt", *RUN), 1, "half.pt", ""),
+    ("code in pickle", code_in_pickle, ("compress", "{in}/code.pt", *RUN), 1, "code.pt", "--trust-pickle"),
+    ("plain pickle", plain_pickle, ("compress", "{in}/code.pkl", *RUN), 1, "code.pkl", "--trust-pickle"),
+    ("unknown network", unknown_network, ("compress", "{in}/unknown.safetensors", *RUN), 1, "", "--arch"),
+    ("NaN weights", not_finite, ("compress", "{in}/nan.pt", *RUN), 1, "NaN", "ssdkd inspect"),
+    ("unknown arch", nothing, (*COMPRESS, "--arch", "resnet21"), 1, "resnet21", "resnet20"),
+    ("wrong arch", nothing, (*COMPRESS, "--arch", "resnet20"), 1, "resnet20", "--arch"),
+    ("unknown student", nothing, (*COMPRESS, "--student", "mobilnetv2"), 1, "mobilnetv2", "did you mean mobilenetv2"),
+    ("student's code missing", nothing, (*COMPRESS, "--student", "no.such:thing"), 1, "no module 'no'", "PYTHONPATH"),
+    ("student cannot", nothing, (*COMPRESS, "--student", "inception_v3"), 1, "cannot take images of", "--input"),
+    ("size too small", nothing, (*COMPRESS, "--input", "1x8x8"), 1, "1x8x8: expected 1 to 4 channels, 16", "--input"),
+    ("channels", nothing, (*COMPRESS, "--input", "3x16x16"), 1, "--input says 3 channels", "--input 1x16x16"),
+    ("student weights", nothing, (*COMPRESS, "--student-weights", "{in}/gone.pt"), 1, "gone.pt", ""),
+    ("classes against head", nothing, (*COMPRESS, "--classes", "7"), 1, "--classes says 7", "--classes"),
+    ("labels against head", wrong_labels, (*COMPRESS, "--classes", "{in}/three.txt"), 1, "3", "--classes"),
+    ("labels file gone", nothing, (*COMPRESS, "--classes", "gone.txt"), 1, "gone.txt", "one name a line"),
+    ("mean of three", nothing, (*COMPRESS, "--mean", ".5,.5,.5", "--std", "1,1,1"), 1, "--mean", "--mean"),
+    ("other classes", other_classes, (*COMPRESS, "--eval-data", "{in}/three"), 1, "4 class", ""),
+    ("no folder", nothing, (*COMPRESS, "--eval-data", "{in}/gone"), 1, "gone", ""),
+    ("empty folder", empty_folder, (*COMPRESS, "--eval-data", "{in}/empty"), 1, "found 0", ""),
+    ("broken images", broken_images, (*COMPRESS, "--eval-data", "{in}/broken"), 1, "image.png", ""),
+    ("broken npz", broken_npz, (*COMPRESS, "--eval-data", "{in}/broken.npz"), 1, "broken.npz", ""),
+    ("another run", another_run, COMPRESS, 1, "holds another run (report.json)", "--overwrite"),
+    ("out is a file", file_as_out, COMPRESS, 1, "is a file", "--out DIR"),
+    ("out below a file", file_as_out, (*COMPRESS, "--out", "{out}/below"), 1, "Not a directory", "--out DIR"),
+    ("name too long", nothing, (*COMPRESS, "--out", "{in}/" + "x" * 300), 1, "File name too long", "shorter path"),
+    ("no such device", nothing, (*COMPRESS, "--device", "tpu7"), 1, "tpu7", "--device"),
+    ("export format", nothing, (*COMPRESS, "--export", "tflite"), 1, "no export format 'tflite'", "--export onnx"),
+    ("config gone", nothing, (*COMPRESS, "--config", "gone.toml"), 1, "gone.toml", "check the path"),
+    ("config no TOML", bad_config("[compress"), CONFIGURED, 1, "is not TOML", "config.toml"),
+    ("config table", bad_config("[train]\nx=1"), CONFIGURED, 1, "found 'train'", "[compress]"),
+    ("config key", bad_config("[compress]\nefort='full'"), CONFIGURED, 1, "unknown key 'efort'", "'effort'"),
+    ("config within config", bad_config("[compress]\nconfig='x'"), CONFIGURED, 1, "unknown key 'config'", ""),
+    ("setting", bad_config("[distillation]\ngama=1"), CONFIGURED, 1, "unknown distillation setting 'gama'", "gamma"),
+    ("setting's type", bad_config("[distillation]\nmeta=1"), CONFIGURED, 1, "'meta' is 1: expected bool", "config"),
+    ("config value", bad_config("[compress]\nclasses=1"), CONFIGURED, 2, "at least 2", ""),
+    ("teacher of demo", bad_config("[compress]\nteacher='x'"), DEMO, 1, "names a teacher", "ssdkd compress"),
+    ("effort", nothing, (*COMPRESS, "--effort", "huge"), 2, "smoke, quick, full", ""),
+    ("input", nothing, (*COMPRESS, "--input", "32"), 2, "3x32x32", ""),
+    ("std zero", nothing, (*COMPRESS, "--std", "0"), 2, "above 0", ""),
+    ("time", nothing, (*COMPRESS, "--time-limit", "10"), 2, "10m", ""),
+    ("one class", nothing, (*COMPRESS, "--classes", "1"), 2, "at least 2", ""),
+    ("no student", nothing, ("compress", "{in}/teacher.pt"), 2, "--student", ""),
+    ("no command", nothing, ("distil",), 2, "distil", ""),
+    *((f"{flag} comes later", nothing, (*COMPRESS, flag, "1"), 2, flag, "") for flag in (
+        *("--precision", "--profile", "--devices", "--task", "--max-drop", "--max-latency-ms", "--max-size-mb"),
+        "--min-agreement",
+    )),
+    ("--resume comes later", nothing, (*COMPRESS, "--resume"), 2, "--resume", ""),
+    ("export no run", empty_folder, ("export", "{in}/empty"), 1, "is no run", "ssdkd compress"),
+    ("export format later", nothing, ("export", "{in}/teacher.pt", "--export", "trt"), 1, "'trt'", "onnx"),
+    ("eval no model", nothing, ("eval", "{in}/gone.onnx", "--data", "{in}/test.npz"), 1, "gone.onnx", ""),
+    ("eval a checkpoint", nothing, ("eval", "{in}/teacher.pt", "--data", "{in}/test.npz"), 1, ".onnx", "export"),
+    ("bench no run", empty_folder, ("bench", "{in}/empty"), 1, "no exported file", "ssdkd export"),
+    ("bench no model", no_checkpoint, ("bench", "{in}/teacher.txt"), 1, ".onnx", "export"),
+    ("report no run", empty_folder, ("report", "{in}/empty"), 1, "report.json", "ssdkd report"),
+    ("inspect nothing", no_checkpoint, ("inspect", "{in}/teacher.txt"), 1, "teacher.txt", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("prepare", "words", "code", "message", "hint"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS]
+)
+def test_bad_input(
+    prepare: Callable[[Path], None],
+    words: tuple[str, ...],
+    code: int,
+    message: str,
+    hint: str,
+    ssdkd: Any,
+    shared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SSDKD_TEST_FOLDER", str(tmp_path))
+    for name in ("teacher.pt", "test.npz"):
+        (tmp_path / name).write_bytes((shared / name).read_bytes())
+    prepare(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    ran = ssdkd(
+        *(word.replace("{in}", str(tmp_path)).replace("{out}", str(tmp_path / "out")) for word in words), "--json"
+    )
+    said = " ".join(ran.err.replace("│", " ").split())  # usage errors stand in a box
+    assert ran.code == code, ran.err
+    assert message in said
+    assert "Traceback" not in ran.err
+    assert ran.out == ""
+    assert not (tmp_path / "ran").exists()
+    assert sorted(tmp_path.rglob("*")) == before  # nothing is left behind
+    if code == 1:
+        errors = [line for line in ran.err.splitlines() if line.startswith(("ERROR ", "HINT "))]
+        assert [line.split()[0] for line in errors] == ["ERROR", "HINT"]
+        assert message in errors[0]
+        assert hint in errors[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
+def test_cuda_where_there_is_none(ssdkd: Any, shared: Path, tmp_path: Path) -> None:
+    ran = ssdkd(
+        "compress", shared / "teacher.pt", "--student", "resnet8", "--device", "cuda", "--out", tmp_path / "run"
+    )
+    assert ran.code == 1
+    assert "no CUDA GPU" in ran.err
+    assert "--device cpu" in ran.err
+
+
+def test_an_onnx_of_somebody_else_needs_its_normalisation(
+    ssdkd: Any, shared: Path, compressed: Path, tmp_path: Path
+) -> None:
+    import onnx
+
+    model = onnx.load(compressed / "model.onnx")
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "foreign.onnx")
+    ran = ssdkd("eval", tmp_path / "foreign.onnx", "--data", shared / "test.npz")
+    assert ran.code == 1
+    assert "--mean" in ran.err
+    stated = ssdkd(
+        "eval", tmp_path / "foreign.onnx", "--data", shared / "test.npz", "--mean", ".5", "--std", ".5", "--json"
+    )
+    ours = ssdkd("eval", compressed / "model.onnx", "--data", shared / "test.npz", "--json")
+    assert stated.json[0]["accuracy"] == ours.json[0]["accuracy"]
+    assert np.isfinite(ours.json[0]["accuracy"])

@@ -1,0 +1,111 @@
+import ast
+import resource
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import ssdkd_cli
+from ssdkd_cli.main import app
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ("compress", "demo", "inspect", "students", "eval", "bench", "export", "report", "doctor")
+
+
+def python(code: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=60, **options)
+
+
+def test_help_is_quick_and_does_not_load_torch() -> None:
+    code = "import sys; from ssdkd_cli.main import main; main(['--help']); print(sorted(sys.modules), file=sys.stderr)"
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        ran = python(code)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    for heavy in ("torch", "onnx", "onnxruntime", "numpy", "pydantic", "PIL", "timm"):
+        assert f"'{heavy}'" not in ran.stderr
+    assert all(command in ran.stdout for command in COMMANDS)
+    assert min(seconds) < 0.5  # of processor time: what else the machine does is not ours
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str, ssdkd: Any) -> None:
+    ran = ssdkd(command, "--help")
+    assert ran.code == 0
+    described = ran.out.partition("╭")[0].partition("Usage:")[2].partition("\n")[2]
+    assert f"ssdkd {command}" in described
+    assert ran.err == ""
+
+
+def test_there_are_no_other_commands() -> None:
+    assert set(typer.main.get_command(app).commands) == set(COMMANDS)  # type: ignore[attr-defined]
+
+
+def test_version(ssdkd: Any) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert ssdkd_cli.__version__ == project["version"]
+    assert ssdkd("--version").out == f"ssdkd {project['version']}\n"
+
+
+def test_a_closed_pipe_is_no_error_to_talk_about() -> None:
+    code = (
+        "import sys; from ssdkd_cli.boundary import exit_code_of; from ssdkd_cli.outcome import Outcome\n"
+        "sys.exit(exit_code_of(lambda: Outcome(lambda: print('x' * 10_000_000))))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        run.stdout.read(10)
+        run.stdout.close()
+        assert run.stderr.read() == b""
+    assert run.returncode == 1
+
+
+def imports_of(folder: str) -> dict[str, set[str]]:
+    """For each file of a folder, the first names of what it imports, wherever in the file."""
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / folder).rglob("*.py"):
+        names: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}: imports are absolute"
+                names.add((node.module or "").partition(".")[0])
+        found[path.name] = names
+    return found
+
+
+def test_who_may_import_whom() -> None:
+    for name, names in imports_of("engine").items():
+        assert not names & {"ssdkd_cli", "exporters", "rich", "typer"}, name
+    for name, names in imports_of("exporters").items():
+        assert not names & {"ssdkd_cli", "rich", "typer"}, name
+    for name, names in imports_of("ssdkd_cli").items():
+        assert "rich" not in names or name == "console.py", name
+
+
+def test_the_engine_can_take_no_labels_and_no_folder_of_images() -> None:
+    for name, names in imports_of("engine").items():
+        assert not names & {"PIL", "cv2", "imageio", "csv"}, f"{name} could read images"
+    for path in (ROOT / "engine").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                arguments = {item.arg for item in (*node.args.args, *node.args.kwonlyargs, *node.args.posonlyargs)}
+                assert not arguments & {"labels", "label", "eval_data", "labelled", "data_dir", "dataset", "loader"}, (
+                    f"{path.name}: {node.name}"
+                )
+            if isinstance(node, ast.Attribute):
+                assert node.attr not in {"ImageFolder", "DataLoader", "datasets", "read_image", "decode_image"}, (
+                    path.name
+                )
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id != "print", f"{path.name}: the engine never prints"

@@ -1,0 +1,142 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from engine.errors import SSDKDError
+from ssdkd_cli import compress as commands
+from ssdkd_cli.config_file import read_config, write_config
+from ssdkd_cli.labels import read_classes
+from ssdkd_cli.main import app
+from ssdkd_cli.options import Options, as_typed, parse_classes, parse_duration, parse_numbers, parse_shape
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1h30m", 5400), ("1H1m1s", 3661)])
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "10", "1.5h", "m", "0s", "10 minutes", "30m1h", "-5m"])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="90s, 10m or 1h30m"):
+        parse_duration(text)
+
+
+def test_shapes() -> None:
+    assert parse_shape("3x32x48") == (3, 32, 48)
+    assert parse_shape(" 1X28X28 ") == (1, 28, 28)
+    for text in ("32", "3x32", "3x0x32", "3x32x32x1", "axbxc", "-3x32x32"):
+        with pytest.raises(typer.BadParameter, match="3x32x32"):
+            parse_shape(text)
+
+
+def test_numbers_a_channel() -> None:
+    assert parse_numbers("0.5") == (0.5,)
+    assert parse_numbers("0.1, 0.2,0.3") == (0.1, 0.2, 0.3)
+    for text in ("", "a", "0.1,,0.2", "nan", "inf,1"):
+        with pytest.raises(typer.BadParameter, match="one number a channel"):
+            parse_numbers(text)
+
+
+def test_classes_are_a_number_or_a_file(tmp_path: Path) -> None:
+    assert parse_classes("10") == 10
+    assert parse_classes("labels.txt") == Path("labels.txt")
+    assert read_classes(10) == (10, None)
+    assert read_classes(None) == (None, None)
+    labels = tmp_path / "labels.txt"
+    labels.write_text("apple\r\n\nT-shirt/top \n", encoding="utf-8")
+    assert read_classes(labels) == (2, ("apple", "T-shirt/top"))
+    for content in (b"one", b"a\na\n", b"\xff\xfe\x00"):
+        labels.write_bytes(content)
+        with pytest.raises(SSDKDError, match="--classes"):
+            read_classes(labels)
+
+
+def options_of(name: str) -> dict[str, Any]:
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    return {parameter.name: parameter for parameter in command.params}
+
+
+def test_demo_takes_every_option_of_compress() -> None:
+    demo, compress = options_of("demo"), options_of("compress")
+    assert set(compress) - set(demo) == {"teacher"}
+    assert set(demo) <= set(compress)
+    for name, option in demo.items():
+        assert option.opts == compress[name].opts
+        assert option.help == compress[name].help
+
+
+def test_demo_defaults_are_options() -> None:
+    assert set(commands.DEMO_DEFAULTS) <= set(options_of("demo"))
+
+
+def test_the_options_are_those_of_the_contract() -> None:
+    flags = {flag for option in options_of("compress").values() for flag in option.opts if flag.startswith("--")}
+    assert flags == {
+        *("--arch", "--input", "--mean", "--std", "--classes", "--trust-pickle", "--student", "--student-weights"),
+        *("--effort", "--samples", "--time-limit", "--device", "--seed", "--config", "--batch-size"),
+        *("--export", "--out", "--overwrite", "--json", "--eval-data", "--embed-preprocessing"),
+    }
+
+
+def test_config_toml_is_read_as_it_was_written(tmp_path: Path) -> None:
+    options = Options(
+        teacher=tmp_path / 'a "quoted" name.pt',
+        student="models.small:build",
+        input=(3, 32, 32),
+        mean=(0.5, 0.25, 0.125),
+        classes=10,
+        time_limit=5400.0,
+        export=["onnx"],
+        out=Path("elsewhere"),
+        json=True,
+    )
+    path = tmp_path / "config.toml"
+    path.write_text(
+        write_config(as_typed(options), {"meta": False, "gamma": 2.0}, {"meta": False, "gamma": 2.0, "beta": 0.4})
+    )
+    found = read_config(path)
+    assert found["distillation"] == {"meta": False, "gamma": 2.0}
+    assert "# beta = 0.4" in path.read_text()
+    assert found["compress"] == {
+        "teacher": str(tmp_path / 'a "quoted" name.pt'),
+        "student": "models.small:build",
+        "input": "3x32x32",
+        "mean": [0.5, 0.25, 0.125],
+        "classes": 10,
+        "trust-pickle": False,
+        "effort": "quick",
+        "time-limit": "5400s",
+        "device": "auto",
+        "seed": 0,
+        "export": ["onnx"],
+        "embed-preprocessing": False,
+    }
+
+
+def test_what_is_typed_wins_over_the_config(ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from ssdkd_cli import pipeline
+
+    seen: list[Options] = []
+
+    def stop(options: Options, **_: Any) -> None:
+        seen.append(options)
+        raise SSDKDError("seen", "")
+
+    monkeypatch.setattr(pipeline, "compress", stop)
+    config = tmp_path / "ssdkd.toml"
+    config.write_text(
+        "[compress]\nstudent='vgg8'\nseed=7\neval_data='images'\nmean=[0.1,0.2,0.3]\ntime-limit='2m'\n"
+        "export=['onnx','onnx']\ntrust-pickle=true\nclasses=5\n"
+    )
+    ssdkd("compress", "t.pt", "--config", config, "--seed", "8")
+    ssdkd("compress", "t.pt", "--student", "resnet8")
+    ssdkd("demo", "--config", config, "--student", "resnet20")
+    first, second, third = seen
+    assert (first.teacher, first.student, first.seed) == (Path("t.pt"), "vgg8", 8)
+    assert (first.mean, first.time_limit, first.classes) == ((0.1, 0.2, 0.3), 120.0, 5)
+    assert (first.eval_data, first.export, first.trust_pickle) == (Path("images"), ["onnx", "onnx"], True)
+    assert (second.seed, second.mean, second.export, second.effort) == (0, None, ["onnx"], "quick")
+    assert (third.student, third.seed, third.teacher) == ("resnet20", 7, commands.DEMO_TEACHER)
+    assert third.out == Path("runs/demo")

@@ -1,0 +1,132 @@
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.errors import SSDKDError
+from ssdkd_cli.report import Percentiles, Report, read_report, recommend, to_json, to_markdown, write_report
+from ssdkd_cli.summary import comparison
+
+# DESIGN's keys: outside programs read them, so none may go or change its name.
+KEYS = {
+    "": "schema_version created command seconds_total environment teacher student distillation artifacts "
+    "recommendation gates",
+    "environment": "python torch ssdkd device cpu gpu",
+    "teacher": "path sha256 arch parameters flops size_bytes accuracy accuracy_images latency_ms",
+    "student": "arch parameters flops size_bytes accuracy agreement",
+    "distillation": "method samples rounds steps seconds images_seen class_histogram settings",
+    "artifacts": "path sha256 format precision precision_requested profile size_bytes runtime max_abs_error agreement "
+    "accuracy latency_ms throughput_per_s batch verified verified_reason notes",
+    "recommendation": "artifact why",
+}
+
+
+@pytest.fixture
+def report(compressed: Path) -> Report:
+    return read_report(compressed)
+
+
+def test_the_keys_are_those_of_the_contract(compressed: Path) -> None:
+    found = json.loads((compressed / "report.json").read_text())
+    for part, keys in KEYS.items():
+        value = found[part] if part else found
+        value = value[0] if isinstance(value, list) else value
+        assert set(keys.split()) <= set(value), part
+    assert set(found["teacher"]["latency_ms"]) == {"p50", "p90", "p99"}
+    assert found["schema_version"] == 1
+
+
+def test_what_is_written_is_what_is_read(report: Report, tmp_path: Path) -> None:
+    write_report(report, tmp_path)
+    assert read_report(tmp_path) == report
+    assert (tmp_path / "report.json").read_text() == to_json(report)
+    assert (tmp_path / "report.md").read_text() == to_markdown(report)
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (lambda found: found.update(schema_version=2), "schema_version"),
+        (lambda found: found.update(extra=1), "extra"),
+        (lambda found: found["teacher"].pop("sha256"), "teacher.sha256"),
+        (lambda found: found["student"].update(agreement="high"), "student.agreement"),
+        (lambda found: found["artifacts"][0].update(bytes=1), "artifacts.0.bytes"),
+    ],
+)
+def test_a_report_that_does_not_follow_the_schema_is_refused(
+    change: Any, where: str, compressed: Path, tmp_path: Path
+) -> None:
+    found = json.loads((compressed / "report.json").read_text())
+    change(found)
+    (tmp_path / "report.json").write_text(json.dumps(found))
+    with pytest.raises(SSDKDError, match=where):
+        read_report(tmp_path)
+
+
+def test_numbers_that_are_not_finite_are_refused(report: Report) -> None:
+    with pytest.raises(ValueError, match="finite number"):
+        dataclasses.replace(report.student, agreement=float("nan"))
+
+
+def test_markdown_says_unknown_and_never_guesses(report: Report) -> None:
+    blind = dataclasses.replace(
+        report,
+        teacher=dataclasses.replace(report.teacher, accuracy=None, accuracy_images=None, latency_ms=None, flops=None),
+        student=dataclasses.replace(report.student, accuracy=None),
+    )
+    text = to_markdown(blind)
+    row = next(line for line in text.splitlines() if line.startswith("| accuracy"))
+    assert [cell.strip() for cell in row.split("|")[2:4]] == ["unknown", "unknown"]
+    assert "no labelled images were given" in text
+    assert "None" not in text
+    names = [name for name, *_ in comparison(blind)]
+    assert "accuracy" not in names  # nothing to compare
+    assert "agreement" in names
+
+
+def test_the_recommendation_is_the_fastest_verified_file(report: Report) -> None:
+    (artifact,) = report.artifacts
+    slow = dataclasses.replace(artifact, path="slow.onnx", latency_ms=Percentiles(p50=9.0, p90=9.5, p99=9.9))
+    quick = dataclasses.replace(artifact, path="quick.onnx", latency_ms=Percentiles(p50=1.0, p90=1.5, p99=1.9))
+    broken = dataclasses.replace(quick, path="broken.onnx", verified=False)
+    elsewhere = dataclasses.replace(quick, path="elsewhere.engine", verified=None, latency_ms=None)
+    chosen = recommend((slow, quick, broken, elsewhere), report.teacher)
+    assert chosen is not None
+    assert chosen.artifact == "quick.onnx"
+    assert recommend((broken, elsewhere), report.teacher) is None
+
+
+def test_the_comparison_says_what_was_gained_and_lost(report: Report) -> None:
+    (artifact,) = report.artifacts
+    teacher = dataclasses.replace(
+        report.teacher,
+        parameters=4000,
+        size_bytes=1000,
+        accuracy=80.0,
+        latency_ms=Percentiles(p50=1.0, p90=1.0, p99=1.0),
+    )
+    student = dataclasses.replace(report.student, parameters=1000, size_bytes=1001, accuracy=60.0)
+    slower = dataclasses.replace(artifact, latency_ms=Percentiles(p50=2.0, p90=2.0, p99=2.0))
+    rows = {
+        name: gain
+        for name, *_, gain in comparison(
+            dataclasses.replace(report, teacher=teacher, student=student, artifacts=(slower,))
+        )
+    }
+    assert rows["accuracy"] == "75.0 % of the teacher's"
+    assert rows["parameters"] == "4.0 times fewer"
+    assert rows["file"] == "the same"
+    assert rows["latency p50"] == "2.0 times slower"
+
+
+def test_report_writes_it_again(ssdkd: Any, compressed: Path) -> None:
+    (compressed / "report.md").unlink()
+    ran = ssdkd("report", compressed, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json == json.loads((compressed / "report.json").read_text())
+    assert (compressed / "report.md").exists()
+    shown = ssdkd("report", compressed)
+    assert "agreement" in shown.out
+    assert "verified" in shown.out
