@@ -21,6 +21,7 @@ IGNORED_SUFFIXES = ("num_batches_tracked", "total_ops", "total_params", "_extra_
 TORCHVISION = "torchvision/"  # full names; see engine.students.published_networks
 # Their extra training heads may or may not be in a file.
 WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
+_FILLING = {"normal_", "uniform_", "zero_", "fill_", "erfinv_", "mul_", "add_", "clamp_", "kaiming_uniform_"}
 _FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn}
 
 
@@ -45,6 +46,8 @@ class _WithoutMemory(TorchFunctionMode):
         args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
+        if getattr(function, "__name__", "") in _FILLING and args and getattr(args[0], "is_meta", False):
+            return args[0]
         arguments = dict(kwargs or {})
         if function in _FACTORIES and arguments.get("device") is None:
             arguments["device"] = "meta"

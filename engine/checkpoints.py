@@ -5,7 +5,7 @@ The content decides what it is, never the suffix.
 
 import hashlib
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from engine.onnx_graph import read_onnx
 from engine.safe_pickle import LEGACY_MAGIC, damaged, safe_load, trusted_load
 from engine.torch_export import read_export
 from engine.torchscript import read_torchscript
-from engine.unwrap import State, Weights, plain, strip_prefixes, unwrap
+from engine.unwrap import State, Weights, metadata_beside, plain, strip_prefixes, unwrap
 
 ACCEPTED = "a PyTorch checkpoint, .safetensors, a torch.export program (.pt2), TorchScript or ONNX"
 
@@ -163,7 +163,7 @@ def _read_safetensors(path: Path, _trust_pickle: bool) -> Checkpoint:
             header = file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise damaged(path, error) from error
-    metadata = {name.removeprefix("ssdkd"): plain(value) for name, value in header.items()}
+    metadata = _facts(header)
     stripped, notes = strip_prefixes(state)
     # The format sorts its tensors by type and name.
     return Checkpoint("safetensors", Weights(stripped, None, metadata, tuple(notes)), None, keeps_order=False)
@@ -181,9 +181,12 @@ def _read_torchscript(path: Path, _trust_pickle: bool) -> Checkpoint:
 
 def _read_onnx(path: Path, _trust_pickle: bool) -> Checkpoint:
     state, graph, metadata = read_onnx(path)
-    return _of_graph(
-        "onnx", state, graph, {name.removeprefix("ssdkd."): plain(text) for name, text in metadata.items()}, []
-    )
+    return _of_graph("onnx", state, graph, _facts(metadata), [])
+
+
+def _facts(texts: Mapping[str, str]) -> dict[str, object]:
+    """Metadata that a format keeps as texts; ours is JSON."""
+    return metadata_beside({name.removeprefix("ssdkd."): plain(text) for name, text in texts.items()})
 
 
 def _of_graph(kind: str, state: State, graph: Graph, metadata: dict[str, object], notes: list[str]) -> Checkpoint:

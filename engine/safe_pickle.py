@@ -4,14 +4,14 @@ torch's weights-only reader, with inert stand-ins for the harmless extras that t
 """
 
 import argparse
-import collections
 import io
 import pickle
 import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -56,15 +56,12 @@ class NumpyArray:
         self.value = np.frombuffer(data, kind.dtype).reshape(shape, order="F" if fortran else "C")
 
 
-class Configuration(dict[object, object]):
-    """Stands in for a framework's configuration class; keeps what was set on it and runs nothing."""
+class Configuration:
+    """Stands in for dictionaries of other kinds (defaultdict, a framework's configuration): a plain one is made."""
 
-    def __init__(self, *_ignored: object) -> None:
-        super().__init__()
-
-    def __setstate__(self, state: object) -> None:
-        if isinstance(state, Mapping):
-            self.update(state)
+    def __new__(cls, *_ignored: object) -> OrderedDict[object, object]:  # type: ignore[misc]
+        """The weights-only reader fills no other dictionaries."""
+        return OrderedDict()
 
 
 def _numpy_array(*_ignored: object) -> NumpyArray:
@@ -81,7 +78,7 @@ def _path(*parts: str) -> str:
 
 _HARMLESS: tuple[tuple[Callable[..., object], str], ...] = (
     (argparse.Namespace, "argparse.Namespace"),
-    (collections.defaultdict, "collections.defaultdict"),
+    (Configuration, "collections.defaultdict"),
     *((kind, f"builtins.{kind.__name__}") for kind in (bool, int, float, str, list, tuple, dict)),
     *((_path, f"{module}.{name}") for module in ("pathlib", "pathlib._local")
       for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
@@ -160,7 +157,7 @@ def pickled_globals(file: BinaryIO) -> list[str]:
                 strings: list[str] = []
                 for opcode, argument, _ in pickletools.genops(stream):
                     if opcode.name == "GLOBAL":
-                        names.append(str(argument).replace(" ", "."))
+                        names.append(str(argument).replace(" ", ".").replace("__builtin__.", "builtins."))
                     elif opcode.name == "STACK_GLOBAL":
                         names.append(".".join(strings[-2:]))
                     elif isinstance(argument, str):
@@ -191,10 +188,10 @@ def _refusal(path: Path, wanted: list[str], reason: str) -> SSDKDError:
         and name.partition(".")[0] not in {"torch", "collections", "_codecs", *CONFIGURATION_PACKAGES}
     ]
     unsafe = list(dict.fromkeys([*suspects, *refused]))
-    if not unsafe and "Unsupported operand" not in reason:
-        return damaged(path, pickle.UnpicklingError(reason))
-    listed = ", ".join(unsafe[:4]) + (", ..." if len(unsafe) > 4 else "")
-    found = f"a call for {listed}" if unsafe else "a pickle that the safe reader does not understand"
+    why = (reason.partition("WeightsUnpickler error:")[2].strip() or reason).splitlines()[0]
+    if not unsafe and not why.startswith(("Unsupported operand", "Can only", "Trying to call")):
+        return damaged(path, pickle.UnpicklingError(why))
+    found = f"a call for {', '.join(unsafe[:4])}{', ...' if len(unsafe) > 4 else ''}" if unsafe else why
     return SSDKDError(
         f"{path.name} is a pickle that may run code when it is loaded: "
         f"expected weights alone, found {found}. Nothing was run",
