@@ -15,25 +15,25 @@ class DistillationSettings:
 
     rounds: int = EFFORTS["full"]
     samples: int = 5000  # |B|, slots of the replay buffer
-    held_out: int = 512  # newest synthetic samples that are never trained on
+    held_out: int = 256  # newest synthetic samples that are never trained on
     warmup_rounds: int = 10  # rounds of inversion before the student takes its first step
 
-    inversion_batch: int = 256  # samples a round
-    inversion_steps: int = 5  # K
+    inversion_batch: int = 128  # samples a round
+    inversion_steps: int = 10  # K
     generator_width: int = 16  # channels at full resolution
     generator_latent: int = 256
     generator_rate: float = 2e-2  # Adam
     latent_rate: float = 0.1  # Adam
-    batchnorm_weight: float = 10.0  # a_bn
+    batchnorm_weight: float = 30.0  # a_bn
     batchnorm_momentum: float = 0.0  # of the average over rounds that L_bn compares
     class_weight: float = 1.0  # a_ce
     adversarial_weight: float = 1.0  # a_adv
     gamma: float = 1.0  # exponent of the difficulty-aware part of phi
     beta: float = 0.4  # exponent of the importance weights
 
-    student_batch: int = 256
-    student_steps: int = 25  # a round
-    student_rate: float = 0.1  # SGD with Nesterov momentum; falls to 0 along a half cosine
+    student_batch: int = 128
+    student_steps: int = 40  # a round
+    student_rate: float = 0.2  # SGD with Nesterov momentum; rises for a twentieth of the run, falls to 0 as a half cosine
     student_momentum: float = 0.9
     student_decay: float = 5e-4
     temperature: float = 4.0
@@ -68,7 +68,7 @@ def settings_for(effort: str, *, image_shape: tuple[int, int, int], **overrides:
                 f"distillation setting '{name}' is {value!r}: expected {types[name].__name__}", "correct the config file"
             )
     _, height, width = image_shape
-    batch = max(16, min(256, 256 * SMALL_PIXELS // (height * width)))
+    batch = max(16, min(128, 128 * SMALL_PIXELS // (height * width)))
     rounds = EFFORTS[effort]
     sized = DistillationSettings(
         rounds=rounds, inversion_batch=batch, student_batch=batch, warmup_rounds=min(10, max(1, rounds // 8))
