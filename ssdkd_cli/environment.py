@@ -1,17 +1,12 @@
-"""What this machine is and has: for report.json and `ssdkd doctor`."""
+"""What this machine is and has, for `ssdkd doctor` and for report.json."""
 
 import importlib
 import importlib.metadata
 import os
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ssdkd_cli import __version__
-from ssdkd_cli.report import Environment
-
-if TYPE_CHECKING:
-    from engine.device import Compute
 
 PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "safetensors")
 TENSORRT_FLAVOURS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
@@ -43,20 +38,6 @@ def gpu_names() -> list[str]:
     return [
         f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}" for gpu in found
     ]
-
-
-def environment(compute: "Compute") -> Environment:
-    """The machine's part of report.json."""
-    import torch
-
-    return Environment(
-        python=platform.python_version(),
-        torch=torch.__version__,
-        ssdkd=__version__,
-        device=compute.describe(),
-        cpu=cpu_name(),
-        gpu=gpu_names()[compute.device.index or 0] if compute.device.type == "cuda" else None,
-    )
 
 
 def doctor_facts() -> dict[str, str]:

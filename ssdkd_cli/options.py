@@ -15,7 +15,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from engine.config import EFFORTS
+from engine.config import EFFORTS, DistillationSettings
 from ssdkd_cli.config_file import apply_config
 from ssdkd_cli.outcome import Outcome
 from ssdkd_cli.words import shape
@@ -172,7 +172,7 @@ class Options:
         typer.Option(
             min=1,
             metavar="N",
-            help="Synthetic samples that the student learns from (default: 5000).",
+            help=f"Synthetic samples that the student learns from. Default: {DistillationSettings.samples}.",
             rich_help_panel="Run",
         ),
     ] = None

@@ -22,33 +22,35 @@ from engine.config import DistillationSettings, settings_for
 from engine.device import Compute, choose_device
 from engine.distill import RoundMetrics, State, averaged_student, class_histogram, distill, start
 from engine.errors import OutOfMemoryError, SSDKDError
-from engine.inspection import count_flops
 from engine.students import STUDENTS, build_student
 from engine.task import Classification
 from engine.teacher import Teacher, batchnorm_layers, load_teacher
 from exporters.evaluate import LabelledImages, accuracy, load_labelled
 from exporters.runtimes import predictor, to_input
 from ssdkd_cli import console, runs
-from ssdkd_cli.artifacts import Timing, artifact, check_formats, export_and_prove, measure, try_export
+from ssdkd_cli.artifacts import artifact, check_formats, export_and_prove, measure, try_export
 from ssdkd_cli.boundary import is_out_of_memory
 from ssdkd_cli.config_file import read_config, write_config
-from ssdkd_cli.environment import environment
+from ssdkd_cli.describe import (
+    count_parameters,
+    describe_distillation,
+    describe_environment,
+    describe_student,
+    describe_teacher,
+    prior_warnings,
+)
 from ssdkd_cli.files import check_space, check_writable, write_text
 from ssdkd_cli.labels import read_classes
 from ssdkd_cli.options import Options, as_typed
 from ssdkd_cli.report import (
     SCHEMA_VERSION,
-    DistillationReport,
     Report,
-    StudentReport,
-    TeacherReport,
     recommend,
     write_report,
 )
 from ssdkd_cli.samples import write_samples
 from ssdkd_cli.words import count, percent, shape
 
-METHOD = "SSD-KD"
 PROOF_SAMPLES = 256  # held-out samples that files are proven on, now and in later exports of the run
 SPARE_BYTES = 4_000_000  # report, picture, metrics
 SMALLEST_BATCH = 16
@@ -98,46 +100,47 @@ def compress(options: Options, *, command: str) -> Finished:
     runs.clear(folder)
     card = runs.teacher_card(teacher.spec, options.student)
     write_text(folder / runs.CONFIG, write_config(as_typed(options), ablations, dataclasses.asdict(settings)))
-    distilled = teach(teacher, student, settings, compute, folder, card, options)
-    weights = runs.save_student(folder, distilled.student, card)
-    warnings = [*teacher.spec.warnings, *warn_all(prior_warnings(distilled.state))]
-    if options.time_limit:
-        warnings.append(NOT_REPEATABLE)
+    warnings = [*teacher.spec.warnings, *warn_all([NOT_REPEATABLE] if options.time_limit else [])]
+    with interruptible(folder):
+        distilled = teach(teacher, student, settings, compute, folder, card, options)
+        warnings += warn_all(prior_warnings(class_histogram(distilled.state)))
+        save_picture(folder, distilled.state, class_names(teacher))
+        samples = distilled.held_out[:PROOF_SAMPLES]
+        proofs = [
+            export_and_prove(
+                name, distilled.student, folder, samples, card, embed_preprocessing=options.embed_preprocessing
+            )
+            for name in options.export
+        ]
+        teacher_timing, timings = measure(teacher.module, proofs, folder, samples, card)
+        with console.stage("score", "comparing student and teacher") as done:
+            agreement = agreement_of(distilled)
+            teacher_accuracy = score(teacher.module, labelled, teacher)
+            student_accuracy = score(distilled.student.to(compute.device), labelled, teacher)
+            artifacts = tuple(artifact(proof, folder, timings, labelled) for proof in proofs)
+            done(f"agreement {percent(agreement)}" + (f", accuracy {percent(student_accuracy)}" if labelled else ""))
 
-    samples = distilled.held_out[:PROOF_SAMPLES]
-    runs.save_samples(folder, samples)
-    save_picture(folder, distilled.state, class_names(teacher))
-    proofs = [
-        export_and_prove(
-            name, distilled.student, folder, samples, card, embed_preprocessing=options.embed_preprocessing
-        )
-        for name in options.export
-    ]
-    teacher_timing, timings = measure(teacher.module, proofs, folder, samples, card)
-    with console.stage("score", "comparing student and teacher") as done:
-        agreement = agreement_of(distilled)
-        teacher_accuracy = score(teacher.module, labelled, teacher)
-        student_accuracy = score(distilled.student.to(compute.device), labelled, teacher)
-        artifacts = tuple(artifact(proof, folder, timings, labelled) for proof in proofs)
-        done(f"agreement {percent(agreement)}" + (f", accuracy {percent(student_accuracy)}" if labelled else ""))
-
-    described = describe_teacher(teacher, teacher_accuracy, labelled, teacher_timing)
+    described = describe_teacher(
+        teacher, accuracy=teacher_accuracy, images=len(labelled.labels) if labelled else None, timing=teacher_timing
+    )
     report = Report(
         schema_version=SCHEMA_VERSION,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
         seconds_total=time.perf_counter() - started,
-        environment=environment(compute),
+        environment=describe_environment(compute),
         teacher=described,
-        student=StudentReport(
+        student=describe_student(
+            distilled.student,
             arch=options.student,
-            parameters=count_parameters(distilled.student),
-            flops=count_flops(distilled.student.cpu(), teacher.spec.input_shape),
-            size_bytes=weights.stat().st_size,
+            input_shape=teacher.spec.input_shape,
+            size_bytes=(folder / runs.STUDENT).stat().st_size,
             accuracy=student_accuracy,
             agreement=agreement,
         ),
-        distillation=describe_distillation(distilled, options.seed),
+        distillation=describe_distillation(
+            distilled.state, held_out_samples=len(distilled.held_out), seed=options.seed
+        ),
         artifacts=artifacts,
         recommendation=recommend(artifacts, described),
         gates=(),
@@ -236,7 +239,7 @@ def teach(
     card: runs.StudentCard,
     options: Options,
 ) -> Distilled:
-    """Distil; each round's metrics go to metrics.jsonl and to the view.
+    """Distil and save the student; each round's metrics go to metrics.jsonl and to the view.
 
     Raises:
         OutOfMemoryError: with the batch size to try.
@@ -244,7 +247,8 @@ def teach(
     """
     spec = teacher.spec
     title = f"{spec.arch} to {options.student}"
-    with batch_advice(settings.student_batch, f"{compute.describe()}, images of {shape(spec.input_shape)}"):
+    largest_batch = max(settings.student_batch, settings.inversion_batch)
+    with batch_advice(largest_batch, f"{compute.describe()}, images of {shape(spec.input_shape)}"):
         state = start(
             teacher.module,
             student,
@@ -264,11 +268,37 @@ def teach(
                     log.flush()
                     show(metrics)
         except KeyboardInterrupt:
-            runs.save_student(folder, averaged_student(state), card)
-            console.warn(f"the student so far is {folder / runs.STUDENT}, the metrics are {folder / runs.METRICS}")
+            save_distilled(folder, distilled_so_far(state), card)
             raise
+    distilled = distilled_so_far(state)
+    save_distilled(folder, distilled, card)
+    return distilled
+
+
+def distilled_so_far(state: State) -> Distilled:
+    """The student to keep at this moment, and the samples that it can be proven on."""
     held_out = state.held_out.images[: state.held_out.size].cpu().numpy()
     return Distilled(averaged_student(state), state, held_out)
+
+
+def save_distilled(folder: Path, distilled: Distilled, card: runs.StudentCard) -> None:
+    """All that `ssdkd export` needs to make files of this student later."""
+    runs.save_student(folder, distilled.student, card)
+    runs.save_samples(folder, distilled.held_out[:PROOF_SAMPLES])
+
+
+@contextlib.contextmanager
+def interruptible(folder: Path) -> Iterator[None]:
+    """Says on Ctrl-C where the student so far is."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (folder / runs.STUDENT).exists():
+            console.warn(
+                f"the student so far is {folder / runs.STUDENT}, the metrics are {folder / runs.METRICS}; "
+                f"make files of it with `ssdkd export {folder}`"
+            )
+        raise
 
 
 @contextlib.contextmanager
@@ -297,15 +327,6 @@ def warn_all(sentences: Sequence[str]) -> list[str]:
     for sentence in sentences:
         console.warn(sentence)
     return list(sentences)
-
-
-def prior_warnings(state: State) -> list[str]:
-    """What the classes of the synthetic samples say of the teacher's prior, where it is suspicious."""
-    histogram = class_histogram(state)
-    missing = sum(number == 0 for number in histogram)
-    if not missing or state.buffer.size < 10 * len(histogram):
-        return []
-    return [f"{missing} of {len(histogram)} classes are in no synthetic sample: the student knows little of them"]
 
 
 def save_picture(folder: Path, state: State, names: Sequence[str]) -> None:
@@ -338,53 +359,3 @@ def score(module: nn.Module, labelled: LabelledImages | None, teacher: Teacher) 
         return None
     preprocessing = teacher.spec.preprocessing
     return accuracy(predictor(module), labelled, mean=preprocessing.mean, std=preprocessing.std)
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Weights of a network, buffers not counted."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def describe_teacher(
-    teacher: Teacher, accuracy_percent: float | None, labelled: LabelledImages | None, timing: Timing | None
-) -> TeacherReport:
-    """The teacher's part of the report."""
-    spec = teacher.spec
-    return TeacherReport(
-        path=spec.path,
-        sha256=spec.sha256,
-        format=spec.format,
-        arch=spec.arch,
-        arch_evidence=spec.arch_evidence,
-        input_shape=spec.input_shape,
-        classes=spec.classes,
-        class_names=spec.class_names,
-        mean=spec.preprocessing.mean,
-        std=spec.preprocessing.std,
-        preprocessing_source=spec.preprocessing.source,
-        batchnorm_layers=spec.batchnorm_layers,
-        parameters=spec.parameters,
-        flops=count_flops(teacher.module.cpu(), spec.input_shape),
-        size_bytes=spec.size_bytes,
-        accuracy=accuracy_percent,
-        accuracy_images=len(labelled.labels) if labelled else None,
-        latency_ms=timing.latency_ms if timing else None,
-        throughput_per_s=timing.throughput_per_s if timing else None,
-    )
-
-
-def describe_distillation(distilled: Distilled, seed: int) -> DistillationReport:
-    """The distillation's part of the report."""
-    state = distilled.state
-    return DistillationReport(
-        method=METHOD,
-        samples=state.buffer.size,
-        held_out_samples=len(distilled.held_out),
-        rounds=state.round,
-        steps=state.steps,
-        seconds=state.seconds,
-        images_seen=state.images_seen,
-        seed=seed,
-        class_histogram=tuple(class_histogram(state)),
-        settings=dataclasses.asdict(state.settings),
-    )

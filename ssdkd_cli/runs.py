@@ -92,14 +92,12 @@ def clear(folder: Path) -> None:
         path.unlink()
 
 
-def save_student(folder: Path, module: "nn.Module", card: StudentCard) -> Path:
+def save_student(folder: Path, module: "nn.Module", card: StudentCard) -> None:
     """Write student.safetensors: the weights, and the card as its metadata."""
     from safetensors.torch import save
 
     weights = {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
-    path = folder / STUDENT
-    write_bytes(path, save(weights, {"format": "pt", CARD_KEY: json.dumps(dataclasses.asdict(card))}))
-    return path
+    write_bytes(folder / STUDENT, save(weights, {"format": "pt", CARD_KEY: json.dumps(dataclasses.asdict(card))}))
 
 
 def read_card(folder: Path) -> StudentCard:

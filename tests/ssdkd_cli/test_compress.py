@@ -148,11 +148,15 @@ def test_an_interrupted_run_keeps_the_student_so_far(
     assert ran.code == 130
     assert str(tmp_path / "run/student.safetensors") in ran.err
     assert str(tmp_path / "run/metrics.jsonl") in ran.err
+    assert f"ssdkd export {tmp_path}/run" in ran.err
     assert "Traceback" not in ran.err
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
     scored = ssdkd("eval", tmp_path / "run", "--data", shared / "test.npz", "--json")
     assert scored.code == 0, scored.err
     assert [row["images"] for row in scored.json] == [20]
+    exported = ssdkd("export", tmp_path / "run", "--json")  # as the warning says
+    assert exported.code == 0, exported.err
+    assert exported.json[0]["verified"] is True
 
 
 def test_overwrite_replaces_the_run_and_nothing_else(

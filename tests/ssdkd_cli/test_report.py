@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from engine.errors import SSDKDError
+from ssdkd_cli.describe import prior_warnings
 from ssdkd_cli.report import Percentiles, Report, read_report, recommend, to_json, to_markdown, write_report
 from ssdkd_cli.summary import comparison
 
@@ -130,3 +131,12 @@ def test_report_writes_it_again(ssdkd: Any, compressed: Path) -> None:
     shown = ssdkd("report", compressed)
     assert "agreement" in shown.out
     assert "verified" in shown.out
+
+
+def test_a_collapsed_or_unbalanced_prior_is_said() -> None:
+    assert prior_warnings([50, 60, 55, 70]) == []
+    assert prior_warnings([0, 3, 2, 1]) == []  # too few samples to say
+    (collapsed,) = prior_warnings([0, 500, 0, 300])
+    assert "2 of 4 classes" in collapsed
+    (unbalanced,) = prior_warnings([500, 40, 300, 200])
+    assert "500 of the largest class, 40 of the smallest" in unbalanced

@@ -1,0 +1,120 @@
+"""What report.json says of the teacher, the student, the distillation and the machine, from what the stages gave."""
+
+import dataclasses
+import platform
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from engine.device import Compute
+from engine.distill import State, class_histogram
+from engine.inspection import count_flops
+from engine.teacher import Teacher
+from ssdkd_cli import __version__
+from ssdkd_cli.artifacts import Timing
+from ssdkd_cli.environment import cpu_name, gpu_names
+from ssdkd_cli.report import DistillationReport, Environment, StudentReport, TeacherReport
+
+METHOD = "SSD-KD"
+SAMPLES_A_CLASS = 5  # with fewer on average, the counts of classes say nothing
+UNBALANCED = 10  # times as many samples in the largest class as in the smallest
+
+
+def describe_environment(compute: Compute) -> Environment:
+    """Where the run takes place."""
+    return Environment(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        ssdkd=__version__,
+        device=compute.describe(),
+        cpu=cpu_name(),
+        gpu=gpu_names()[compute.device.index or 0] if compute.device.type == "cuda" else None,
+    )
+
+
+def describe_teacher(
+    teacher: Teacher, *, accuracy: float | None, images: int | None, timing: Timing | None
+) -> TeacherReport:
+    """`accuracy`: percent on so many labelled `images`; None where there are none. `timing`: of the teacher as ONNX."""
+    spec = teacher.spec
+    return TeacherReport(
+        path=spec.path,
+        sha256=spec.sha256,
+        format=spec.format,
+        arch=spec.arch,
+        arch_evidence=spec.arch_evidence,
+        input_shape=spec.input_shape,
+        classes=spec.classes,
+        class_names=spec.class_names,
+        mean=spec.preprocessing.mean,
+        std=spec.preprocessing.std,
+        preprocessing_source=spec.preprocessing.source,
+        batchnorm_layers=spec.batchnorm_layers,
+        parameters=spec.parameters,
+        flops=count_flops(teacher.module.cpu(), spec.input_shape),
+        size_bytes=spec.size_bytes,
+        accuracy=accuracy,
+        accuracy_images=images,
+        latency_ms=timing.latency_ms if timing else None,
+        throughput_per_s=timing.throughput_per_s if timing else None,
+    )
+
+
+def describe_student(
+    module: nn.Module,
+    *,
+    arch: str,
+    input_shape: tuple[int, int, int],
+    size_bytes: int,
+    accuracy: float | None,
+    agreement: float,
+) -> StudentReport:
+    """`size_bytes`: of its weights' file; `accuracy` and `agreement` are percent."""
+    return StudentReport(
+        arch=arch,
+        parameters=count_parameters(module),
+        flops=count_flops(module.cpu(), input_shape),
+        size_bytes=size_bytes,
+        accuracy=accuracy,
+        agreement=agreement,
+    )
+
+
+def describe_distillation(state: State, *, held_out_samples: int, seed: int) -> DistillationReport:
+    """What was spent, and what the buffer holds at the end."""
+    return DistillationReport(
+        method=METHOD,
+        samples=state.buffer.size,
+        held_out_samples=held_out_samples,
+        rounds=state.round,
+        steps=state.steps,
+        seconds=state.seconds,
+        images_seen=state.images_seen,
+        seed=seed,
+        class_histogram=tuple(class_histogram(state)),
+        settings=dataclasses.asdict(state.settings),
+    )
+
+
+def prior_warnings(histogram: Sequence[int]) -> list[str]:
+    """Sentences on samples that leave classes out or prefer some; `histogram`: how many there are of each class."""
+    if sum(histogram) < SAMPLES_A_CLASS * len(histogram):
+        return []
+    missing = sum(count == 0 for count in histogram)
+    if missing:
+        return [
+            f"{missing} of {len(histogram)} classes are in none of the synthetic samples: the teacher's prior has "
+            "collapsed there, and the student learns little of these classes"
+        ]
+    if max(histogram) > UNBALANCED * min(histogram):
+        return [
+            f"the synthetic samples are unbalanced: {max(histogram):,} of the largest class, {min(histogram):,} of the "
+            "smallest; expect the student to be weak on rare ones"
+        ]
+    return []
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Weights of a network; buffers are not counted."""
+    return sum(parameter.numel() for parameter in module.parameters())
