@@ -93,7 +93,7 @@ def _to_proto(module: nn.Module, input_shape: tuple[int, int, int]) -> onnx.Mode
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                _evaluation_copy(module),
+                copy.deepcopy(module).to(device="cpu", dtype=torch.float32).eval(),
                 (torch.zeros(2, *input_shape),),  # 2: torch.export takes a batch of 1 for a constant
                 dynamo=True,
                 verbose=False,
@@ -112,13 +112,6 @@ def _to_proto(module: nn.Module, input_shape: tuple[int, int, int]) -> onnx.Mode
         raise SSDKDError(f"{name} cannot be exported to ONNX: {problem}", HINT)
     onnx.checker.check_model(proto, full_check=True)
     return proto
-
-
-def _evaluation_copy(module: nn.Module) -> nn.Module:
-    copied = copy.deepcopy(module).to(device="cpu", dtype=torch.float32)
-    if any(child.training for child in copied.modules()):  # a torch.export program's module refuses eval()
-        copied.eval()
-    return copied
 
 
 def _strip_traces(proto: onnx.ModelProto) -> None:
