@@ -5,18 +5,18 @@ from typing import Any
 
 from engine.errors import SSDKDError
 
-EFFORTS: dict[str, int] = {"smoke": 8, "quick": 150, "full": 3000}  # rounds
+EFFORTS: dict[str, int] = {"smoke": 8, "quick": 54, "full": 3000}  # rounds
 SMALL_PIXELS = 64 * 64  # up to this many pixels a batch is whole; beyond, it shrinks with the area
 
 
 @dataclass(frozen=True)
 class DistillationSettings:
-    """Settings of `engine.distill`. docs/method.md says where each comes from, docs/experiments.md what was measured."""
+    """Settings of `engine.distill`. docs/method.md gives their sources, docs/experiments.md the measurements."""
 
     rounds: int = EFFORTS["full"]
     samples: int = 5000  # |B|, slots of the replay buffer
     held_out: int = 256  # newest synthetic samples that are never trained on
-    warmup_rounds: int = 10  # rounds of inversion before the student takes its first step
+    warmup_rounds: int = 5  # rounds of inversion before the student takes its first step
 
     inversion_batch: int = 128  # samples a round
     inversion_steps: int = 10  # K
@@ -25,7 +25,6 @@ class DistillationSettings:
     generator_rate: float = 2e-2  # Adam
     latent_rate: float = 0.1  # Adam
     batchnorm_weight: float = 30.0  # a_bn
-    batchnorm_momentum: float = 0.0  # of the average over rounds that L_bn compares
     class_weight: float = 1.0  # a_ce
     adversarial_weight: float = 1.0  # a_adv
     gamma: float = 1.0  # exponent of the difficulty-aware part of phi
@@ -33,7 +32,7 @@ class DistillationSettings:
 
     student_batch: int = 128
     student_steps: int = 40  # a round
-    student_rate: float = 0.2  # SGD with Nesterov momentum; rises for a twentieth of the run, falls to 0 as a half cosine
+    student_rate: float = 0.2  # SGD with Nesterov momentum; a short rise, then a half cosine to 0
     student_momentum: float = 0.9
     student_decay: float = 5e-4
     temperature: float = 4.0
@@ -65,12 +64,13 @@ def settings_for(effort: str, *, image_shape: tuple[int, int, int], **overrides:
             raise SSDKDError(f"unknown distillation setting '{name}'", f"the settings are: {', '.join(sorted(types))}")
         if not isinstance(value, types[name]) and not (types[name] is float and isinstance(value, int)):
             raise SSDKDError(
-                f"distillation setting '{name}' is {value!r}: expected {types[name].__name__}", "correct the config file"
+                f"distillation setting '{name}' is {value!r}: expected {types[name].__name__}",
+                "correct the config file",
             )
     _, height, width = image_shape
     batch = max(16, min(128, 128 * SMALL_PIXELS // (height * width)))
     rounds = EFFORTS[effort]
     sized = DistillationSettings(
-        rounds=rounds, inversion_batch=batch, student_batch=batch, warmup_rounds=min(10, max(1, rounds // 8))
+        rounds=rounds, inversion_batch=batch, student_batch=batch, warmup_rounds=min(5, max(1, rounds // 4))
     )
     return replace(sized, **overrides)

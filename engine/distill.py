@@ -22,6 +22,7 @@ from engine.losses import BatchNormPrior, batchnorm_prior, modulation
 from engine.replay import ReplayBuffer
 from engine.task import Classification
 
+RATE_RISE = 0.05  # the share of a run in which the learning rate rises
 HELD_OUT_SHARE = 16  # one new image in this many is held out
 
 
@@ -152,6 +153,8 @@ def choose_targets(state: State) -> Tensor:
 
 def synthesize(state: State, targets: Tensor) -> tuple[Tensor, InversionLosses]:
     """A batch of images for these targets, uint8 [B, H, W, C]; the adversarial term waits for the warm-up to end."""
+    if not state.settings.inversion:
+        return random_images(state, len(targets))
     return invert(
         state.inverter,
         state.teacher,
@@ -166,6 +169,14 @@ def synthesize(state: State, targets: Tensor) -> tuple[Tensor, InversionLosses]:
         compute=state.compute,
         rng=state.rng,
     )
+
+
+def random_images(state: State, number: int) -> tuple[Tensor, InversionLosses]:
+    """Uniform noise in the place of inverted images, for the ablation; uint8 [number, H, W, C], losses of zero."""
+    shape = (number, *state.buffer.images.shape[1:])
+    device = state.compute.device
+    images = torch.randint(256, shape, generator=state.rng, device=device, dtype=torch.uint8)
+    return images, InversionLosses(*torch.zeros(4, device=device))
 
 
 @torch.no_grad()
@@ -200,7 +211,7 @@ def teach(state: State, progress: float) -> Tensor:
     """The student's steps of one round on samples drawn by priority; their losses, float32 [student_steps]."""
     settings, buffer, rng = state.settings, state.buffer, state.rng
     for group in state.optimizer.param_groups:
-        group["lr"] = settings.student_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        group["lr"] = settings.student_rate * rate_factor(progress)
     shift = max(1, round(settings.shift * buffer.images.shape[1] / 32))
     state.student.train()
     losses = []
@@ -214,7 +225,7 @@ def teach(state: State, progress: float) -> Tensor:
                 teacher_logits = state.teacher(inputs)
             student_logits = state.student(inputs)
         divergences = state.task.discrepancy(teacher_logits, student_logits, settings.temperature)
-        loss = (weights / weights.max() * divergences).mean()
+        loss = (weights / weights.mean() * divergences).mean()
         state.optimizer.zero_grad()
         loss.backward()
         state.optimizer.step()
@@ -224,6 +235,11 @@ def teach(state: State, progress: float) -> Tensor:
         state.images_seen += len(slots)
         losses.append(loss.detach())
     return torch.stack(losses)
+
+
+def rate_factor(progress: float) -> float:
+    """The learning rate's share of its peak: a linear rise, then a half cosine to 0; `progress` is in 0...1."""
+    return min(1.0, (progress + 0.01) / RATE_RISE) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @torch.no_grad()
@@ -256,8 +272,7 @@ def measure(
     taught = state.round > state.settings.warmup_rounds
     if not math.isfinite(total) or (taught and not math.isfinite(loss)):
         raise NonFiniteLossError(
-            f"a loss became {'NaN' if math.isnan(total + (loss if taught else 0)) else 'infinite'} in round {state.round} "
-            f"(inversion {total:.3g}, distillation {loss:.3g})",
+            f"a loss is not finite in round {state.round}: inversion {total:.3g}, distillation {loss:.3g}",
             "lower student_rate or generator_rate in the [distillation] table of --config, or try another --seed",
         )
     now = time.perf_counter() - round_started
@@ -282,8 +297,9 @@ def measure(
 
 
 def averaged_student(state: State) -> nn.Module:
-    """The student that is kept, a copy on the CPU in float32 and eval mode: the weight average, chosen without labels."""
-    return copy.deepcopy(state.average).to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+    """The student that is kept, its weight average: chosen without labels. A copy on the CPU, float32, in eval mode."""
+    kept: nn.Module = copy.deepcopy(state.average).to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return kept.eval()
 
 
 def class_histogram(state: State) -> list[int]:

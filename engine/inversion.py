@@ -7,6 +7,7 @@ one first-order meta step along the sum of the gradients (Fang et al., AAAI 2022
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +31,11 @@ ADAM_BETAS = (0.5, 0.999)  # Radford et al. 2016
 
 @dataclass
 class Inverter:
-    """The generator, its fast copy, and what the rounds carry on."""
+    """The generator, its fast copy, and the optimizer of the meta step."""
 
     generator: Generator
     fast_generator: Generator
     meta_optimizer: torch.optim.Optimizer
-    average_statistics: Tensor | None = None  # [2, R], momentum average over the rounds
-    rounds: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def new_inverter(image_shape: tuple[int, int, int], settings: DistillationSettin
 
     def build() -> Generator:
         generator = Generator(image_shape, latent=settings.generator_latent, width=settings.generator_width)
-        return generator.to(compute.device, memory_format=torch.channels_last)
+        return generator.to(compute.device).to(memory_format=torch.channels_last)
 
     generator, fast_generator = build(), build()
     meta_rate = settings.generator_rate * settings.inversion_steps
@@ -97,15 +96,13 @@ def invert(
         uint8 [B, H, W, C] and the losses.
     """
     fast, count = inverter.fast_generator, len(targets)
-    parameters = list(fast.parameters())
+    parameters: list[Tensor] = list(fast.parameters())
     with torch.no_grad():
-        torch._foreach_copy_(parameters, list(inverter.generator.parameters()))
+        torch._foreach_copy_(parameters, [*inverter.generator.parameters()])
     latent = torch.randn(count, settings.generator_latent, generator=rng, device=compute.device).requires_grad_()
-    optimizer = torch.optim.Adam(
-        [{"params": parameters}, {"params": [latent], "lr": settings.latent_rate}],
-        lr=settings.generator_rate,
-        betas=ADAM_BETAS,
-    )
+    variables = [*parameters, latent]
+    rates: list[dict[str, Any]] = [{"params": parameters}, {"params": [latent], "lr": settings.latent_rate}]
+    optimizer = torch.optim.Adam(rates, lr=settings.generator_rate, betas=ADAM_BETAS)
     meta_gradients = [torch.zeros_like(parameter) for parameter in parameters]
     student_was_training = student.training
     student.eval()
@@ -118,8 +115,7 @@ def invert(
             if prior is None:
                 prior_loss = image_prior_loss(inputs)
             else:
-                statistics = flat_statistics(prior, recorded)
-                prior_loss = batchnorm_loss(prior, _averaged(inverter, statistics, settings.batchnorm_momentum))
+                prior_loss = batchnorm_loss(prior, flat_statistics(prior, recorded))
             target_loss = task.target_loss(teacher_logits, targets).mean()
             adversarial_loss = target_loss.new_zeros(())
             if adversarial:
@@ -132,13 +128,12 @@ def invert(
                 + settings.class_weight * target_loss
                 + settings.adversarial_weight * adversarial_loss
             )
-            optimizer.zero_grad()
-            loss.backward(inputs=[*parameters, latent])
-            torch._foreach_add_(meta_gradients, [parameter.grad for parameter in parameters])  # type: ignore[arg-type]
+            gradients = torch.autograd.grad(loss, variables)
+            for variable, gradient in zip(variables, gradients, strict=True):
+                variable.grad = gradient
+            torch._foreach_add_(meta_gradients, list(gradients[:-1]))
             optimizer.step()
     student.train(student_was_training)
-    if prior is not None:
-        inverter.average_statistics = _averaged(inverter, statistics.detach(), settings.batchnorm_momentum)
     if settings.meta:
         for parameter, gradient in zip(inverter.generator.parameters(), meta_gradients, strict=True):
             parameter.grad = gradient
@@ -162,10 +157,3 @@ def sample_weights(
         difficulty=settings.difficulty,
     )
     return phi / phi.mean().clamp_min(1e-12)
-
-
-def _averaged(inverter: Inverter, statistics: Tensor, momentum: float) -> Tensor:
-    """The statistics with those of earlier rounds: the buffer shall match the teacher's, not every batch alone."""
-    if inverter.average_statistics is None:
-        return statistics
-    return momentum * inverter.average_statistics + (1 - momentum) * statistics

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 VARIANCE_FLOOR = 1e-3  # relative to a layer's mean running variance: keeps dead channels from dominating
@@ -38,9 +37,7 @@ class ChannelStatistics(torch.autograd.Function):
         shape = (1, -1) + (1,) * (features.dim() - 2)
         slope = 2 / count * variance_gradient
         offset = mean_gradient / count - slope * mean
-        return torch.addcmul(
-            offset.to(features.dtype).view(shape), features, slope.to(features.dtype).view(shape)
-        )
+        return torch.addcmul(offset.to(features.dtype).view(shape), features, slope.to(features.dtype).view(shape))
 
 
 @dataclass(frozen=True)
@@ -55,8 +52,8 @@ class BatchNormPrior:
 
 def batchnorm_prior(layers: Sequence[nn.Module]) -> BatchNormPrior:
     """The prior of these layers (each with `running_mean` and `running_var`); they must not be empty."""
-    means = [layer.running_mean.float() for layer in layers]  # type: ignore[union-attr,operator]
-    variances = [layer.running_var.float() for layer in layers]  # type: ignore[union-attr,operator]
+    means = [torch.as_tensor(layer.running_mean).float() for layer in layers]
+    variances = [torch.as_tensor(layer.running_var).float() for layer in layers]
     variances = [variance + VARIANCE_FLOOR * variance.mean() for variance in variances]
     weights = [torch.full_like(mean, 1 / (len(layers) * len(mean))) for mean in means]
     return BatchNormPrior(tuple(layers), torch.cat(means), torch.cat(variances), torch.cat(weights))
@@ -125,8 +122,3 @@ def modulation(
     if difficulty:
         value = value * (1 - confidences).clamp_min(1e-6) ** gamma
     return value
-
-
-def standardized(logits: Tensor) -> Tensor:
-    """Logits of zero mean and unit deviation per sample."""
-    return F.layer_norm(logits.float(), logits.shape[1:])

@@ -28,10 +28,9 @@ class Classification:
         Returns:
             int64 [number]: after adding them one by one, each went to a class that was rarest at that moment.
         """
-        per_class = number
-        levels = counts[:, None] + torch.arange(per_class, device=counts.device)  # [classes, per_class]
+        levels = counts[:, None] + torch.arange(number, device=counts.device)  # [classes, number]
         ties = torch.rand(levels.shape, generator=rng, device=counts.device)
-        return (levels + ties).flatten().topk(number, largest=False).indices // per_class
+        return (levels + ties).flatten().topk(number, largest=False).indices // number
 
     def random_targets(self, number: int, rng: torch.Generator) -> Tensor:
         """Uniform target classes, int64 [number]."""
