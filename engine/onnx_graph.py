@@ -154,7 +154,7 @@ def _refuse_unknown(model: Any, path: Path) -> None:
 
 
 def _numbers(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights as float32 tensors; sizes, axes and the like as tuples of ints, which never leave the CPU."""
+    """Weights as float32 tensors; lone numbers, sizes and axes as Python's own, which never leave the CPU."""
     from onnx import numpy_helper
 
     found = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
@@ -165,10 +165,10 @@ def _numbers(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     constants: dict[str, Any] = {}
     for name, value in found.items():
         array = np.asarray(value)
-        if array.dtype.kind == "f" or str(array.dtype) == "bfloat16":
+        if array.ndim and (array.dtype.kind == "f" or str(array.dtype) == "bfloat16"):
             weights[name] = torch.from_numpy(np.array(array, np.float32))
         elif array.ndim < 2:
-            constants[name] = tuple(array.tolist()) if array.ndim else array.item()
+            constants[name] = tuple(array.tolist()) if array.ndim else array.astype(object).item()
         else:
             constants[name] = torch.from_numpy(np.array(array))
     return weights, constants

@@ -31,10 +31,13 @@ def ints(value: Sizes) -> list[int]:
 
 
 def tensor(value: Any, like: Any = None) -> Tensor:
-    """A constant as a tensor on the device of `like`."""
+    """A constant as a tensor, on the device of `like`."""
     if isinstance(value, Tensor):
         return value
-    return torch.tensor(value, device=like.device if isinstance(like, Tensor) else None)
+    device = like.device if isinstance(like, Tensor) else None
+    if isinstance(value, int | float):
+        return torch.full((), value, device=device)
+    return torch.tensor(value, device=device)
 
 
 def _pairwise(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Any], Tensor]:
@@ -176,13 +179,16 @@ def slice_(
     along = attributes.get("axes", axes)
     where = list(range(len(begins))) if along is None else ints(along)
     strides = [1] * len(begins) if steps is None else ints(steps)
-    index = [slice(None)] * whole.dim()
     for axis, begin, stop, step in zip(where, begins, stops, strides, strict=True):
-        if step < 1:
-            raise NotImplementedError("Slice with a negative step")
         size = whole.shape[axis]  # files say "to the end" by the largest int64
-        index[axis] = slice(max(-size, min(begin, size)), min(stop, size), step)
-    return whole[tuple(index)]
+        first, last = (0, size) if step > 0 else (-1, size - 1)
+        begin = max(0, min(begin + size if begin < 0 else begin, last))
+        stop = max(first, min(stop + size if stop < 0 else stop, last))
+        if step > 0:
+            whole = whole[(slice(None),) * (axis % whole.dim()) + (slice(begin, stop, step),)]
+        else:
+            whole = whole.index_select(axis, torch.arange(begin, stop, step, device=whole.device))
+    return whole
 
 
 def gather(x: Any, indices: Any, *, axis: int = 0) -> Tensor:
