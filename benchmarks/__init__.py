@@ -1,0 +1,1 @@
+"""Scripts that measure, their results as JSON, and the tables made from them."""

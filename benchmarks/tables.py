@@ -1,0 +1,157 @@
+"""Write the tables of README.md and docs/method.md from benchmarks/results/*.json.
+
+    python benchmarks/tables.py
+
+A result is one JSON file that a script in this folder wrote: what was run, on which commit, machine and versions, and
+one entry a seed. Every number in the tables comes from there; between the markers nothing is typed by hand.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Result = Mapping[str, Any]
+Runs = Sequence[Mapping[str, Any]]
+
+ROOT = Path(__file__).resolve().parents[1]
+UNKNOWN = "–"
+BASELINE = "full"  # the variant that the others are compared with
+RESULTS_HEAD = (
+    "command",
+    "seeds",
+    "teacher accuracy",
+    "student accuracy",
+    "accuracy kept",
+    "parameters",
+    "latency, one image",
+    "distilling",
+    "in all",
+)
+ABLATION_HEAD = ("variant", "seeds", "student accuracy", "accuracy kept", f"against {BASELINE}", "distilling")
+
+
+@dataclass(frozen=True)
+class Page:
+    """A file, the marker in it, and what is written between `<!-- marker -->` and `<!-- /marker -->`."""
+
+    path: str
+    marker: str
+    kinds: tuple[str, ...]  # of the results that it shows, in this order
+    table: Callable[[Sequence[Result]], list[str]]
+
+
+def results_table(results: Sequence[Result]) -> list[str]:
+    """A row a result, and below it where each was measured; the kinds `demo` and `cifar`."""
+    rows = [
+        (
+            f"`{result['command']}`",
+            str(len(runs)),
+            spread(column(runs, "teacher_accuracy"), " %", 2),
+            f"**{spread(column(runs, 'student_accuracy'), ' %', 2)}**",
+            spread(column(runs, "ratio_percent"), " %", 1),
+            pair(runs, "parameters", "{:,.0f}", ""),
+            pair(runs, "latency_ms", "{:.3f}", " ms"),
+            spread(column(runs, "distillation_seconds"), " s", 0),
+            spread(column(runs, "seconds_total"), " s", 0),
+        )
+        for result, runs in ((result, result["runs"]) for result in results)
+    ]
+    return [*markdown(RESULTS_HEAD, rows), "", *map(provenance, results)]
+
+
+def ablation_table(results: Sequence[Result]) -> list[str]:
+    """A table a result, a row a variant; the kind `ablation`."""
+    return [line for result in results for line in [*_one_ablation(result), ""]][:-1]
+
+
+def _one_ablation(result: Result) -> list[str]:
+    variants = {variant["name"]: variant["runs"] for variant in result["variants"]}
+    baseline = mean(variants[BASELINE], "student_accuracy")
+    rows = [
+        (
+            name,
+            str(len(runs)),
+            spread(column(runs, "student_accuracy"), " %", 2),
+            spread(column(runs, "ratio_percent"), " %", 1),
+            UNKNOWN if name == BASELINE else f"{mean(runs, 'student_accuracy') - baseline:+.2f} points",
+            spread(column(runs, "seconds"), " s", 0),
+        )
+        for name, runs in variants.items()
+    ]
+    return [*markdown(ABLATION_HEAD, rows), "", provenance(result)]
+
+
+PAGES = (
+    Page("README.md", "results", ("demo", "cifar"), results_table),
+    Page("docs/method.md", "ablation", ("ablation",), ablation_table),
+)
+
+
+def column(runs: Runs, name: str) -> list[float]:
+    """The values of `name` that were measured, one a run."""
+    return [run[name] for run in runs if run.get(name) is not None]
+
+
+def mean(runs: Runs, name: str) -> float:
+    """The mean of `name` over the runs."""
+    return statistics.fmean(column(runs, name))
+
+
+def spread(values: Sequence[float], unit: str, digits: int) -> str:
+    """`84.20 ± 0.31 %`: mean and sample standard deviation; of a single value the value alone."""
+    if not values:
+        return UNKNOWN
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}{unit}"
+
+
+def pair(runs: Runs, name: str, form: str, unit: str) -> str:
+    """`teacher → student`: the means of teacher_<name> and student_<name>."""
+    sides = [column(runs, f"{network}_{name}") for network in ("teacher", "student")]
+    return " → ".join(form.format(statistics.fmean(side)) if side else UNKNOWN for side in sides) + unit
+
+
+def provenance(result: Result) -> str:
+    """One sentence: the command, when, on which commit, machine and versions."""
+    machine, versions = (
+        ", ".join(f"{name} {value}" for name, value in result[key].items() if value is not None)
+        for key in ("machine", "versions")
+    )
+    return f"- `{result['command']}`: {result['created']}, commit `{result['commit']}`; {machine}; {versions}."
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def read_results(folder: Path) -> Iterator[Result]:
+    """Every result in `folder`, by file name."""
+    for path in sorted(folder.glob("*.json")):
+        yield json.loads(path.read_text(encoding="utf-8"))
+
+
+def filled(text: str, page: Page, results: Sequence[Result]) -> str:
+    """`text` with the page's table between its markers; with no results there is nothing between them."""
+    begin, end = f"<!-- {page.marker} -->", f"<!-- /{page.marker} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
+        sys.exit(f"{page.path}: expected {begin} and then {end} once each; put them where the table shall stand")
+    shown = [result for kind in page.kinds for result in results if result["kind"] == kind]
+    lines = [begin, *(["", *page.table(shown), ""] if shown else []), end]
+    return text[: text.index(begin)] + "\n".join(lines) + text[text.index(end) + len(end) :]
+
+
+def write_tables(root: Path) -> None:
+    """Fill every page under `root` from root/benchmarks/results."""
+    results = list(read_results(root / "benchmarks" / "results"))
+    for page in PAGES:
+        path = root / page.path
+        path.write_text(filled(path.read_text(encoding="utf-8"), page, results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_tables(ROOT)
