@@ -1,0 +1,81 @@
+import dataclasses
+
+import pytest
+
+from engine.config import EFFORTS, DistillationSettings, settings_for
+from engine.errors import SSDKDError
+
+CIFAR = (3, 32, 32)
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_effort_sets_the_rounds_and_leaves_the_rest_at_its_default(effort: str) -> None:
+    settings = settings_for(effort, image_shape=CIFAR)
+    assert settings.rounds == EFFORTS[effort]
+    changed = {
+        field.name
+        for field in dataclasses.fields(settings)
+        if getattr(settings, field.name) != getattr(DistillationSettings(), field.name)
+    }
+    assert changed <= {"rounds", "warmup_rounds"}
+
+
+def test_efforts_grow_and_each_has_rounds_left_after_its_warm_up() -> None:
+    assert list(EFFORTS.values()) == sorted(EFFORTS.values())
+    warmups = {effort: settings_for(effort, image_shape=CIFAR).warmup_rounds for effort in EFFORTS}
+    assert list(warmups.values()) == sorted(warmups.values())
+    assert all(1 <= warmups[effort] <= rounds / 4 for effort, rounds in EFFORTS.items())
+
+
+@pytest.mark.parametrize(
+    ("image_shape", "batch"),
+    [
+        ((1, 16, 16), 128),
+        ((3, 64, 64), 128),
+        ((3, 64, 128), 64),
+        ((3, 96, 96), 56),
+        ((3, 128, 128), 32),
+        ((3, 224, 224), 16),
+        ((3, 512, 512), 16),
+    ],
+)
+def test_batches_shrink_with_the_area_of_large_images(image_shape: tuple[int, int, int], batch: int) -> None:
+    settings = settings_for("quick", image_shape=image_shape)
+    assert (settings.inversion_batch, settings.student_batch) == (batch, batch)
+
+
+def test_overrides_win_over_effort_and_size() -> None:
+    settings = settings_for(
+        "smoke", image_shape=(3, 224, 224), rounds=77, student_batch=100, gamma=2, beta=0.5, priority=False
+    )
+    assert (settings.rounds, settings.student_batch, settings.inversion_batch) == (77, 100, 16)
+    assert (settings.gamma, settings.beta, settings.priority) == (2, 0.5, False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message", "hint"),
+    [
+        ({"sample": 10}, "unknown distillation setting 'sample'", "samples"),
+        ({"rounds": 1.5}, "'rounds' is 1.5: expected int", "config"),
+        ({"rounds": "10"}, "'rounds' is '10': expected int", "config"),
+        ({"gamma": "1"}, "'gamma' is '1': expected float", "config"),
+        ({"replay": 1}, "'replay' is 1: expected bool", "config"),
+        ({"replay": None}, "'replay' is None: expected bool", "config"),
+    ],
+)
+def test_wrong_overrides_are_named(overrides: dict[str, object], message: str, hint: str) -> None:
+    with pytest.raises(SSDKDError) as caught:
+        settings_for("quick", image_shape=CIFAR, **overrides)
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+
+
+def test_unknown_effort_lists_the_known_ones() -> None:
+    with pytest.raises(SSDKDError, match="unknown effort 'huge'") as caught:
+        settings_for("huge", image_shape=CIFAR)
+    assert all(effort in caught.value.hint for effort in EFFORTS)
+
+
+def test_settings_cannot_change_during_a_run() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DistillationSettings().rounds = 3  # type: ignore[misc]
