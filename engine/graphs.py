@@ -72,12 +72,15 @@ def restore_batchnorm(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def loosen_batch(module: fx.GraphModule, batch: int) -> None:
-    """Replaces a batch size that the exporter wrote into reshaping operations by "whatever is left"; in place."""
-    for node in module.graph.nodes:
+    """Replaces a batch size that the exporter wrote into reshaping operations by that of their input; in place."""
+    for node in list(module.graph.nodes):
         if node.op == "call_function" and node.target in SHAPE_OPERATIONS:
-            sizes = node.args[1]
-            if isinstance(sizes, list | tuple) and sizes and sizes[0] == batch and -1 not in sizes:
-                node.args = (node.args[0], [-1, *sizes[1:]])
+            source, sizes = node.args[:2]
+            is_batch = isinstance(sizes, list | tuple) and sizes[:1] in ([batch], (batch,))
+            if is_batch and source.meta["val"].shape[:1] == (batch,):
+                with module.graph.inserting_before(node):
+                    size = module.graph.call_function(aten.sym_size.int, (source, 0))
+                node.args = (source, [size, *sizes[1:]])
     module.recompile()
 
 

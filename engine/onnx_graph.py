@@ -1,8 +1,9 @@
 """ONNX files as modules with gradients, and those of their weights that still belong to layers."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import SSDKDError
-from engine.graphs import Graph, batchnorm_layer
+from engine.graphs import Graph, batchnorm_layer, same_logits
 from engine.onnx_operations import OPERATIONS
 from engine.probing import Shape
 from engine.safe_pickle import damaged
@@ -99,8 +100,7 @@ def read_onnx(path: Path) -> tuple[State, Graph, dict[str, str]]:
 
     try:
         model = onnx.load(str(path))
-        onnx.checker.check_model(str(path))
-    except (onnx.checker.ValidationError, ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         raise damaged(path, error) from error
     except Exception as error:
         if type(error).__name__ != "DecodeError":  # of protobuf, whose Python package is onnx's affair
@@ -109,18 +109,22 @@ def read_onnx(path: Path) -> tuple[State, Graph, dict[str, str]]:
     _refuse_unknown(model, path)
     weights, constants = _numbers(model)
     name, shape, batch, channels_last = _image_input(model, set(weights) | set(constants), path)
-    steps = _steps(model, constants, weights)
-    module: nn.Module = OnnxModule(steps, weights, constants, (name, model.graph.output[0].name))
     reference = _runtime(path, name)
-    if channels_last:
-        module = ChannelsLast(module)
-    graph = Graph(
-        module.eval(),
-        (lambda images: reference(images.permute(0, 2, 3, 1))) if channels_last else reference,
-        shape,
-        batch,
-    )
+    for free_batch in dict.fromkeys((batch, None)):
+        steps = _steps(model, constants, weights, free_batch)
+        module: nn.Module = OnnxModule(steps, weights, constants, (name, model.graph.output[0].name))
+        graph = Graph(module.eval(), reference, shape, batch)
+        if channels_last:
+            run = partial(_channels_last, reference)
+            graph = Graph(ChannelsLast(module).eval(), run, shape, batch)
+        # A size in a reshaping may be that of the batch by chance.
+        if shape is None or free_batch is None or same_logits(graph.module, graph, shape):
+            break
     return _layers_state(steps, weights), graph, {entry.key: entry.value for entry in model.metadata_props}
+
+
+def _channels_last(run: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    return run(images.permute(0, 2, 3, 1))
 
 
 class ChannelsLast(nn.Module):
@@ -183,7 +187,8 @@ def _attribute(attribute: Any) -> Any:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def _steps(model: Any, constants: dict[str, Any], weights: dict[str, Tensor]) -> list[Step]:
+def _steps(model: Any, constants: dict[str, Any], weights: dict[str, Tensor], batch: int | None) -> list[Step]:
+    """The operations in order; weights and constants of other names are added to both tables."""
     nodes = [node for node in model.graph.node if node.op_type != "Constant"]
     last = {name: index for index, node in enumerate(nodes) for name in node.input}
     kept = {"", model.graph.output[0].name, *constants, *weights}
@@ -198,9 +203,15 @@ def _steps(model: Any, constants: dict[str, Any], weights: dict[str, Tensor]) ->
         attributes = {attribute.name: _attribute(attribute) for attribute in node.attribute}
         if node.op_type == "ConstantOfShape":
             attributes["value"] = np.asarray(attributes.get("value", 0.0)).reshape(-1)[0].item()
+        inputs = list(node.input)
+        sizes = constants.get(inputs[1]) if node.op_type == "Reshape" else None
+        if batch is not None and isinstance(sizes, tuple) and sizes[:1] == (batch,) and not attributes.get("allowzero"):
+            # A batch size that the exporter wrote down; 0 is that of the input.
+            inputs[1] = f"{inputs[1]} of any batch"
+            constants[inputs[1]] = (0, *sizes[1:])
         finished = {name for name in node.input if last[name] == index and name not in kept and name not in weights}
         steps.append(
-            Step(node.op_type, tuple(node.input), tuple(node.output), attributes, tuple(finished - set(constants)))
+            Step(node.op_type, tuple(inputs), tuple(node.output), attributes, tuple(finished - constants.keys()))
         )
     return steps
 
@@ -235,13 +246,16 @@ def _runtime(path: Path, name: str) -> Any:
     options.log_severity_level = 4
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # its threads would slow PyTorch's down
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions have no class in common
+        raise damaged(path, error) from error
     kind = np.float16 if "float16" in session.get_inputs()[0].type else np.float32
 
     def run(images: Tensor) -> Tensor:
         try:
             out = session.run(None, {name: np.ascontiguousarray(images.numpy().astype(kind))})[0]
-        except Exception as error:  # ONNX Runtime's exceptions have no class in common
+        except Exception as error:  # as above
             raise RuntimeError(f"ONNX Runtime: {error}") from error
         return torch.from_numpy(np.asarray(out, np.float32))
 

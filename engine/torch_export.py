@@ -13,6 +13,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -41,6 +42,8 @@ FORMULA = re.compile(
     r"|Integer|Rational|Add|Mul|Pow|Max|Min|Mod|PythonMod|FloorDiv|CeilDiv|CleanDiv|evaluate=False)*"
 )
 
+TALKATIVE = ("torch.export", "torch.export.pt2_archive._package", "torch._export.serde.serialize")
+
 
 def read_export(path: Path, *, trust_pickle: bool) -> tuple[State, Graph]:
     """The state dict of a torch.export program, and its graph.
@@ -57,17 +60,11 @@ def read_export(path: Path, *, trust_pickle: bool) -> tuple[State, Graph]:
                 "give the checkpoint that it was exported from, "
                 "or add --trust-pickle if you trust whoever made the file",
             )
-    logger = logging.getLogger("torch.export")
     try:
-        # The loader warns about its own formats on the logger and as warnings.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            logger.disabled = True
+        with _quiet():
             program = torch.export.load(io.BytesIO(path.read_bytes()))
     except (*UNREADABLE, AssertionError, zipfile.BadZipFile) as error:
         raise damaged(path, error) from error
-    finally:
-        logger.disabled = False
     state = {name: value.detach() for name, value in program.state_dict.items() if isinstance(value, Tensor)}
     shape, batch = _image_input(program, path)
     reference = _plain(program.module())
@@ -82,6 +79,22 @@ def read_export(path: Path, *, trust_pickle: bool) -> tuple[State, Graph]:
         return out
 
     return state, Graph(module, run, shape, batch)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The loader talks about its own formats, in warnings and in logs that reach the terminal."""
+    loggers = [logging.getLogger(name) for name in TALKATIVE]
+    before = [logger.disabled for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.disabled = True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
 
 
 def why_not_data(path: Path) -> Iterator[str]:

@@ -43,7 +43,7 @@ def read_torchscript(path: Path) -> tuple[State, Graph, list[str]]:
         # torch.jit is deprecated, and warns; the files are there nevertheless.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            script = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
+            script = torch.jit.load(str(path), map_location="cpu").eval()
             # Frozen, all methods become one graph and all weights constants; without optimizing, BatchNorm stays.
             trainable = any(True for _ in script.parameters()) or any(True for _ in script.buffers())
             frozen = torch.jit.freeze(script, optimize_numerics=False) if trainable else script
