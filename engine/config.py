@@ -30,8 +30,8 @@ class DistillationSettings:
     gamma: float = 1.0  # exponent of the difficulty-aware part of phi
     beta: float = 0.4  # exponent of the importance weights
 
-    student_batch: int = 128
-    student_steps: int = 40  # a round
+    student_batch: int = 64
+    student_steps: int = 80  # a round
     student_rate: float = 0.2  # SGD with Nesterov momentum; a short rise, then a half cosine to 0
     student_momentum: float = 0.9
     student_decay: float = 5e-4
@@ -71,6 +71,6 @@ def settings_for(effort: str, *, image_shape: tuple[int, int, int], **overrides:
     batch = max(16, min(128, 128 * SMALL_PIXELS // (height * width)))
     rounds = EFFORTS[effort]
     sized = DistillationSettings(
-        rounds=rounds, inversion_batch=batch, student_batch=batch, warmup_rounds=min(5, max(1, rounds // 4))
+        rounds=rounds, inversion_batch=batch, student_batch=min(64, batch), warmup_rounds=min(5, max(1, rounds // 4))
     )
     return replace(sized, **overrides)

@@ -17,6 +17,12 @@ DEMO_TEACHER = ASSETS / "demo_teacher.pt"
 # As they would be typed; the demo's help shows them.
 DEMO_DEFAULTS: dict[str, object] = {
     "student": "resnet8",
+    "effort": "quick",
+    "samples": "3000",
+    "input": "1x28x28",
+    "mean": "0.5",
+    "std": "0.5",
+    "classes": str(ASSETS / "demo_classes.txt"),
     "eval_data": str(ASSETS / "demo_test.npz"),
     "out": "runs/demo",
 }

@@ -1,0 +1,107 @@
+"""What each part of the method gives: the demo's task at a third of its budget, one part off at a time.
+
+    python -m benchmarks.ablation [--seeds 3] [--rounds 18] [--out benchmarks/results/ablation.json]
+
+Goes on where it was stopped: runs that the result already holds are not repeated. A row of the table is made of the
+float student's accuracy on the demo's 2,000 test images; nothing is chosen by it.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import RESULTS, load, provenance, save
+from engine.config import EFFORTS, settings_for
+from engine.device import choose_device
+from engine.distill import averaged_student, distill, start
+from engine.students import build_student
+from engine.task import Classification
+from engine.teacher import batchnorm_layers, load_teacher
+from exporters.evaluate import accuracy, load_labelled
+from exporters.runtimes import predictor
+from ssdkd_cli.compress import DEMO_DEFAULTS, DEMO_TEACHER
+
+PLAIN = {"diversity": False, "difficulty": False, "priority": False, "replay": False}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "without the diversity part": {"diversity": False},
+    "without the difficulty part": {"difficulty": False},
+    "without priorities": {"priority": False},
+    "without the meta step": {"meta": False},
+    "plain fast inversion: all off but the meta step, growing buffer": PLAIN,
+    "all off, growing buffer": {**PLAIN, "meta": False},
+    "random noise instead of inversion": {"inversion": False},
+}
+
+
+def run(settings: dict[str, Any], *, rounds: int, seed: int) -> dict[str, Any]:
+    """One distillation of the demo; accuracies in percent."""
+    teacher = load_teacher(DEMO_TEACHER)
+    spec = teacher.spec
+    labelled = load_labelled(
+        Path(str(DEMO_DEFAULTS["eval_data"])), input_shape=spec.input_shape, classes=spec.classes, class_names=None
+    )
+    student = build_student(str(DEMO_DEFAULTS["student"]), teacher=teacher, seed=seed)
+    started = time.perf_counter()
+    state = start(
+        teacher.module,
+        student,
+        task=Classification(spec.classes),
+        image_shape=spec.input_shape,
+        mean=spec.preprocessing.mean,
+        std=spec.preprocessing.std,
+        batchnorm_layers=batchnorm_layers(teacher.module),
+        settings=settings_for(
+            "quick",
+            image_shape=spec.input_shape,
+            **{"rounds": rounds, "samples": int(str(DEMO_DEFAULTS["samples"])), **settings},
+        ),
+        compute=choose_device("cpu"),
+        seed=seed,
+    )
+    for metrics in distill(state):
+        last = metrics
+    seconds = time.perf_counter() - started
+    normalization = {"mean": spec.preprocessing.mean, "std": spec.preprocessing.std}
+    teacher_accuracy = accuracy(predictor(teacher.module), labelled, **normalization)
+    student_accuracy = accuracy(predictor(averaged_student(state)), labelled, **normalization)
+    return {
+        "seed": seed,
+        "teacher_accuracy": teacher_accuracy,
+        "student_accuracy": student_accuracy,
+        "ratio_percent": 100 * student_accuracy / teacher_accuracy,
+        "class_balance": last.class_balance,
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=EFFORTS["quick"] // 3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=RESULTS / "ablation.json")
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS), help="names of variants")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    command = f"python -m benchmarks.ablation --seeds {arguments.seeds} --rounds {arguments.rounds}"
+    done = {variant["name"]: variant["runs"] for variant in load(arguments.out).get("variants", [])}
+    for seed in range(arguments.seeds):
+        for name in arguments.only:
+            runs = done.setdefault(name, [])
+            if any(earlier["seed"] == seed for earlier in runs):
+                continue
+            runs.append(run(VARIANTS[name], rounds=arguments.rounds, seed=seed))
+            print(f"{name}, seed {seed}: {runs[-1]['student_accuracy']:.2f} %", flush=True)
+            ordered = [{"name": each, "settings": VARIANTS[each], "runs": done[each]} for each in VARIANTS if each in done]
+            save(
+                arguments.out,
+                {"kind": "ablation", **provenance(command), "rounds": arguments.rounds, "variants": ordered},
+            )
+
+
+if __name__ == "__main__":
+    main()
