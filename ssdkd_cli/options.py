@@ -178,7 +178,7 @@ class Options:
     ] = None
     batch_size: Annotated[
         int | None,
-        typer.Option(min=2, metavar="N", help="Images a step; fewer need less memory.", rich_help_panel="Run"),
+        typer.Option(min=16, metavar="N", help="Images a step; fewer need less memory.", rich_help_panel="Run"),
     ] = None
     time_limit: Annotated[
         float | None,

@@ -93,6 +93,11 @@ def compress(options: Options, *, command: str) -> Finished:
         settings = settings_for(
             options.effort, image_shape=teacher.spec.input_shape, **ablations | typed_settings(options)
         )
+        if settings.inversion_batch < SMALLEST_BATCH:  # of each batch a sixteenth is held out, for the proof
+            raise SSDKDError(
+                f"inversion_batch is {settings.inversion_batch}: expected {SMALLEST_BATCH} or more",
+                f"--batch-size {SMALLEST_BATCH}",
+            )
         student = build(options, teacher)
         labelled = read_labelled(options.eval_data, teacher)
         check_space(folder, needed_bytes(teacher, student, settings))

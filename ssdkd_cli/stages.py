@@ -48,7 +48,7 @@ def inspect(
     from ssdkd_cli.labels import read_classes
 
     number, names = read_classes(classes)
-    with console.stage("teacher", f"reading {teacher}"):
+    with console.stage("teacher", f"reading {teacher}") as done:
         loaded = load_teacher(
             teacher,
             arch=arch,
@@ -61,6 +61,7 @@ def inspect(
             allow_nonfinite=True,
         )
         found = inspect_teacher(loaded)
+        done(loaded.spec.arch)
     spec = found.spec
     facts = {
         "format": spec.format,

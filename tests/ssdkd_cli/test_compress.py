@@ -261,3 +261,16 @@ def test_a_teacher_without_latency_is_reported_as_unknown(
     assert ran.json["teacher"]["latency_ms"] is None
     assert ran.json["artifacts"][0]["latency_ms"] is not None
     assert "the teacher cannot be exported" in ran.err
+
+
+def test_the_demo_s_teacher_and_images_go_together(ssdkd: Any, tmp_path: Path) -> None:
+    config = tmp_path / "short.toml"
+    config.write_text("[distillation]\nrounds = 2\nwarmup_rounds = 1\nstudent_steps = 2\n")
+    ran = ssdkd("demo", "--config", config, "--batch-size", "32", "--out", tmp_path / "run", "--json")
+    assert ran.code == 0, ran.err
+    teacher, student = ran.json["teacher"], ran.json["student"]
+    assert teacher["accuracy"] > 90
+    assert teacher["accuracy_images"] == 2000
+    assert teacher["class_names"][0] == "T-shirt/top"
+    assert 2 * student["parameters"] <= teacher["parameters"]
+    assert not [warning for warning in ran.json["warnings"] if "assumed" in warning]  # all that it needs is stated
