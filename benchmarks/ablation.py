@@ -96,7 +96,8 @@ def main() -> None:
                 continue
             runs.append(run(VARIANTS[name], rounds=arguments.rounds, seed=seed))
             print(f"{name}, seed {seed}: {runs[-1]['student_accuracy']:.2f} %", flush=True)
-            ordered = [{"name": each, "settings": VARIANTS[each], "runs": done[each]} for each in VARIANTS if each in done]
+            names = [each for each in VARIANTS if each in done]
+            ordered = [{"name": each, "settings": VARIANTS[each], "runs": done[each]} for each in names]
             save(
                 arguments.out,
                 {"kind": "ablation", **provenance(command), "rounds": arguments.rounds, "variants": ordered},

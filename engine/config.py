@@ -5,7 +5,7 @@ from typing import Any
 
 from engine.errors import SSDKDError
 
-EFFORTS: dict[str, int] = {"smoke": 8, "quick": 54, "full": 3000}  # rounds
+EFFORTS: dict[str, int] = {"smoke": 8, "quick": 54, "full": 600}  # rounds
 SMALL_PIXELS = 64 * 64  # up to this many pixels a batch is whole; beyond, it shrinks with the area
 
 

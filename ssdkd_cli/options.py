@@ -166,7 +166,7 @@ class Options:
             help="How long to distil: smoke proves the path, full is for the result.",
             rich_help_panel="Run",
         ),
-    ] = "quick"
+    ] = "full"
     samples: Annotated[
         int | None,
         typer.Option(
