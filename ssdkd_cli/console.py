@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ACCENT, GOOD, CAUTION, BAD, QUIET = "cyan", "green", "yellow", "bold red", "bright_black"
 PLAIN_LINE_SECONDS = 5.0
-REDRAWS_PER_SECOND = 8
+FRAMES = 8  # a second
 NAME_WIDTH = 10
 PIPE_WIDTH = 140  # columns of a table that goes to a file or another program
 SPARK_WIDTH = 40
@@ -74,12 +74,16 @@ def stage(name: str, doing: str) -> Iterator[Callable[..., None]]:
 
     started = time.perf_counter()
     if show.is_terminal:
-        waiting = Spinner("dots", Text.assemble((f"{name:<{NAME_WIDTH}}", "bold"), (doing, QUIET)), style=ACCENT)
-        with Live(waiting, console=show, transient=True, refresh_per_second=REDRAWS_PER_SECOND):
+        with Live(waiting(name, doing), console=show, transient=True, refresh_per_second=FRAMES):
             yield done
     else:
         yield done
     finish(name, *outcome, started)
+
+
+def waiting(name: str, doing: str) -> Spinner:
+    """What a stage shows while it works."""
+    return Spinner("dots", Text.assemble((f"{name:<{NAME_WIDTH}}", "bold"), (doing, QUIET)), style=ACCENT)
 
 
 def finish(name: str, text: str, good: bool, started: float) -> None:
@@ -94,7 +98,7 @@ def rounds(title: str) -> Iterator[Callable[["RoundMetrics"], None]]:
     """The view of a distillation; the function that it yields is given each round's metrics."""
     history: list[RoundMetrics] = []
     started = time.perf_counter()
-    view = Live(Text(), console=show, transient=True, refresh_per_second=REDRAWS_PER_SECOND)
+    view = Live(waiting("distil", "the first samples"), console=show, transient=True, refresh_per_second=FRAMES)
     last_line_seconds = -PLAIN_LINE_SECONDS
 
     def draw(metrics: "RoundMetrics") -> None:

@@ -107,7 +107,16 @@ def compress(options: Options, *, command: str) -> Finished:
     write_text(folder / runs.CONFIG, write_config(as_typed(options), ablations, dataclasses.asdict(settings)))
     warnings = [*teacher.spec.warnings, *warn_all([NOT_REPEATABLE] if options.time_limit else [])]
     with interruptible(folder):
-        distilled = teach(teacher, student, settings, compute, folder, card, options)
+        distilled = teach(
+            teacher,
+            student,
+            settings,
+            compute,
+            folder,
+            card,
+            seed=options.seed,
+            time_limit_seconds=options.time_limit,
+        )
         warnings += warn_all(prior_warnings(class_histogram(distilled.state)))
         save_picture(folder, distilled.state, class_names(teacher))
         samples = distilled.held_out[:PROOF_SAMPLES]
@@ -242,7 +251,9 @@ def teach(
     compute: Compute,
     folder: Path,
     card: runs.StudentCard,
-    options: Options,
+    *,
+    seed: int,
+    time_limit_seconds: float | None,
 ) -> Distilled:
     """Distil and save the student; each round's metrics go to metrics.jsonl and to the view.
 
@@ -251,7 +262,7 @@ def teach(
         KeyboardInterrupt: after the student so far was written.
     """
     spec = teacher.spec
-    title = f"{spec.arch} to {options.student}"
+    title = f"{spec.arch} to {card.student}"
     largest_batch = max(settings.student_batch, settings.inversion_batch)
     with batch_advice(largest_batch, f"{compute.describe()}, images of {shape(spec.input_shape)}"):
         state = start(
@@ -264,11 +275,11 @@ def teach(
             batchnorm_layers=batchnorm_layers(teacher.module),
             settings=settings,
             compute=compute,
-            seed=options.seed,
+            seed=seed,
         )
         try:
             with (folder / runs.METRICS).open("w", encoding="utf-8") as log, console.rounds(title) as show:
-                for metrics in distill(state, time_limit_seconds=options.time_limit):
+                for metrics in distill(state, time_limit_seconds=time_limit_seconds):
                     log.write(metrics_line(metrics))
                     log.flush()
                     show(metrics)
