@@ -1,0 +1,525 @@
+import dataclasses
+import math
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine import distill as loop
+from engine import replay
+from engine.config import DistillationSettings
+from engine.device import Compute
+from engine.distill import RoundMetrics, State, averaged_student, class_histogram, distill, rate_factor, start
+from engine.errors import NonFiniteLossError
+from engine.images import to_input
+from engine.task import Classification
+from engine.zoo import resnet_cifar
+
+CLASSES = 4
+SETTINGS = DistillationSettings(
+    rounds=4,
+    samples=64,
+    held_out=8,
+    warmup_rounds=1,
+    inversion_batch=32,
+    inversion_steps=2,
+    generator_width=4,
+    generator_latent=16,
+    student_batch=16,
+    student_steps=3,
+)
+
+
+def network(seed: int, classes: int = CLASSES, channels: int = 1) -> nn.Module:
+    """A network whose BatchNorm layers have seen images."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        module = resnet_cifar(classes, channels, depth=8, width=4)
+        for _ in range(10):
+            module(torch.randn(16, channels, 16, 16))
+    return module
+
+
+def begin(
+    *, seed: int = 0, teacher: nn.Module | None = None, image_shape: tuple[int, int, int] = (1, 16, 16), **changed: Any
+) -> State:
+    channels = image_shape[0]
+    teacher = teacher or network(0, channels=channels)
+    return start(
+        teacher,
+        network(1, channels=channels),
+        task=Classification(CLASSES),
+        image_shape=image_shape,
+        mean=(0.5,) * channels,
+        std=(0.25,) * channels,
+        batchnorm_layers=[layer for layer in teacher.modules() if isinstance(layer, nn.BatchNorm2d)],
+        settings=dataclasses.replace(SETTINGS, **changed),
+        compute=Compute(torch.device("cpu"), None),
+        seed=seed,
+    )
+
+
+def finish(**changed: Any) -> tuple[State, list[RoundMetrics]]:
+    state = begin(**changed)
+    return state, list(distill(state))
+
+
+def copy_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def rows(images: Tensor) -> set[bytes]:
+    return {image.numpy().tobytes() for image in images}
+
+
+@pytest.fixture(scope="module")
+def finished() -> tuple[State, list[RoundMetrics]]:
+    """A run of the default method; tests only look at it."""
+    return finish()
+
+
+# What a run yields
+
+
+def test_metrics_count_what_was_done(finished: tuple[State, list[RoundMetrics]]) -> None:
+    state, metrics = finished
+    assert [item.round for item in metrics] == [1, 2, 3, 4]
+    assert {item.rounds for item in metrics} == {4}
+    assert [item.phase for item in metrics] == ["warm-up", "distill", "distill", "distill"]
+    assert [item.steps for item in metrics] == [0, 3, 6, 9]
+    assert [item.images_seen for item in metrics] == [0, 48, 96, 144]
+    assert [item.buffer_size for item in metrics] == [30, 60, 64, 64]  # 2 of 32 are held out
+    assert (state.round, state.steps, state.images_seen) == (4, 9, 144)
+
+
+def test_metrics_are_in_range(finished: tuple[State, list[RoundMetrics]]) -> None:
+    _, metrics = finished
+    for item in metrics:
+        assert 0 <= item.agreement <= 100
+        assert 0 <= item.class_balance <= 1
+        assert item.prior_loss > 0
+        assert item.class_loss > 0
+        assert item.adversarial_loss <= 0
+        assert math.isfinite(item.inversion_loss)
+    assert math.isnan(metrics[0].distillation_loss)
+    assert metrics[0].images_per_second == 0
+    assert all(item.distillation_loss > 0 and item.images_per_second > 0 for item in metrics[1:])
+    assert metrics[0].adversarial_loss == 0  # the student knows nothing yet
+    seconds = [item.seconds for item in metrics]
+    assert seconds == sorted(seconds)
+    assert seconds[0] > 0
+    assert all(item.seconds_left > 0 for item in metrics[:-1])
+    assert metrics[-1].seconds_left == 0
+
+
+def test_agreement_is_that_of_the_kept_student_on_the_held_out_samples(
+    finished: tuple[State, list[RoundMetrics]],
+) -> None:
+    state, metrics = finished
+    images = to_input(state.held_out.images[: state.held_out.size], state.normalization)
+    with torch.no_grad():
+        agree = state.teacher(images).argmax(1) == averaged_student(state)(images).argmax(1)
+    assert metrics[-1].agreement == pytest.approx(100 * agree.float().mean().item())
+
+
+def test_class_balance_is_that_of_the_buffer(finished: tuple[State, list[RoundMetrics]]) -> None:
+    state, metrics = finished
+    histogram = class_histogram(state)
+    assert len(histogram) == CLASSES
+    assert sum(histogram) == 64
+    assert metrics[-1].class_balance == pytest.approx(min(histogram) / max(histogram))
+
+
+def test_the_buffer_holds_what_the_teacher_says(finished: tuple[State, list[RoundMetrics]]) -> None:
+    state, _ = finished
+    for buffer in (state.buffer, state.held_out):
+        with torch.no_grad():
+            logits = state.teacher(to_input(buffer.images[: buffer.size], state.normalization))
+        classes, confidences = state.task.predict(logits)
+        assert torch.equal(buffer.classes[: buffer.size], classes)
+        torch.testing.assert_close(buffer.confidences[: buffer.size], confidences)
+
+
+def test_the_student_learns_what_the_teacher_says() -> None:
+    state = begin(rounds=12, student_steps=12, student_rate=0.05)
+
+    def apart(student: nn.Module) -> float:
+        images = to_input(state.held_out.images[: state.held_out.size], state.normalization)
+        with torch.no_grad():
+            return state.task.discrepancy(state.teacher(images), student(images), 4.0).mean().item()
+
+    metrics = list(distill(state))
+    assert apart(averaged_student(state)) < 0.5 * apart(network(1).eval())
+    assert metrics[-1].distillation_loss < 0.5 * metrics[1].distillation_loss
+
+
+@pytest.mark.parametrize("image_shape", [(1, 28, 28), (2, 17, 23), (4, 16, 16)], ids=str)
+def test_other_sizes_and_channels(image_shape: tuple[int, int, int]) -> None:
+    channels, height, width = image_shape
+    state, metrics = finish(image_shape=image_shape, rounds=2)
+    assert state.buffer.images.shape == (64, height, width, channels)
+    assert metrics[-1].distillation_loss > 0
+
+
+def test_a_teacher_without_batchnorm_runs() -> None:
+    teacher = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES))
+    state, metrics = finish(teacher=teacher)
+    assert state.prior is None
+    assert all(math.isfinite(item.inversion_loss) and item.prior_loss > 0 for item in metrics)
+
+
+# Repeatability
+
+
+def test_the_same_seed_gives_the_same_student_bit_for_bit() -> None:
+    (first, first_metrics), (again, again_metrics) = finish(seed=3), finish(seed=3)
+    assert same(copy_of(first.student), copy_of(again.student))
+    assert same(copy_of(averaged_student(first)), copy_of(averaged_student(again)))
+    assert same(copy_of(first.inverter.generator), copy_of(again.inverter.generator))
+    for buffer, other in ((first.buffer, again.buffer), (first.held_out, again.held_out)):
+        for name, value in vars(buffer).items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(getattr(other, name))), name
+    timed = {"seconds", "seconds_left", "images_per_second"}
+    for item, other_item in zip(first_metrics, again_metrics, strict=True):
+        for name, value in dataclasses.asdict(item).items():
+            assert name in timed or value == getattr(other_item, name) or math.isnan(value), name
+
+
+def test_another_seed_gives_another_student(finished: tuple[State, list[RoundMetrics]]) -> None:
+    other, _ = finish(seed=1)
+    assert not same(copy_of(finished[0].student), copy_of(other.student))
+    assert not rows(finished[0].buffer.images) & rows(other.buffer.images)
+
+
+# The time and the learning rate
+
+
+def test_the_rate_rises_shortly_and_falls_to_nothing() -> None:
+    assert rate_factor(0) == pytest.approx(0.2)
+    assert rate_factor(0.5) == pytest.approx(0.5)
+    assert rate_factor(0.75) == pytest.approx(0.146447, abs=1e-6)
+    assert rate_factor(1) == pytest.approx(0, abs=1e-12)
+    steps = [rate_factor(step / 200) for step in range(201)]
+    peak = steps.index(max(steps))
+    assert 0.95 < steps[peak] <= 1
+    assert 0 < peak <= 10  # a twentieth
+    assert steps[: peak + 1] == sorted(steps[: peak + 1])
+    assert steps[peak:] == sorted(steps[peak:], reverse=True)
+
+
+def rates(state: State, **limits: float) -> list[float]:
+    return [state.optimizer.param_groups[0]["lr"] for _ in distill(state, **limits)]
+
+
+def test_the_rate_of_each_round_follows_the_rounds() -> None:
+    found = rates(begin(rounds=5, warmup_rounds=0, student_rate=0.1))
+    assert found == pytest.approx([0.1 * rate_factor(done / 5) for done in range(5)])
+
+
+def test_a_time_limit_ends_the_run_and_takes_the_rate_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10_000))
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    state = begin(rounds=1000, student_rate=0.1, warmup_rounds=0, student_steps=1)
+    found = rates(state, time_limit_seconds=60.0)  # a round looks at the clock three times
+    assert 18 <= state.round <= 22
+    assert max(found) > 0.095
+    assert found[-1] < 0.002
+    assert found[4:] == sorted(found[4:], reverse=True)
+
+
+def test_a_time_limit_that_is_not_reached_changes_nothing(finished: tuple[State, list[RoundMetrics]]) -> None:
+    state = begin()
+    assert len(list(distill(state, time_limit_seconds=1e9))) == 4
+    assert same(copy_of(state.student), copy_of(finished[0].student))
+
+
+def test_time_left_under_a_limit_is_what_is_left_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10_000))
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    for item in distill(begin(rounds=1000, warmup_rounds=100), time_limit_seconds=30.0):
+        assert item.seconds_left == pytest.approx(max(0.0, 30 - item.seconds))
+
+
+# The parts of the method, each switched off
+
+
+def generator_moves(**changed: Any) -> bool:
+    state = begin(**changed)
+    before = copy_of(state.inverter.generator)
+    list(distill(state))
+    return not same(before, copy_of(state.inverter.generator))
+
+
+def test_without_the_meta_step_the_generator_stays() -> None:
+    assert generator_moves()
+    assert not generator_moves(meta=False)
+
+
+def test_without_replay_the_buffer_grows_and_forgets_nothing() -> None:
+    state, metrics = finish(replay=False)
+    assert [item.buffer_size for item in metrics] == [30, 60, 90, 120]
+    assert state.buffer.capacity >= 120
+    assert state.buffer.born[:120].tolist() == list(range(120))
+
+
+def test_with_replay_some_early_samples_stay_and_some_go(finished: tuple[State, list[RoundMetrics]]) -> None:
+    born = set(finished[0].buffer.born.tolist())
+    assert len(born) == 64
+    assert set(range(90, 120)) <= born  # the newest are all there
+    assert 0 < len(born & set(range(60))) < 60
+
+
+def test_without_inversion_the_samples_are_noise() -> None:
+    state, metrics = finish(inversion=False)
+    values = state.buffer.images.float()
+    assert values.mean().item() == pytest.approx(127.5, abs=3)
+    assert values.std().item() == pytest.approx(73.9, abs=2)
+    assert state.buffer.images.unique().numel() == 256
+    neighbours = values[:, :, 1:].flatten(), values[:, :, :-1].flatten()
+    assert torch.corrcoef(torch.stack(neighbours))[0, 1].abs() < 0.05
+    for item in metrics:
+        assert (item.inversion_loss, item.prior_loss, item.class_loss, item.adversarial_loss) == (0, 0, 0, 0)
+    assert metrics[-1].distillation_loss > 0
+    assert not generator_moves(inversion=False)
+
+
+def test_without_priorities_no_draw_is_weighted(finished: tuple[State, list[RoundMetrics]]) -> None:
+    state, _ = finish(priority=False)
+    assert (state.buffer.weights == 1).all()
+    assert (finished[0].buffer.weights != 1).any()
+
+
+def test_without_the_adversarial_weight_the_term_is_absent(finished: tuple[State, list[RoundMetrics]]) -> None:
+    _, metrics = finish(adversarial_weight=0.0)
+    assert all(item.adversarial_loss == 0 for item in metrics)
+    assert any(item.adversarial_loss < 0 for item in finished[1])
+
+
+def crowded(**changed: Any) -> State:
+    """A state whose full buffer holds 61 samples of class 0 and one of each other class."""
+    state = begin(**changed)
+    images = torch.zeros(64, 16, 16, 1, dtype=torch.uint8)
+    classes = torch.tensor([0] * 30 + [1, 2, 3] + [0] * 31)
+    confidences = torch.linspace(0.0, 0.63, 64)
+    replay.add(state.buffer, torch.arange(64), images, classes, confidences)
+    return state
+
+
+def test_diversity_asks_for_the_rare_classes_first() -> None:
+    assert loop.choose_targets(crowded()).bincount(minlength=4).tolist()[0] == 0
+    targets = loop.choose_targets(crowded(diversity=False, inversion_batch=4000)).bincount(minlength=4)
+    assert ((targets - 1000).abs() < 120).all()
+
+
+@pytest.mark.parametrize(
+    ("diversity", "difficulty", "value"),
+    [
+        (True, True, lambda share, confidence: (1 - share) * (1 - confidence)),
+        (True, False, lambda share, confidence: 1 - share),
+        (False, True, lambda share, confidence: 1 - confidence),
+    ],
+)
+def test_samples_are_worth_their_phi(diversity: bool, difficulty: bool, value: Callable[[float, float], float]) -> None:
+    state = crowded(diversity=diversity, difficulty=difficulty)
+    shares = [61 / 64] * 30 + [1 / 64] * 3 + [61 / 64] * 31
+    expected = [value(share, confidence) for share, confidence in zip(shares, state.buffer.confidences, strict=True)]
+    torch.testing.assert_close(loop.kept_values(state, state.buffer), torch.tensor(expected))
+
+
+def test_without_phi_the_oldest_samples_go_first() -> None:
+    state = crowded(diversity=False, difficulty=False)
+    assert loop.kept_values(state, state.buffer).tolist() == list(range(64))
+    born = finish(diversity=False, difficulty=False)[0].buffer.born
+    assert sorted(born.tolist()) == list(range(56, 120))
+
+
+def test_remembering_replaces_easy_samples_of_crowded_classes() -> None:
+    state = crowded()
+    loop.remember(state, torch.randint(256, (16, 16, 16, 1), dtype=torch.uint8, generator=state.rng))
+    replaced = [slot for slot, born in enumerate(state.buffer.born.tolist()) if born >= 64]
+    assert replaced == list(range(49, 64))  # the most confident of class 0; one of 16 is held out
+    assert state.held_out.size == 1
+
+
+@pytest.mark.parametrize(
+    "off",
+    [
+        {"diversity": False, "difficulty": False, "priority": False, "meta": False, "replay": False},
+        {"gamma": 3.0},
+        {"gamma": 0.0, "beta": 1.0},
+        {"temperature": 1.0},
+    ],
+    ids=str,
+)
+def test_each_setting_gives_another_student(off: dict[str, Any], finished: tuple[State, list[RoundMetrics]]) -> None:
+    state, metrics = finish(**off)
+    assert math.isfinite(metrics[-1].distillation_loss)
+    assert not same(copy_of(state.student), copy_of(finished[0].student))
+
+
+# Held-out samples
+
+
+def test_held_out_samples_are_never_in_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: set[bytes] = set()
+    held_out: set[bytes] = set()
+    state = begin(rounds=6)
+    for _ in distill(state):
+        trained |= rows(state.buffer.images[: state.buffer.size])
+        held_out |= rows(state.held_out.images[: state.held_out.size])
+    assert len(held_out) == 12  # two of 32 a round
+    assert state.held_out.born.tolist() == [8, 9, 10, 11, 4, 5, 6, 7]  # the newest eight
+    assert not trained & held_out
+
+
+# What must not happen
+
+
+def test_the_teacher_is_left_as_it_was() -> None:
+    teacher = network(0)
+    before = copy_of(teacher)
+    list(distill(begin(teacher=teacher)))
+    assert same(before, copy_of(teacher))
+    assert not teacher.training
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in teacher.modules())
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_a_run_that_is_left_half_way_leaves_no_hooks() -> None:
+    state = begin()
+    rounds = distill(state)
+    next(rounds)
+    next(rounds)
+    rounds.close()
+    for module in (*state.teacher.modules(), *state.student.modules()):
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
+
+
+class ForbidReading(TorchDispatchMode):
+    """Fails at what would make the host wait on a GPU: reading a value, or a shape that depends on values."""
+
+    FORBIDDEN = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2")
+
+    def __torch_dispatch__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        masks = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
+        if name in self.FORBIDDEN or any(mask is not None and mask.dtype == torch.bool for mask in masks):
+            raise AssertionError(f"the host waits for {name}")
+        return function(*args, **(kwargs or {}))
+
+
+def test_forbidding_to_read_works() -> None:
+    with pytest.raises(AssertionError, match="the host waits"), ForbidReading():
+        torch.ones(3).sum().item()
+    with pytest.raises(AssertionError, match="the host waits"), ForbidReading():
+        torch.arange(3)[torch.tensor([True, False, True])]
+
+
+def test_nothing_in_a_round_reads_a_value_before_its_metrics() -> None:
+    state = begin()
+    list(distill(state))
+    with ForbidReading():
+        loop.choose_targets(state)
+        images, _ = loop.random_images(state, 32)
+        loop.remember(state, images)
+        loop.teach(state, 0.5)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize(("good_rounds", "warmup"), [(0, 1), (1, 3), (2, 1)])
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_round(
+    poison: float, good_rounds: int, warmup: int
+) -> None:
+    state = begin(warmup_rounds=warmup)
+    rounds = distill(state)
+    for _ in range(good_rounds):
+        next(rounds)
+    nn.init.constant_(state.teacher.get_submodule("linear").bias, poison)  # type: ignore[arg-type]
+    with pytest.raises(NonFiniteLossError, match=rf"not finite in round {good_rounds + 1}\b") as caught:
+        next(rounds)
+    assert "student_rate" in caught.value.hint
+
+
+def test_a_student_that_diverges_stops_the_run() -> None:
+    with pytest.raises(NonFiniteLossError, match=r"in round [23]\b"):
+        finish(student_rate=1e18)
+
+
+# The student that is kept
+
+
+def test_the_kept_student_is_a_float32_copy_on_the_cpu_in_eval_mode(
+    finished: tuple[State, list[RoundMetrics]],
+) -> None:
+    state, _ = finished
+    kept = averaged_student(state)
+    assert not any(module.training for module in kept.modules())
+    assert same(copy_of(kept), copy_of(state.average))
+    assert not same(copy_of(kept), copy_of(state.student))
+    for name, value in kept.state_dict().items():
+        assert value.device.type == "cpu", name
+        assert value.dtype == (torch.int64 if name.endswith("num_batches_tracked") else torch.float32), name
+        assert value.is_contiguous(), name
+    before = copy_of(state.average)
+    nn.init.zeros_(kept.get_parameter("linear.weight"))
+    assert same(before, copy_of(state.average))
+
+
+def test_the_average_is_plain_at_first_and_then_forgets() -> None:
+    average, student = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    nn.init.constant_(average.weight, 100.0)
+    for step, value in enumerate((2.0, 4.0, 9.0)):
+        nn.init.constant_(student.weight, value)
+        loop.update_average(average, student, 0.5, step)
+    # the first is taken whole; then half of each: 2, 3, 6
+    assert average.weight.item() == pytest.approx(6.0)
+    loop.update_average(average, student, 0.99, 9)
+    assert average.weight.item() == pytest.approx(6.0 + 0.1 * 3.0)
+    loop.update_average(average, student, 0.99, 10**6)
+    assert average.weight.item() == pytest.approx(6.3 + 0.01 * 2.7)
+
+
+def test_the_average_follows_the_statistics_of_batchnorm_too() -> None:
+    average, student = nn.BatchNorm2d(2), nn.BatchNorm2d(2)
+    student.running_mean, student.num_batches_tracked = torch.tensor([1.0, 2.0]), torch.tensor(7)
+    loop.update_average(average, student, 0.99, 0)
+    assert torch.equal(torch.as_tensor(average.running_mean), torch.tensor([1.0, 2.0]))
+    assert average.num_batches_tracked == 0
+
+
+def test_a_student_that_was_not_taught_is_kept_as_it_came() -> None:
+    state, metrics = finish(rounds=1)
+    assert [item.phase for item in metrics] == ["warm-up"]
+    assert same(copy_of(averaged_student(state)), copy_of(network(1)))
+
+
+# A teacher that does not know all classes
+
+
+def test_a_dead_class_shows_in_the_histogram() -> None:
+    teacher = network(0)
+    with torch.no_grad():
+        teacher.get_parameter("linear.bias")[2] = -1000
+    state, metrics = finish(teacher=teacher)
+    histogram = class_histogram(state)
+    assert histogram[2] == 0
+    assert sum(histogram) == 64
+    assert {item.class_balance for item in metrics} == {0.0}
+
+
+def test_a_collapsed_teacher_shows_in_the_histogram() -> None:
+    teacher = network(0)
+    with torch.no_grad():
+        teacher.get_parameter("linear.bias")[1] = 1000
+    state, metrics = finish(teacher=teacher)
+    assert class_histogram(state) == [0, 64, 0, 0]
+    assert all(math.isfinite(item.inversion_loss) for item in metrics)

@@ -1,0 +1,200 @@
+"""What can only be seen on a GPU. Run it there with `pytest -m gpu`."""
+
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine import distill as loop
+from engine import replay
+from engine.config import settings_for
+from engine.device import choose_device
+from engine.distill import State, averaged_student, class_histogram, distill, start
+from engine.losses import ChannelStatistics
+from engine.task import Classification
+from engine.zoo import resnet_cifar
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+]
+
+CLASSES, CHANNELS, PIXELS = 10, 3, 32
+
+
+@contextmanager
+def waiting_for_the_device_fails() -> Iterator[None]:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def begin(device: str) -> State:
+    torch.manual_seed(0)
+    teacher, student = (resnet_cifar(CLASSES, CHANNELS, depth=8, width=8) for _ in range(2))
+    with torch.no_grad():
+        for _ in range(10):
+            teacher(torch.randn(32, CHANNELS, PIXELS, PIXELS))
+    image_shape = (CHANNELS, PIXELS, PIXELS)
+    return start(
+        teacher,
+        student,
+        task=Classification(CLASSES),
+        image_shape=image_shape,
+        mean=(0.5,) * CHANNELS,
+        std=(0.25,) * CHANNELS,
+        batchnorm_layers=[layer for layer in teacher.modules() if isinstance(layer, nn.BatchNorm2d)],
+        settings=settings_for("smoke", image_shape=image_shape, samples=512, student_steps=5),
+        compute=choose_device(device),
+        seed=0,
+    )
+
+
+def tensors_of(state: State) -> dict[str, Tensor]:
+    """Every tensor that a run keeps between its rounds, by name."""
+    found: dict[str, Tensor] = {}
+    for name in ("teacher", "student", "average"):
+        found |= {f"{name}.{key}": value for key, value in getattr(state, name).state_dict().items()}
+    for name in ("generator", "fast_generator"):
+        network = getattr(state.inverter, name)
+        found |= {f"{name}.{key}": value for key, value in network.state_dict().items()}
+    for name in ("buffer", "held_out", "prior"):
+        values = vars(getattr(state, name)).items()
+        found |= {f"{name}.{key}": value for key, value in values if isinstance(value, Tensor)}
+    found |= {"mean": state.normalization.mean, "std": state.normalization.std}
+    for parameter, values in state.optimizer.state.items():
+        found |= {f"optimizer.{id(parameter)}.{key}": value for key, value in values.items() if torch.is_tensor(value)}
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished() -> tuple[State, list[loop.RoundMetrics]]:
+    """A smoke run on the GPU; tests may teach its student on."""
+    state = begin("cuda")
+    return state, list(distill(state))
+
+
+def test_a_smoke_run_counts_and_keeps_the_shapes_of_a_run_on_the_cpu(
+    finished: tuple[State, list[loop.RoundMetrics]],
+) -> None:
+    state, metrics = finished
+    on_cpu = begin("cpu")
+    cpu_metrics = list(distill(on_cpu))
+    counted = ("round", "rounds", "phase", "images_seen", "steps", "buffer_size")
+    for item, expected in zip(metrics, cpu_metrics, strict=True):
+        assert [getattr(item, name) for name in counted] == [getattr(expected, name) for name in counted]
+        assert 0 <= item.agreement <= 100
+    shapes = [(tuple(value.shape), value.dtype) for value in tensors_of(state).values()]
+    assert shapes == [(tuple(value.shape), value.dtype) for value in tensors_of(on_cpu).values()]
+    assert sum(class_histogram(state)) == 512
+
+
+def test_the_state_stays_on_the_device(finished: tuple[State, list[loop.RoundMetrics]]) -> None:
+    for name, value in tensors_of(finished[0]).items():
+        assert value.device == torch.device("cuda", 0), name
+    assert finished[0].rng.device.type == "cuda"
+
+
+def test_the_kept_student_is_on_the_cpu_in_float32(finished: tuple[State, list[loop.RoundMetrics]]) -> None:
+    kept = averaged_student(finished[0])
+    assert {value.device.type for value in kept.state_dict().values()} == {"cpu"}
+    assert {parameter.dtype for parameter in kept.parameters()} == {torch.float32}
+    assert kept(torch.randn(2, CHANNELS, PIXELS, PIXELS)).shape == (2, CLASSES)
+
+
+def test_teaching_never_waits_for_the_device(finished: tuple[State, list[loop.RoundMetrics]]) -> None:
+    state, _ = finished
+    with waiting_for_the_device_fails():
+        losses = loop.teach(state, 0.5)
+    assert losses.device.type == "cuda"
+    assert losses.isfinite().all()
+
+
+def test_inverting_and_remembering_never_wait_for_the_device(
+    finished: tuple[State, list[loop.RoundMetrics]],
+) -> None:
+    state, _ = finished
+    with waiting_for_the_device_fails():
+        images, losses = loop.synthesize(state, loop.choose_targets(state))
+        loop.remember(state, images)
+    assert images.device.type == "cuda"
+    assert losses.total.isfinite()
+
+
+def test_waiting_would_be_noticed() -> None:
+    total = torch.ones(3, device="cuda").sum()
+    with pytest.raises(RuntimeError, match="synchroniz"), waiting_for_the_device_fails():
+        total.item()
+
+
+def test_products_are_computed_in_half_precision_and_weights_kept_in_float32(
+    finished: tuple[State, list[loop.RoundMetrics]],
+) -> None:
+    state, _ = finished
+    expected = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    assert state.compute.autocast_dtype == expected
+    with torch.no_grad(), state.compute.autocast():
+        logits = state.student(torch.randn(4, CHANNELS, PIXELS, PIXELS, device="cuda"))
+    assert logits.dtype == expected
+    assert {parameter.dtype for parameter in state.student.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_channel_statistics_and_their_gradient_are_those_of_var_mean(dtype: torch.dtype, last: bool) -> None:
+    torch.manual_seed(0)
+    features = (torch.randn(32, 6, 8, 8, device="cuda") * 2 + 1).to(dtype)
+    if last:
+        features = features.to(memory_format=torch.channels_last)
+    features.requires_grad_()
+    exact = features.detach().float().requires_grad_()
+    mean, variance = ChannelStatistics.apply(features)
+    expected_variance, expected_mean = torch.var_mean(exact, (0, 2, 3), correction=0)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(mean, expected_mean, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(variance, expected_variance, atol=tolerance, rtol=tolerance)
+    (gradient,) = torch.autograd.grad((mean.sin() + variance.square()).sum(), features)
+    (expected,) = torch.autograd.grad((expected_mean.sin() + expected_variance.square()).sum(), exact)
+    assert (gradient.float() - expected).norm() < 2 * tolerance * expected.norm()
+
+
+def test_buffer_follows_its_device() -> None:
+    device, rng = torch.device("cuda", 0), torch.Generator("cuda").manual_seed(0)
+    buffer = replay.empty_buffer(8, (1, 4, 4), device)
+    slots = replay.free_slots(buffer, 5, torch.zeros(0, device=device))
+    images = torch.ones(5, 4, 4, 1, dtype=torch.uint8, device=device)
+    replay.add(buffer, slots, images, torch.arange(5, device=device), torch.ones(5, device=device))
+    drawn, weights = replay.sample(buffer, 20, beta=0.4, prioritized=True, rng=rng)
+    assert drawn.device == weights.device == device
+    assert drawn.bincount(minlength=5).tolist() == [4] * 5
+    assert replay.class_counts(buffer, 5).tolist() == [1] * 5
+
+
+def test_the_demo_runs_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ssdkd_cli import artifacts
+    from ssdkd_cli.main import main
+
+    monkeypatch.setattr(artifacts, "BENCH_SECONDS", 0.02)
+    config = tmp_path / "few.toml"
+    config.write_text("[distillation]\nrounds = 3\nwarmup_rounds = 1\nsamples = 256\nstudent_steps = 4\n")
+    words = ["demo", "--device", "cuda", "--config", str(config), "--out", str(tmp_path / "run"), "--json"]
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main(words)
+    assert code == 0, err.getvalue()
+    report = json.loads(out.getvalue())
+    assert report["environment"]["device"].startswith("cuda")
+    assert report["environment"]["gpu"]
+    assert report["distillation"]["rounds"] == 3
+    assert [artifact["verified"] for artifact in report["artifacts"]] == [True]
+    assert report["teacher"]["accuracy"] > 80
+    assert (tmp_path / "run" / "model.onnx").stat().st_size > 0
