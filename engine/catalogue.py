@@ -1,5 +1,6 @@
 """The networks that a bare state dict is compared with: our zoo and torchvision's classifiers, built without memory."""
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,9 +19,10 @@ Shape = tuple[int, ...]
 
 # Written by profilers or counting batches: no part of what a network computes.
 IGNORED_SUFFIXES = ("num_batches_tracked", "total_ops", "total_params", "_extra_state")
-TORCHVISION = "torchvision/"  # full names; see engine.students.published_networks
+TORCHVISION, TIMM = "torchvision/", "timm/"  # full names; see engine.students.published_networks
 # Their extra training heads may or may not be in a file.
 WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
+SHORTEST_NAME, MAX_NAMED_ALIKE = 6, 8
 _FILLING = {"normal_", "uniform_", "zero_", "fill_", "erfinv_", "mul_", "add_", "clamp_", "kaiming_uniform_"}
 _FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn}
 
@@ -73,6 +75,26 @@ def skeleton(module: nn.Module) -> dict[str, Shape]:
 def architecture_of(name: str) -> Architecture | None:
     """The candidate called `name`, or None."""
     return next((architecture for architecture in architectures() if architecture.name == name), None)
+
+
+def timms_named_like(file_stem: str) -> list[Architecture]:
+    """timm's networks whose name stands in a file's name, with all that end in the same words (`tf_...`).
+
+    timm has more than a thousand: to compare a file with all of them would take minutes.
+    """
+    import timm  # slow to import, and seldom needed here
+
+    def letters(text: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", text.lower())
+
+    names = {name: letters(name) for name in timm.list_models()}
+    inside = [word for word in names.values() if len(word) >= SHORTEST_NAME and word in letters(file_stem)]
+    longest = max(inside, key=len, default=None)
+    alike = [name for name, word in names.items() if longest and word.endswith(longest)]
+    return [
+        Architecture(name, published_networks(TIMM + name)[TIMM + name], (), 0, None)
+        for name in sorted(alike, key=len)[:MAX_NAMED_ALIKE]
+    ]
 
 
 @cache

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 Metadata = Mapping[str, object]
 Shape = tuple[int, int, int]
 
-ARCHITECTURE_KEYS = ("arch", "architecture", "model_name", "model_arch", "backbone_name", "model", "net")
+ARCHITECTURE_KEYS = ("arch", "architecture", "model_name", "model_arch", "backbone_name", "model", "net", "student")
 SHAPE_KEYS = ("input_shape", "input_size", "image_size", "img_size", "imgsz", "crop_size", "resolution")
 MEAN_KEYS = ("mean", "image_mean", "pixel_mean", "dataset_mean", "norm_mean", "img_mean")
 STD_KEYS = ("std", "image_std", "pixel_std", "dataset_std", "norm_std", "img_std")
@@ -20,7 +20,14 @@ PIXELS = range(8, 1025)
 
 def architecture_in(metadata: Metadata) -> str | None:
     """The name of the network, as its training program called it."""
+    if is_our_student(metadata) and metadata["student"] == "same":
+        return str(metadata.get("teacher_arch"))
     return next((value for key in ARCHITECTURE_KEYS if isinstance(value := metadata.get(key), str) and value), None)
+
+
+def is_our_student(metadata: Metadata) -> bool:
+    """Whether ssdkd wrote the file, as the result of a distillation."""
+    return "teacher_sha256" in metadata and "student" in metadata
 
 
 def input_shape_in(metadata: Metadata, channels: int) -> Shape | None:

@@ -10,7 +10,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from engine.catalogue import IGNORED_SUFFIXES, Architecture, Shape, architectures, skeleton, without_memory
+from engine.catalogue import (
+    IGNORED_SUFFIXES,
+    Architecture,
+    Shape,
+    architectures,
+    skeleton,
+    timms_named_like,
+    without_memory,
+)
 from engine.errors import SSDKDError
 from engine.unwrap import State
 
@@ -45,31 +53,39 @@ class Layer:
     shapes: tuple[tuple[str, Shape], ...]
 
 
-def fitting(state: State, *, keeps_order: bool, hint: Architecture | None = None) -> list[Match]:
+def fitting(state: State, *, keeps_order: bool, hint: Architecture | None = None, file_stem: str = "") -> list[Match]:
     """Every architecture that fits `state`, by name if any does, else by order; one match each.
 
     `keeps_order`: whether the file has the layers in the network's order, without which other names cannot be matched.
-    `hint`: the architecture that the file itself names.
+    `hint`: the architecture that the file itself says it is. `file_stem`: where nothing fits, networks of timm that the
+    file is called after are tried.
     """
     shapes = shapes_of(state)
     guesses = guess_heads(shapes)
-    matches = [
-        match
-        for architecture in _candidates(shapes, guesses, hint)
-        for classes, channels in guesses
-        if (match := compare(shapes, architecture, classes, channels, keeps_order))
-    ]
+
+    def among(candidates: Sequence[Architecture]) -> list[Match]:
+        return [
+            match
+            for architecture in candidates
+            for classes, channels in guesses
+            if (match := compare(shapes, architecture, classes, channels, keeps_order))
+        ]
+
+    matches = among(_candidates(shapes, guesses, hint)) or among(timms_named_like(file_stem))
     by_name = [match for match in matches if match.evidence == NAMES_MATCH]
-    return list({match.architecture.name: match for match in by_name or matches}.values())
+    # Of one name, the first: a hint stands before what we know by that name.
+    return list({match.architecture.name: match for match in reversed(by_name or matches)}.values())
 
 
-def identify(state: State, *, keeps_order: bool, hint: Architecture | None = None) -> Match:
+def identify(state: State, *, keeps_order: bool, hint: Architecture | None = None, file_stem: str = "") -> Match:
     """The one architecture that `state` belongs to; where several fit, the one that the file names (`hint`).
+
+    The arguments are those of `fitting`.
 
     Raises:
         SSDKDError: several fit, or none. Lists the nearest and what differs, and asks for --arch.
     """
-    matches = fitting(state, keeps_order=keeps_order, hint=hint)
+    matches = fitting(state, keeps_order=keeps_order, hint=hint, file_stem=file_stem)
     if not matches:
         raise _no_match(shapes_of(state), hint, keeps_order)
     named = [match for match in matches if hint and match.architecture.name == hint.name]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.teacher import Teacher, TeacherSpec, has_running_statistics, is_trained
+from engine.batchnorm import has_running_statistics, is_trained
+from engine.teacher import Teacher, TeacherSpec
 
 MAX_NAMED = 3
 # A student worth trying for a teacher of at least that many parameters, the largest first.

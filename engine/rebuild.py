@@ -42,16 +42,26 @@ class Rebuilt:
     input_shape: tuple[int, int, int] | None = None  # C, H, W, where the file says it
 
 
-def rebuild(state: State, *, keeps_order: bool, named_in_file: str | None, pixels: int | None) -> Rebuilt:
+def rebuild(
+    state: State,
+    *,
+    keeps_order: bool,
+    named_in_file: str | None,
+    pixels: int | None,
+    is_our_student: bool = False,
+    file_stem: str = "",
+) -> Rebuilt:
     """Finds the architecture of `state` and builds it with these weights.
 
-    `named_in_file`: what the file says it is, if it does. `pixels`: the image side, where it is known.
+    `named_in_file`: what the file says it is, if it does; `is_our_student`: ssdkd wrote it. `pixels`: the image side,
+    where it is known. `file_stem`: the file's name, which may be a network's.
 
     Raises:
         SSDKDError: several architectures fit, or none.
     """
-    hint = _hint(named_in_file, pixels) if named_in_file else None
-    return _with_weights(state, identify(state, keeps_order=keeps_order, hint=hint), named_in_file)
+    hint = _hint(named_in_file, pixels, is_our_student) if named_in_file else None
+    match = identify(state, keeps_order=keeps_order, hint=hint, file_stem=file_stem)
+    return _with_weights(state, match, named_in_file)
 
 
 def rebuild_like(
@@ -61,7 +71,7 @@ def rebuild_like(
 
     `agrees`, of a module and its usual image side, compares it with the graph that the state was taken from.
     """
-    hint = _hint(named_in_file, None) if named_in_file else None
+    hint = _hint(named_in_file, None, False) if named_in_file else None
     for match in fitting(state, keeps_order=True, hint=hint):
         rebuilt = _with_weights(state, match, named_in_file)
         if agrees(rebuilt.module, rebuilt.pixels):
@@ -97,7 +107,7 @@ def rebuild_stated(state: State, arch: str, *, keeps_order: bool, pixels: int | 
             fits[evidence].append(Rebuilt(module, meaning.name, f"{STATED}; {evidence}", meaning.pixels, warnings))
             break
     found = fits[NAMES_MATCH] or fits[ORDER_MATCHES]
-    if len([rebuilt for rebuilt in found if rebuilt.arch == arch]) > 1:
+    if pixels is None and len([rebuilt for rebuilt in found if rebuilt.arch == arch]) > 1:
         raise SSDKDError(
             f"--arch {arch} is one network for small images and another for large ones, and these weights fit both",
             "say the size of the images, for example --input 3x32x32 or --input 3x224x224",
@@ -142,43 +152,34 @@ def build_by_name(name: str, classes: int, channels: int, pixels: int) -> nn.Mod
     return build_network(name, classes=classes, channels=channels, pixels=pixels)
 
 
-def _hint(name: str, pixels: int | None) -> Architecture | None:
+def _hint(name: str, pixels: int | None, is_our_student: bool) -> Architecture | None:
     """The architecture that a file names, if that is a name and not a word of the training program's own."""
-    known = architecture_of(name)
-    if known is None and name in STUDENTS and pixels is not None:
+    if is_our_student and name in STUDENTS and pixels is not None:
         return _student(name, pixels)
+    known = architecture_of(name)
     if known is None and (published := published_networks(name)):
         return Architecture(name, next(iter(published.values())), (), 0, None)
     return known
 
 
 def _meanings(arch: str, pixels: int | None) -> list[Architecture]:
-    """Everything that `--arch` may mean, the likeliest first.
+    """Everything that `--arch` may mean, the likeliest first: published networks, then our students.
 
-    A name of the zoo is the published network. One that only our students have depends on the image size: both of its
-    forms are returned, under the same name, where that is not known.
+    A student of ours depends on the image size: both of its forms are returned, under the same name, where that is not
+    known.
     """
     if ":" in arch:
-        return [
-            Architecture(
-                arch,
-                lambda classes, channels: call_user_function(arch, classes=classes, channels=channels),
-                (),
-                0,
-                None,
-            )
-        ]
+        return [Architecture(arch, partial(_build_users, arch), (), 0, None)]
     published = published_networks(arch)
-    sides = (
-        ([pixels] if pixels else [SMALL_PIXELS, LARGE_PIXELS])
-        if arch in STUDENTS and f"zoo/{arch}" not in published
-        else []
-    )
-    meanings = [_student(arch, side) for side in sides]
+    meanings = []
     for name, build in published.items():
         known = architecture_of(name.removeprefix("zoo/")) or architecture_of(name.removeprefix(TORCHVISION))
-        # In full, so that two libraries' networks of one name stay apart.
-        meanings.append(Architecture(name, build, (), 0, known.pixels if known else None))
+        # Two libraries' networks of one name are called in full.
+        shown = arch if len(published) == 1 else name
+        meanings.append(Architecture(shown, build, (), 0, known.pixels if known else None))
+    if arch in STUDENTS:
+        sides = [pixels] if pixels else [] if published else [SMALL_PIXELS, LARGE_PIXELS]
+        meanings += [_student(arch, side) for side in sides]
     if not meanings:
         build_network(arch, classes=2, channels=3, pixels=LARGE_PIXELS)  # raises and names the nearest
     return meanings
@@ -186,6 +187,10 @@ def _meanings(arch: str, pixels: int | None) -> list[Architecture]:
 
 def _student(name: str, pixels: int) -> Architecture:
     return Architecture(name, partial(_build, name, pixels), (), 0, pixels)
+
+
+def _build_users(reference: str, classes: int, channels: int) -> nn.Module:
+    return call_user_function(reference, classes=classes, channels=channels)
 
 
 def _build(name: str, pixels: int, classes: int, channels: int) -> nn.Module:

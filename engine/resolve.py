@@ -1,13 +1,14 @@
 """From a checkpoint to a network: the file's own module, an architecture with the file's weights, or a graph."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from engine.checkpoints import Checkpoint
 from engine.errors import SSDKDError
-from engine.facts import Shape, architecture_in, input_shape_in
+from engine.facts import Shape, architecture_in, input_shape_in, is_our_student
 from engine.graphs import Graph, check_graph, same_logits
 from engine.probing import FORWARD_ERRORS, TRIED_PIXELS, noise
 from engine.rebuild import Rebuilt, rebuild, rebuild_like, rebuild_stated
@@ -38,7 +39,14 @@ def resolve_network(checkpoint: Checkpoint, name: str, *, arch: str | None, inpu
             found = rebuild_stated(weights.state, arch, keeps_order=checkpoint.keeps_order, pixels=pixels)
         else:
             named = architecture_in(weights.metadata)
-            found = rebuild(weights.state, keeps_order=checkpoint.keeps_order, named_in_file=named, pixels=pixels)
+            found = rebuild(
+                weights.state,
+                keeps_order=checkpoint.keeps_order,
+                named_in_file=named,
+                pixels=pixels,
+                is_our_student=is_our_student(weights.metadata),
+                file_stem=Path(name).stem,
+            )
     return replace(found, warnings=(*notes, *found.warnings))
 
 

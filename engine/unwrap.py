@@ -103,9 +103,11 @@ def metadata_beside(loaded: object) -> dict[str, object]:
     metadata: dict[str, object] = {}
     nested_names = ("args", "hparams", "hyper_parameters", "config", "cfg", "opt", "meta", "metadata", "ssdkd")
     for name, value in _items(loaded):
-        if name in nested_names:
-            metadata = {**{str(key): plain(inner) for key, inner in _items(value)}, **metadata}
-        elif not isinstance(value, nn.Module) and not (isinstance(value, Tensor) and value.numel() > MAX_PLAIN_NUMBERS):
+        if isinstance(value, nn.Module) or (isinstance(value, Tensor) and value.numel() > MAX_PLAIN_NUMBERS):
+            continue
+        if name in nested_names and (inner := dict(_items(plain(value)))):
+            metadata = {**{key: plain(item) for key, item in inner.items()}, **metadata}
+        else:
             metadata[name] = plain(value)
     return metadata
 

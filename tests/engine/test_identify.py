@@ -34,7 +34,8 @@ def renamed(state, rules):
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet20", "resnet56", "resnet32_b", "resnet18_cifar", "wrn16_2", "wrn40_1", "vgg8", "vgg16", "vgg19_hidden"]
+    "name",
+    ["resnet20", "resnet56", "resnet32_b", "resnet18_cifar", "wrn16_2", "wrn40_1", "vgg8", "vgg16", "vgg19_hidden"],
 )
 @pytest.mark.parametrize(("classes", "channels"), [(10, 3), (100, 1)])
 def test_the_cifar_families_are_found(name, classes, channels):
@@ -78,7 +79,9 @@ def test_other_names_are_matched_by_order():
 def test_parameters_before_buffers_as_exporters_write_them():
     state = meta_state(ZOO["resnet8"], 10, 3)
     buffers = {name: value for name, value in state.items() if "running" in name}
-    state = renamed({**{name: value for name, value in state.items() if name not in buffers}, **buffers}, {"linear": "fc"})
+    state = renamed(
+        {**{name: value for name, value in state.items() if name not in buffers}, **buffers}, {"linear": "fc"}
+    )
     assert identify(state, keeps_order=True).architecture.name == "resnet8"
 
 
@@ -138,7 +141,10 @@ def test_where_several_fit_it_stops_and_lists_them():
     assert "--arch mobilenet_v2" in caught.value.hint
     named = identify(state, keeps_order=True, hint=architecture_of("mobilenetv2_cifar"))
     assert named.architecture.name == "mobilenetv2_cifar"
-    assert {match.architecture.name for match in fitting(state, keeps_order=True)} == {"mobilenet_v2", "mobilenetv2_cifar"}
+    assert {match.architecture.name for match in fitting(state, keeps_order=True)} == {
+        "mobilenet_v2",
+        "mobilenetv2_cifar",
+    }
 
 
 def test_an_unknown_network_stops_with_the_nearest_and_what_differs():
@@ -174,7 +180,9 @@ def test_heads_are_read_off_the_shapes():
 
 def test_every_candidate_can_be_built_without_memory():
     names = [architecture.name for architecture in architectures()]
-    assert {"resnet20", "wrn40_2", "mobilenetv2_cifar", "regnet_y_128gf", "inception_v3", "torchvision/vgg16"} <= set(names)
+    assert {"resnet20", "wrn40_2", "mobilenetv2_cifar", "regnet_y_128gf", "inception_v3", "torchvision/vgg16"} <= set(
+        names
+    )
     with without_memory():
         network = architecture_of("regnet_y_128gf").build(10, 3)
     assert all(parameter.is_meta for parameter in network.parameters())

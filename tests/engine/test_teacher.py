@@ -1,5 +1,6 @@
 """Row 5 of the issue: one teacher in each format; then what is found out about a teacher, and what stops."""
 
+import json
 import sys
 import warnings
 from types import ModuleType
@@ -14,6 +15,7 @@ from torchvision import models
 
 from engine.errors import SSDKDError
 from engine.losses import batchnorm_loss, batchnorm_prior, flat_statistics, recorded_statistics
+from engine.students import STUDENTS
 from engine.teacher import NO_BATCHNORM, batchnorm_layers, load_teacher
 from engine.zoo import ZOO
 
@@ -314,6 +316,46 @@ def test_timm_brings_its_own_preprocessing(tmp_path):
     assert spec.preprocessing.source == "timm"
     assert spec.preprocessing.mean == (0.5, 0.5, 0.5)
     assert spec.input_shape == (3, 224, 224)
+
+
+def test_a_file_called_after_a_network_of_timms_is_compared_with_those(tmp_path):
+    timm = pytest.importorskip("timm")
+    network = trained(timm.create_model("tf_efficientnet_lite0", num_classes=4))
+    path = tmp_path / "EfficientNet-lite0-57934424.pth"
+    torch.save(network.state_dict(), path)
+    with pytest.raises(SSDKDError, match=r"several architectures fit .*: efficientnet_lite0, tf_efficientnet_lite0\."):
+        load_teacher(path)
+
+
+def test_statistics_that_another_wiring_computed_are_noticed(tmp_path):
+    original = known()
+    for layer in batchnorm_layers(original):
+        layer.momentum = None
+        layer.reset_running_stats()
+    original.train()(10 * IMAGES)
+    path = save(tmp_path, original)
+    assert not [warning for warning in load_teacher(path).spec.warnings if "wired otherwise" in warning]
+    with torch.no_grad():
+        original.bn1.running_var.mul_(1e-7)
+    path = save(tmp_path, original)
+    assert [warning for warning in load_teacher(path).spec.warnings if "wired otherwise" in warning]
+
+
+def test_our_own_student_is_found_by_its_card(tmp_path):
+    """At 96 px our resnet8 has a stem of stride 4, and the same names and shapes as the published one."""
+    student = trained(STUDENTS["resnet8"].build(5, 3, 96))
+    card = {
+        "student": "resnet8",
+        "input_shape": [3, 96, 96],
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "teacher_sha256": "0",
+    }
+    safetensors.torch.save_file(student.state_dict(), tmp_path / "student.safetensors", {"ssdkd": json.dumps(card)})
+    teacher = load_teacher(tmp_path / "student.safetensors")
+    assert teacher.spec.arch_evidence == "named in the file; layer names and shapes match"
+    assert (teacher.spec.input_shape, teacher.spec.preprocessing.source) == ((3, 96, 96), "file")
+    assert_same_teacher(teacher.module, student)
 
 
 def test_half_precision_is_converted_and_said(tmp_path):
