@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from engine.catalogue import (
     IGNORED_SUFFIXES,
+    WITH_AUXILIARY_HEADS,
     Architecture,
     Shape,
     architectures,
@@ -71,7 +72,9 @@ def fitting(state: State, *, keeps_order: bool, hint: Architecture | None = None
             if (match := compare(shapes, architecture, classes, channels, keeps_order))
         ]
 
-    matches = among(_candidates(shapes, guesses, hint)) or among(timms_named_like(file_stem))
+    # Auxiliary heads count classes too, so that size says little about the networks that have them.
+    with_heads = [architecture for architecture in architectures() if architecture.name in WITH_AUXILIARY_HEADS]
+    matches = among(_candidates(shapes, guesses, hint)) or among(with_heads) or among(timms_named_like(file_stem))
     by_name = [match for match in matches if match.evidence == NAMES_MATCH]
     # Of one name, the first: a hint stands before what we know by that name.
     return list({match.architecture.name: match for match in reversed(by_name or matches)}.values())

@@ -12,15 +12,16 @@ from engine.facts import Metadata, Shape, class_names_in, input_shape_in, normal
 from engine.probing import as_classifier, input_channels, words
 from engine.resolve import resolve_network
 
+__all__ = ["Preprocessing", "Teacher", "TeacherSpec", "batchnorm_layers", "load_teacher"]
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FALLBACK_PIXELS = 32
 GREY_PIXELS = 28
-__all__ = ["Preprocessing", "Teacher", "TeacherSpec", "batchnorm_layers", "load_teacher"]
 # Published ResNet-20, -56 and EfficientNet-lite0 have 0.8 to 1.1; a ResNet without some of its ReLUs 1e5 and more.
 LARGEST_MISFIT = 1e3
 MISFIT = (
-    "The BatchNorm statistics in the file are far from what this network computes: it may be wired otherwise than the one "
-    "that was trained. Check the architecture, and say it with --arch."
+    "The BatchNorm statistics in the file are far from what this network computes: it may be wired otherwise than the "
+    "one that was trained. Check the architecture, and say it with --arch."
 )
 NO_BATCHNORM = (
     "The teacher has no usable BatchNorm statistics, the main clue to its training images: "

@@ -45,7 +45,17 @@ def test_the_cifar_families_are_found(name, classes, channels):
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "resnet50", "efficientnet_b0", "densenet121", "vgg11_bn", "vit_b_16", "shufflenet_v2_x1_0"]
+    "name",
+    [
+        "resnet18",
+        "resnet50",
+        "efficientnet_b0",
+        "densenet121",
+        "vgg11_bn",
+        "vit_b_16",
+        "shufflenet_v2_x1_0",
+        "googlenet",
+    ],
 )
 @pytest.mark.parametrize("classes", [1000, 7])
 def test_torchvisions_networks_are_found(name, classes):
