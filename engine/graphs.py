@@ -97,8 +97,8 @@ def same_logits(module: nn.Module, graph: Graph, shape: Shape) -> bool:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference over the largest absolute value expected; NaN where either has one."""
-    found, expected = found.detach(), expected.detach()
+    """Largest absolute difference over the largest absolute value expected; NaN agrees with NaN."""
+    found, expected = found.detach().nan_to_num(), expected.detach().nan_to_num()
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
 
 
@@ -117,9 +117,9 @@ def check_graph(graph: Graph, shape: Shape, name: str) -> None:
             f"{name} does not run on images of {words(shape)}: {first_line(error)}",
             "give the size that it was exported for with --input CxHxW",
         ) from error
-    if not same_logits(graph.module, graph, shape):
+    if not same_logits(graph.module, graph, shape) or not _has_gradient(graph.module, images[:batch]):
         raise SSDKDError(
-            f"{name} cannot be run with gradients: its operations in PyTorch do not compute what the file does",
+            f"{name} cannot be run with gradients: its operations are not all plain ones on float numbers",
             "give the checkpoint that it was exported from",
         )
     try:
@@ -133,6 +133,15 @@ def check_graph(graph: Graph, shape: Shape, name: str) -> None:
             f"{name} was exported for batches of {batch} image(s) alone: expected a graph whose batch size is free",
             "export it again with a dynamic batch dimension, or give the checkpoint that it was exported from",
         )
+
+
+def _has_gradient(module: nn.Module, images: Tensor) -> bool:
+    images = images.clone().requires_grad_()
+    try:
+        (gradient,) = torch.autograd.grad(module(images).sum(), images, allow_unused=True)
+    except FORWARD_ERRORS:
+        return False
+    return gradient is not None
 
 
 def batchnorm_layer(

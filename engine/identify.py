@@ -29,6 +29,7 @@ SIZE_TOLERANCE = 0.02  # log(file / candidate); an exact fit has 0, the rest cov
 MAX_COMPARED = 16
 NEAREST_SHOWN = 3
 HEAD_NAMES = {"fc", "linear", "classifier", "head", "heads", "output", "logits", "last_linear"}
+SHORTCUT_NAMES = {"shortcut", "downsample", "skip", "skip_connection", "residual_conv", "convshortcut", "identity_conv"}
 ASK_FOR_ARCH = (
     "say which network it is with --arch NAME (ours, torchvision's or timm's; `ssdkd students` lists ours), "
     "or --arch package.module:function for your own code"
@@ -122,7 +123,7 @@ def map_in_order(
     ours: Mapping[str, Shape], theirs: Mapping[str, Shape], *, check_blocks: bool = True
 ) -> dict[str, str] | None:
     """Names of `ours` -> names of `theirs` where layer after layer agrees in kind and shapes, and no blocks cross."""
-    our_layers, their_layers = layers_of(ours), layers_of(theirs)
+    our_layers, their_layers = shortcuts_last(layers_of(ours)), shortcuts_last(layers_of(theirs))
     if [sorted(layer.shapes) for layer in our_layers] != [sorted(layer.shapes) for layer in their_layers]:
         return None
     if check_blocks and blocks_cross([layer.path for layer in our_layers], [layer.path for layer in their_layers]):
@@ -141,6 +142,24 @@ def layers_of(shapes: Mapping[str, Shape]) -> list[Layer]:
         path, _, suffix = name.rpartition(".")
         grouped.setdefault(path, []).append((suffix, shape))
     return [Layer(path, tuple(tensors)) for path, tensors in grouped.items()]
+
+
+def shortcuts_last(layers: Sequence[Layer]) -> list[Layer]:
+    """With the layers of a block's shortcut behind the others: some code creates them first, some last."""
+    place = {layer.path: index for index, layer in enumerate(layers)}
+    ends: dict[str, int] = {}
+    for layer in layers:
+        parts = layer.path.split(".")
+        for depth in range(1, len(parts)):
+            ends[".".join(parts[:depth])] = place[layer.path]
+
+    def position(layer: Layer) -> tuple[int, int, int]:
+        parts = layer.path.split(".")
+        depth = next((depth for depth, part in enumerate(parts) if part.lower() in SHORTCUT_NAMES), 0)
+        index = place[layer.path]
+        return (ends[".".join(parts[:depth])], 1, index) if depth else (index, 0, index)
+
+    return sorted(layers, key=position)
 
 
 def blocks_cross(our_paths: Sequence[str], their_paths: Sequence[str]) -> bool:

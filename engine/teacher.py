@@ -1,9 +1,10 @@
 """The teacher: a file made into a frozen module, with everything that is known about it and how it is known."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from engine.batchnorm import batchnorm_layers, statistics_misfit
 from engine.checkpoints import read_checkpoint, sha256_of
@@ -88,10 +89,12 @@ def load_teacher(
     """
     checkpoint = read_checkpoint(path, trust_pickle=trust_pickle)
     metadata = checkpoint.weights.metadata
+    if not allow_nonfinite:
+        _refuse_nonfinite(checkpoint.weights.state, path)
     network = resolve_network(checkpoint, path.name, arch=arch, input_shape=input_shape)
     module = network.module.cpu().float().eval().requires_grad_(False)
     if not allow_nonfinite:
-        _refuse_nonfinite(module, path)
+        _refuse_nonfinite(module.state_dict(), path)
     shape, size_warnings = _input_shape(module, input_shape or network.input_shape, metadata, network.pixels)
     module, logits, form_warnings = as_classifier(module, shape, path.name)
     if not allow_nonfinite and not bool(logits.isfinite().all()):
@@ -133,9 +136,11 @@ def load_teacher(
     )
 
 
-def _refuse_nonfinite(module: nn.Module, path: Path) -> None:
+def _refuse_nonfinite(state: Mapping[str, object], path: Path) -> None:
     broken = [
-        name for name, value in module.state_dict().items() if value.is_floating_point() and not value.isfinite().all()
+        name
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all()
     ]
     if broken:
         raise SSDKDError(

@@ -49,7 +49,7 @@ def read_torchscript(path: Path) -> tuple[State, Graph, list[str]]:
             frozen = torch.jit.freeze(script, optimize_numerics=False) if trainable else script
     except UNREADABLE as error:
         raise damaged(path, error) from error
-    state = {name: value.detach() for name, value in script.state_dict().items()}
+    state = {name: value.detach() for name, value in script.state_dict().items() if isinstance(value, Tensor)}
 
     def run(images: Tensor) -> Tensor:
         with torch.no_grad():

@@ -95,6 +95,20 @@ def test_parameters_before_buffers_as_exporters_write_them():
     assert identify(state, keeps_order=True).architecture.name == "resnet8"
 
 
+def test_a_shortcut_that_is_created_before_the_other_layers():
+    """As in Hugging Face's ResNet: `shortcut.convolution`, then `layer.0.convolution`."""
+    blocks: dict[str, dict] = {}
+    for name, value in meta_state(ZOO["resnet20_b"], 10, 3).items():
+        blocks.setdefault(".".join(name.split(".")[:2]) if "layer" in name else name, {})[name] = value
+    first = [sorted(block.items(), key=lambda item: "shortcut" not in item[0]) for block in blocks.values()]
+    state = renamed(dict(item for block in first for item in block), {"layer": "stages", "linear": "classifier.1"})
+    assert list(state).index("stages2.0.shortcut.0.weight") < list(state).index("stages2.0.conv1.weight")
+    match = identify(state, keeps_order=True)
+    assert match.architecture.name == "resnet20_b"
+    assert match.names["stages2.0.shortcut.0.weight"] == "layer2.0.shortcut.0.weight"
+    assert match.names["stages2.0.conv1.weight"] == "layer2.0.conv1.weight"
+
+
 def test_names_that_only_begin_otherwise_with_a_sequential_head():
     state = renamed(meta_state(ZOO["resnet20"], 10, 3), {r"linear\.": "head.1.", r"^layer(\d)\.": r"stages.\1."})
     assert identify(state, keeps_order=True).architecture.name == "resnet20"

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import SSDKDError
-from engine.graphs import GraphBatchNorm, relative_error
+from engine.graphs import GraphBatchNorm, check_graph, relative_error
 from engine.torchscript import read_torchscript
 
 
@@ -70,6 +70,17 @@ def test_a_loop_is_run_as_it_is_and_said(tmp_path):
     _, graph, notes = read_torchscript(path)
     assert isinstance(graph.module, torch.jit.ScriptModule)
     assert notes == ["The TorchScript graph has an instruction prim::Loop, so its BatchNorm layers cannot be used."]
+
+
+def test_a_graph_without_gradients_is_refused(tmp_path):
+    class Rounded(Awkward):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.round(self.first(x) * 8).to(torch.int32).sum([2, 3]).to(torch.float32)
+
+    path = save(tmp_path / "a.pt", lambda: torch.jit.script(Rounded().eval()))
+    _, graph, _ = read_torchscript(path)
+    with pytest.raises(SSDKDError, match="cannot be run with gradients"):
+        check_graph(graph, (3, 8, 8), "a.pt")
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.95])
