@@ -1,6 +1,6 @@
 """From weights to a module: the architecture is built and the weights are put in, by name or in order."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from engine.catalogue import TORCHVISION, WITH_AUXILIARY_HEADS, Architecture, Shape, architecture_of, skeleton
 from engine.errors import SSDKDError
+from engine.graphs import TOLERANCE, relative_error
 from engine.identify import (
     NAMES_MATCH,
     ORDER_MATCHES,
@@ -22,6 +23,7 @@ from engine.identify import (
     map_in_order,
     shapes_of,
 )
+from engine.probing import FORWARD_ERRORS, input_channels, noise
 from engine.students import SMALL_PIXELS, STUDENTS, build_network, published_networks
 from engine.unwrap import State
 from engine.user_code import call_user_function
@@ -86,31 +88,20 @@ def rebuild_stated(state: State, arch: str, *, keeps_order: bool, pixels: int | 
         SSDKDError: no such architecture, one that depends on the image size while that is not known, or one that the
             weights do not fit.
     """
-    shapes = shapes_of(state)
-    fits: dict[str, list[Rebuilt]] = {NAMES_MATCH: [], ORDER_MATCHES: []}
-    failed = ""
-    for meaning in _meanings(arch, pixels):
-        for classes, channels in guess_heads(shapes):
-            with torch.random.fork_rng(devices=[]):
-                module = meaning.build(classes, channels)
-            theirs = skeleton(module)
-            by_name = theirs == shapes
-            names = {name: name for name in shapes} if by_name else None
-            if keeps_order and not by_name:
-                names = map_in_order(shapes, theirs, check_blocks=False)
-            if names is None:
-                failed = failed or differences(shapes, theirs) or "the layers come in another order"
-                continue
-            _load(module, state, names)
-            evidence = NAMES_MATCH if by_name else ORDER_MATCHES
-            warnings = () if by_name else _order_warnings(arch, shapes, theirs)
-            fits[evidence].append(Rebuilt(module, meaning.name, f"{STATED}; {evidence}", meaning.pixels, warnings))
-            break
-    found = fits[NAMES_MATCH] or fits[ORDER_MATCHES]
-    if pixels is None and len([rebuilt for rebuilt in found if rebuilt.arch == arch]) > 1:
+    found, failed = _that_fit(state, _published(arch), keeps_order)
+    if not found:
+        found, other = _that_fit(state, _students(arch, pixels), keeps_order)
+        failed = failed or other
+    if len(found) > 1 and not _compute_the_same(found, pixels):
+        fitting_names = list(dict.fromkeys(rebuilt.arch for rebuilt in found))
+        if len(fitting_names) == 1:
+            raise SSDKDError(
+                f"--arch {arch} is one network for small images and another for large ones, and these weights fit both",
+                "say the size of the images, for example --input 3x32x32 or --input 3x224x224",
+            )
         raise SSDKDError(
-            f"--arch {arch} is one network for small images and another for large ones, and these weights fit both",
-            "say the size of the images, for example --input 3x32x32 or --input 3x224x224",
+            f"--arch {arch} means several networks, and these weights fit {' and '.join(fitting_names)}, which differ",
+            f"give the full name, for example --arch {fitting_names[0]}",
         )
     if found:
         return found[0]
@@ -140,6 +131,43 @@ def _with_weights(state: State, match: Match, named_in_file: str | None) -> Rebu
     return Rebuilt(module, name, evidence, match.architecture.pixels, tuple(warnings))
 
 
+def _that_fit(state: State, meanings: Sequence[Architecture], keeps_order: bool) -> tuple[list[Rebuilt], str]:
+    """Those that `state` fits by name, or else in order, with the weights in them; and why the first does not fit."""
+    shapes = shapes_of(state)
+    fits: dict[str, list[Rebuilt]] = {NAMES_MATCH: [], ORDER_MATCHES: []}
+    failed = ""
+    for meaning in meanings:
+        for classes, channels in guess_heads(shapes):
+            with torch.random.fork_rng(devices=[]):
+                module = meaning.build(classes, channels)
+            theirs = skeleton(module)
+            by_name = theirs == shapes
+            names = {name: name for name in shapes} if by_name else None
+            if keeps_order and not by_name:
+                names = map_in_order(shapes, theirs, check_blocks=False)
+            if names is None:
+                failed = failed or differences(shapes, theirs) or "the layers come in another order"
+                continue
+            _load(module, state, names)
+            evidence = NAMES_MATCH if by_name else ORDER_MATCHES
+            warnings = () if by_name else _order_warnings(meaning.name, shapes, theirs)
+            fits[evidence].append(Rebuilt(module, meaning.name, f"{STATED}; {evidence}", meaning.pixels, warnings))
+            break
+    return fits[NAMES_MATCH] or fits[ORDER_MATCHES], failed
+
+
+def _compute_the_same(found: Sequence[Rebuilt], pixels: int | None) -> bool:
+    """Whether networks with the same weights give the same logits on noise."""
+    side = pixels or found[0].pixels or LARGE_PIXELS
+    images = noise((input_channels(found[0].module) or 3, side, side), images=1)
+    try:
+        with torch.no_grad():
+            first, *others = [rebuilt.module.eval()(images) for rebuilt in found]
+    except FORWARD_ERRORS:
+        return False
+    return all(relative_error(other, first) < TOLERANCE for other in others)
+
+
 def build_by_name(name: str, classes: int, channels: int, pixels: int) -> nn.Module:
     """The network that a TeacherSpec calls `name`, with fresh weights.
 
@@ -162,27 +190,27 @@ def _hint(name: str, pixels: int | None, is_our_student: bool) -> Architecture |
     return known
 
 
-def _meanings(arch: str, pixels: int | None) -> list[Architecture]:
-    """Everything that `--arch` may mean, the likeliest first: published networks, then our students.
-
-    A student of ours depends on the image size: both of its forms are returned, under the same name, where that is not
-    known.
-    """
+def _published(arch: str) -> list[Architecture]:
+    """The published networks (or the user's own) that `--arch` may mean."""
     if ":" in arch:
         return [Architecture(arch, partial(_build_users, arch), (), 0, None)]
     published = published_networks(arch)
-    meanings = []
+    if not published and arch not in STUDENTS:
+        build_network(arch, classes=2, channels=3, pixels=LARGE_PIXELS)  # raises and names the nearest
+    found = []
     for name, build in published.items():
         known = architecture_of(name.removeprefix("zoo/")) or architecture_of(name.removeprefix(TORCHVISION))
         # Two libraries' networks of one name are called in full.
         shown = arch if len(published) == 1 else name
-        meanings.append(Architecture(shown, build, (), 0, known.pixels if known else None))
-    if arch in STUDENTS:
-        sides = [pixels] if pixels else [] if published else [SMALL_PIXELS, LARGE_PIXELS]
-        meanings += [_student(arch, side) for side in sides]
-    if not meanings:
-        build_network(arch, classes=2, channels=3, pixels=LARGE_PIXELS)  # raises and names the nearest
-    return meanings
+        found.append(Architecture(shown, build, (), 0, known.pixels if known else None))
+    return found
+
+
+def _students(arch: str, pixels: int | None) -> list[Architecture]:
+    """Our student of that name for the image size; both of its forms, under one name, where that is not known."""
+    if arch not in STUDENTS:
+        return []
+    return [_student(arch, side) for side in ([pixels] if pixels else [SMALL_PIXELS, LARGE_PIXELS])]
 
 
 def _student(name: str, pixels: int) -> Architecture:
