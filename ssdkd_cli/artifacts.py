@@ -107,7 +107,7 @@ def export_and_prove(
             path = reject(path)
         done(verification.reason, good=verification.verified)
     if not verification.verified:
-        console.warn(f"{path.name} does not compute what the student computes and was set aside")
+        console.warn(f"the file is not proven to compute what the student computes: it was set aside as {path.name}")
     return Proven(path, name, verification, embed_preprocessing)
 
 

@@ -297,9 +297,12 @@ def test_a_name_of_two_libraries(tmp_path, monkeypatch):
     shape = (3, 32, 32)
     path = save(tmp_path, trained(models.resnet18(num_classes=5)))
     assert load_teacher(path, arch="resnet18", input_shape=shape).spec.arch == "torchvision/resnet18"
-    networks = {"a/net": ZOO["mobilenetv2_cifar_x0_5"], "b/net": lambda classes, _: models.mobilenet_v2(classes, 0.5)}
+    networks = {
+        "a/net": ZOO["mobilenetv2_cifar_x0_5"],
+        "b/net": lambda classes, _: models.mobilenet_v2(num_classes=classes, width_mult=0.5),
+    }
     monkeypatch.setattr("engine.rebuild.published_networks", lambda _: networks)
-    path = save(tmp_path, trained(models.mobilenet_v2(5, 0.5)))
+    path = save(tmp_path, trained(models.mobilenet_v2(num_classes=5, width_mult=0.5)))
     with pytest.raises(SSDKDError, match="fit a/net and b/net, which differ") as caught:
         load_teacher(path, arch="net", input_shape=shape)
     assert "--arch a/net" in caught.value.hint
