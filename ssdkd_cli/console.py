@@ -29,21 +29,21 @@ FRAMES = 8  # a second
 NAME_WIDTH = 10
 PIPE_WIDTH = 140  # columns of a table that goes to a file or another program
 SPARK_WIDTH = 40
-MARKS: dict[bool | None, tuple[str, str]] = {True: ("✓ ", GOOD), False: ("✗ ", BAD), None: ("? ", CAUTION)}
+MARKS: dict[bool | None, tuple[str, str]] = {True: ("✓", GOOD), False: ("✗", BAD), None: ("?", CAUTION)}
 SPARKS = "▁▂▃▄▅▆▇█"
 
 show = Console(stderr=True, highlight=False)
 result = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
-def line(mark: Text, text: Text | str) -> None:
+def line(mark: Text, text: Text | str, console: Console = show) -> None:
     """A mark and its text: beside each other on a terminal; elsewhere one unbroken line, so that it can be searched."""
-    if show.is_terminal:
+    if console.is_terminal:
         beside = Table.grid(padding=(0, 1, 0, 0))
         beside.add_row(mark, text)
-        show.print(beside)
+        console.print(beside)
     else:
-        show.print(Text.assemble(mark, " ", text), soft_wrap=True)
+        console.print(Text.assemble(mark, " ", text), soft_wrap=True)
 
 
 def warn(text: str) -> None:
@@ -90,7 +90,7 @@ def finish(name: str, text: str, good: bool, started: float) -> None:
     """The line that a finished stage leaves; `started` is its time.perf_counter()."""
     seconds = time.perf_counter() - started
     spent = f"  {duration(seconds)}" if seconds >= 1 else ""
-    line(Text.assemble(MARKS[good], (f"{name:<{NAME_WIDTH}}", "bold")), Text.assemble(text, (spent, QUIET)))
+    line(Text.assemble(MARKS[good], (f" {name:<{NAME_WIDTH}}", "bold")), Text.assemble(text, (spent, QUIET)))
 
 
 @contextmanager
@@ -213,9 +213,9 @@ def print_facts(title: str, facts: Mapping[str, str], *, findings: Sequence[str]
     result.print(Text(title, "bold"), soft_wrap=True)
     width = max(len(name) for name in facts)
     for name, value in facts.items():
-        result.print(Text.assemble((f"  {name:<{width}}  ", QUIET), value), soft_wrap=True)
+        line(Text(f"  {name:<{width}} ", QUIET), value, result)
     for finding in findings:
-        result.print(Text.assemble(("! ", CAUTION), finding), soft_wrap=True)
+        line(Text("!", CAUTION), finding, result)
     if closing:
         result.print(Text.assemble("\n  ", (closing, ACCENT)), soft_wrap=True)
 
@@ -232,7 +232,7 @@ def print_comparison(rows: Sequence[tuple[str, str, str, str]], artifacts: Seque
     result.print()
     result.print(table)
     for verified, text in artifacts:
-        result.print(Text.assemble(MARKS[verified], text), soft_wrap=True)
+        line(Text.assemble(MARKS[verified]), text, result)
 
 
 def print_closing(folder: str, files: Sequence[str]) -> None:

@@ -236,16 +236,18 @@ def bench(
     timings = again.bench(model, input_shape=input)
     rows = [
         (
-            item.path,
+            Path(item.path).name,
             *(milliseconds(value) for value in (item.latency_ms.p50, item.latency_ms.p90, item.latency_ms.p99)),
             f"{item.throughput_per_s:,.0f}",
             str(item.batch),
-            item.runtime,
         )
         for item in timings
     ]
-    head = ("model", "p50", "p90", "p99", "images/s", "at batch", "runtime")
-    return _outcome(json, timings, functools.partial(console.print_table, head, rows, right=(1, 2, 3, 4, 5)))
+    caption = f"{model}, one image and many, {timings[0].runtime}"
+    head = ("model", "p50", "p90", "p99", "images/s", "at batch")
+    return _outcome(
+        json, timings, functools.partial(console.print_table, head, rows, right=range(1, 6), caption=caption)
+    )
 
 
 def report(run: Annotated[Path, RUN], json: Annotated[bool, JSON] = False) -> Outcome:
