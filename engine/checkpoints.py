@@ -14,6 +14,7 @@ import safetensors
 from engine.errors import SSDKDError
 from engine.graphs import Graph
 from engine.onnx_graph import read_onnx
+from engine.probing import Shape
 from engine.safe_pickle import LEGACY_MAGIC, damaged, safe_load, trusted_load
 from engine.torch_export import read_export
 from engine.torchscript import read_torchscript
@@ -45,14 +46,16 @@ class Checkpoint:
     keeps_order: bool  # whether the state lies in the file in the order in which the network was built
 
 
-def read_checkpoint(path: Path, *, trust_pickle: bool = False) -> Checkpoint:
+def read_checkpoint(path: Path, *, trust_pickle: bool = False, input_shape: Shape | None = None) -> Checkpoint:
     """Reads `path`; runs no code of the file's unless `trust_pickle`.
+
+    `input_shape`: C, H, W, for formats that do not say which images they take.
 
     Raises SSDKDError: no such file, no checkpoint, damaged, or it needs --trust-pickle.
     """
     check_readable(path)
     kind = detect_format(path)
-    return READERS[kind](path, trust_pickle)
+    return READERS[kind](path, trust_pickle, input_shape)
 
 
 def check_readable(path: Path) -> None:
@@ -150,13 +153,13 @@ def _is_text(head: bytes) -> bool:
     return all(character.isprintable() or character.isspace() for character in text)
 
 
-def _read_pickle(path: Path, trust_pickle: bool) -> Checkpoint:
+def _read_pickle(path: Path, trust_pickle: bool, _shape: Shape | None) -> Checkpoint:
     loaded = trusted_load(path) if trust_pickle else safe_load(path)
     weights = unwrap(loaded, path.name)
     return Checkpoint("pickle" if weights.module is not None else "state_dict", weights, None, keeps_order=True)
 
 
-def _read_safetensors(path: Path, _trust_pickle: bool) -> Checkpoint:
+def _read_safetensors(path: Path, _trust_pickle: bool, _shape: Shape | None) -> Checkpoint:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             state: State = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
@@ -169,17 +172,17 @@ def _read_safetensors(path: Path, _trust_pickle: bool) -> Checkpoint:
     return Checkpoint("safetensors", Weights(stripped, None, metadata, tuple(notes)), None, keeps_order=False)
 
 
-def _read_export(path: Path, trust_pickle: bool) -> Checkpoint:
+def _read_export(path: Path, trust_pickle: bool, _shape: Shape | None) -> Checkpoint:
     state, graph = read_export(path, trust_pickle=trust_pickle)
     return _of_graph("torch.export", state, graph, {}, [])
 
 
-def _read_torchscript(path: Path, _trust_pickle: bool) -> Checkpoint:
-    state, graph, notes = read_torchscript(path)
+def _read_torchscript(path: Path, _trust_pickle: bool, shape: Shape | None) -> Checkpoint:
+    state, graph, notes = read_torchscript(path, shape)
     return _of_graph("torchscript", state, graph, {}, notes)
 
 
-def _read_onnx(path: Path, _trust_pickle: bool) -> Checkpoint:
+def _read_onnx(path: Path, _trust_pickle: bool, _shape: Shape | None) -> Checkpoint:
     state, graph, metadata = read_onnx(path)
     return _of_graph("onnx", state, graph, _facts(metadata), [])
 
@@ -194,7 +197,7 @@ def _of_graph(kind: str, state: State, graph: Graph, metadata: dict[str, object]
     return Checkpoint(kind, Weights(stripped, None, metadata, tuple(notes)), graph, keeps_order=True)
 
 
-READERS: dict[str, Callable[[Path, bool], Checkpoint]] = {
+READERS: dict[str, Callable[[Path, bool, Shape | None], Checkpoint]] = {
     "zip": _read_pickle,
     "legacy": _read_pickle,
     "safetensors": _read_safetensors,

@@ -21,7 +21,7 @@ BATCHNORMS = {
     aten.native_batch_norm.default: 7,
     aten._native_batch_norm_legit.default: 7,
 }
-SHAPE_OPERATIONS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+SHAPE_OPERATIONS = (aten.reshape.default, aten.expand.default)
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,9 @@ def restore_batchnorm(module: fx.GraphModule) -> fx.GraphModule:
                 user.replace_all_uses_with(layer)
                 module.graph.erase_node(user)
         module.graph.erase_node(node)
+    for node in module.graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default  # `view` fails on channels_last tensors
     module.graph.eliminate_dead_code()
     module.delete_all_unused_submodules()
     _forget_unused_tensors(module)

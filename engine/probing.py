@@ -1,6 +1,7 @@
 """A first look at a network by running it: does it take the images, and are these logits that come out?"""
 
 from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +17,28 @@ NEVER_RUNS = "ssdkd_never_runs"  # set on layers that the forward pass leaves ou
 
 
 class Logits(nn.Module):
-    """A network whose output is put into the form of logits; the layers inside stay as they are."""
+    """A network whose output is put into the form of logits; the layers inside stay as they are.
 
-    def __init__(self, network: nn.Module, probabilities: bool) -> None:
+    With `keeps_layout` its tensors stay contiguous whatever memory format it is moved to: code that calls `view` on a
+    feature map fails on others.
+    """
+
+    def __init__(self, network: nn.Module, *, probabilities: bool, keeps_layout: bool) -> None:
         super().__init__()
         self.network = network
         self.probabilities = probabilities
+        self.keeps_layout = keeps_layout
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, classes]."""
-        out: Tensor = self.network(images).flatten(1)
+        out: Tensor = self.network(images.contiguous() if self.keeps_layout else images).flatten(1)
         return out.clamp_min(1e-12).log() if self.probabilities else out
+
+    def to(self, *arguments: Any, **keywords: Any) -> Self:
+        """As nn.Module.to, but for the memory format where that must stay."""
+        if self.keeps_layout:
+            keywords.pop("memory_format", None)
+        return super().to(*arguments, **keywords)
 
 
 def as_classifier(module: nn.Module, shape: Shape, name: str) -> tuple[nn.Module, Tensor, list[str]]:
@@ -40,7 +52,8 @@ def as_classifier(module: nn.Module, shape: Shape, name: str) -> tuple[nn.Module
     """
     _check_channels(module, shape, name)
     ran: set[nn.Module] = set()
-    handles = [layer.register_forward_hook(lambda layer, *_: ran.add(layer)) for layer in module.modules()]
+    norms = [layer for layer in module.modules() if any("BatchNorm" in kind.__name__ for kind in type(layer).__mro__)]
+    handles = [layer.register_forward_hook(lambda layer, *_: ran.add(layer)) for layer in norms]
     images = noise(shape)
     try:
         with torch.no_grad():
@@ -50,8 +63,8 @@ def as_classifier(module: nn.Module, shape: Shape, name: str) -> tuple[nn.Module
     finally:
         for handle in handles:
             handle.remove()
-    for layer in module.modules():
-        if layer not in ran and "BatchNorm" in type(layer).__name__:
+    for layer in norms:
+        if layer not in ran:
             setattr(layer, NEVER_RUNS, True)
     if not isinstance(out, Tensor):
         raise SSDKDError(
@@ -69,9 +82,10 @@ def as_classifier(module: nn.Module, shape: Shape, name: str) -> tuple[nn.Module
             "give a classifier whose last layer has one output for each class",
         )
     probabilities = _are_probabilities(out.flatten(1))
-    if out.dim() == 2 and not probabilities:
+    keeps_layout = not _takes_channels_last(module, images)
+    if out.dim() == 2 and not probabilities and not keeps_layout:
         return module, out, []
-    module = Logits(module, probabilities).eval()
+    module = Logits(module, probabilities=probabilities, keeps_layout=keeps_layout).eval()
     warnings = (
         ["The network ends in a softmax; logarithms of its probabilities are used as logits."] if probabilities else []
     )
@@ -126,6 +140,19 @@ def _wrong_size(module: nn.Module, shape: Shape, name: str, error: BaseException
         f"{name} cannot take images of {words(shape)}, nor of any other size that was tried: {reason}",
         "give the size that it was trained at with --input CxHxW",
     )
+
+
+def _takes_channels_last(module: nn.Module, images: Tensor) -> bool:
+    """Whether the network runs with channels_last tensors, which are faster; it is left as it was."""
+    try:
+        with torch.no_grad():
+            module.to(memory_format=torch.channels_last)
+            module(images.contiguous(memory_format=torch.channels_last))
+    except FORWARD_ERRORS:
+        return False
+    finally:
+        module.to(memory_format=torch.contiguous_format)
+    return True
 
 
 def _are_probabilities(out: Tensor) -> bool:

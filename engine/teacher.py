@@ -87,7 +87,7 @@ def load_teacher(
     Raises:
         SSDKDError: everything that makes the file unusable as it is, with the flag that would help.
     """
-    checkpoint = read_checkpoint(path, trust_pickle=trust_pickle)
+    checkpoint = read_checkpoint(path, trust_pickle=trust_pickle, input_shape=input_shape)
     metadata = checkpoint.weights.metadata
     if not allow_nonfinite:
         _refuse_nonfinite(checkpoint.weights.state, path)

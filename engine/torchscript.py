@@ -31,8 +31,10 @@ ON_NUMBERS: dict[str, Callable[..., Any]] = {
 }
 
 
-def read_torchscript(path: Path) -> tuple[State, Graph, list[str]]:
+def read_torchscript(path: Path, input_shape: Shape | None = None) -> tuple[State, Graph, list[str]]:
     """The state dict of a TorchScript archive, its graph, and warnings.
+
+    `input_shape`: C, H, W if it is known; the archive does not say.
 
     TorchScript is a language of its own without access to files or processes: loading an archive runs no Python.
 
@@ -56,15 +58,28 @@ def read_torchscript(path: Path) -> tuple[State, Graph, list[str]]:
             out: Tensor = script(images)
         return out
 
-    shape = _working_shape(script, state)
+    shape = input_shape or _working_shape(script, state)
     notes = []
-    module: nn.Module = script
+    module: nn.Module = Bare(script)
     if shape is not None:
         try:
             module = restore_batchnorm(_as_operations(frozen.graph, noise(shape)))
         except _NotPlainError as error:
             notes.append(f"The TorchScript graph has {error}, so its BatchNorm layers cannot be used.")
     return state, Graph(module, run, None, None), notes
+
+
+class Bare(nn.Module):
+    """A ScriptModule as it is, inside a module that knows all that modules know."""
+
+    def __init__(self, script: nn.Module) -> None:
+        super().__init__()
+        self.script = script
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> what the archive computes."""
+        out: Tensor = self.script(images)
+        return out
 
 
 class _NotPlainError(Exception):

@@ -374,6 +374,28 @@ def test_our_own_student_is_found_by_its_card(tmp_path):
     assert_same_teacher(teacher.module, student)
 
 
+class Loop(Unknown):
+    """A network that is no list of operations."""
+
+    def forward(self, images):
+        x = self.stem(images)
+        count = 0
+        while bool(x.mean() > -1e9) and count < 2:
+            x = F.relu6(self.norm(self.depthwise(x)))
+            count += 1
+        return self.head(torch.cat((x, x), 1).mean([2, 3]))
+
+
+def test_a_scripted_loop_runs_with_a_warning(tmp_path):
+    original = trained(Loop())
+    write_scripted(original, tmp_path / "teacher.pt")
+    teacher = load_teacher(tmp_path / "teacher.pt", input_shape=(3, 16, 16))
+    torch.testing.assert_close(teacher.module(IMAGES), original(IMAGES))
+    assert [warning for warning in teacher.spec.warnings if "prim::Loop" in warning]
+    assert NO_BATCHNORM in teacher.spec.warnings
+    assert not any(parameter.requires_grad for parameter in teacher.module.parameters())
+
+
 def test_half_precision_is_converted_and_said(tmp_path):
     original = known()
     torch.save({name: value.half() for name, value in original.state_dict().items()}, tmp_path / "teacher.pt")
@@ -397,12 +419,37 @@ def test_a_softmax_at_the_end_is_undone(tmp_path):
     assert len(batchnorm_layers(teacher.module)) == 2
 
 
+class WithView(Unknown):
+    """As much older code is."""
+
+    def __init__(self, classes: int = 5):
+        super().__init__(classes)
+        self.head = nn.Linear(8 * 8 * 8, classes)
+
+    def forward(self, images):
+        x = F.relu(self.norm(self.depthwise(self.stem(images))))
+        return self.head(x.view(x.size(0), -1))
+
+
 class WithIdleHead(Unknown):
     """As networks with a head that only training uses."""
 
     def __init__(self):
         super().__init__()
         self.idle = nn.BatchNorm2d(3)
+
+
+@pytest.mark.parametrize("form", ["pickled", ".pt2", "traced", "scripted"])
+def test_code_that_calls_view_runs_with_channels_last(tmp_path, form):
+    """The engine moves the teacher to channels_last, on which `view` fails."""
+    original = trained(WithView())
+    FORMATS_OF_THE_UNKNOWN[form](original, tmp_path / "teacher")
+    module = load_teacher(tmp_path / "teacher", input_shape=(3, 16, 16), trust_pickle=form == "pickled").module
+    expected = original(IMAGES)
+    module.to("cpu", memory_format=torch.channels_last)
+    found = module(IMAGES.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert len(batchnorm_layers(module)) == 2
 
 
 def test_batchnorm_layers_that_do_not_run_are_no_prior(tmp_path, monkeypatch):
