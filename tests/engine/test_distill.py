@@ -291,10 +291,29 @@ def test_without_inversion_the_samples_are_noise() -> None:
     assert not generator_moves(inversion=False)
 
 
+def test_noise_depends_on_the_seed_of_the_run_alone() -> None:
+    first, again = begin(inversion=False), begin(inversion=False)
+    torch.manual_seed(1)
+    noise, _ = loop.random_images(first, 4)
+    assert torch.equal(noise, loop.random_images(again, 4)[0])
+
+
 def test_without_priorities_no_draw_is_weighted(finished: tuple[State, list[RoundMetrics]]) -> None:
     state, _ = finish(priority=False)
     assert (state.buffer.weights == 1).all()
     assert (finished[0].buffer.weights != 1).any()
+
+
+def test_importance_weights_weigh_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = crowded(student_steps=1)
+    slots, weights = torch.arange(16), torch.linspace(0.1, 3.0, 16)
+    monkeypatch.setattr(replay, "sample", lambda *_, **__: (slots, weights))
+    state.buffer.images.random_(generator=state.rng)
+    losses = loop.teach(state, 0.5)
+    divergences = state.buffer.discrepancies[slots]  # of the first draw: nothing has weighed them yet
+    torch.testing.assert_close(losses[0], (weights * divergences).sum() / weights.sum())
+    assert (losses[0] - divergences.mean()).abs() > 1e-3 * losses[0]
+    assert torch.equal(state.buffer.weights[slots], weights)
 
 
 def test_without_the_adversarial_weight_the_term_is_absent(finished: tuple[State, list[RoundMetrics]]) -> None:
