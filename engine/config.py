@@ -1,5 +1,6 @@
 """Every number of a distillation in one frozen value. One dial, the effort, sets its size; the rest has a default."""
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -62,7 +63,8 @@ def settings_for(effort: str, *, image_shape: tuple[int, int, int], **overrides:
     for name, value in overrides.items():
         if name not in types:
             raise SSDKDError(f"unknown distillation setting '{name}'", f"the settings are: {', '.join(sorted(types))}")
-        if not isinstance(value, types[name]) and not (types[name] is float and isinstance(value, int)):
+        accepted = (int, float) if types[name] is float else types[name]
+        if not isinstance(value, accepted) or (isinstance(value, bool) and types[name] is not bool):
             raise SSDKDError(
                 f"distillation setting '{name}' is {value!r}: expected {types[name].__name__}",
                 "correct the config file",
@@ -73,4 +75,25 @@ def settings_for(effort: str, *, image_shape: tuple[int, int, int], **overrides:
     sized = DistillationSettings(
         rounds=rounds, inversion_batch=batch, student_batch=min(64, batch), warmup_rounds=min(5, max(1, rounds // 4))
     )
-    return replace(sized, **overrides)
+    settings = replace(sized, **overrides)
+    _check_ranges(settings)
+    return settings
+
+
+def _check_ranges(settings: DistillationSettings) -> None:
+    for name, value in vars(settings).items():
+        lowest = 1 if isinstance(value, int) and name not in ("warmup_rounds", "shift") else 0
+        if not lowest <= value < math.inf and not isinstance(value, bool):
+            raise SSDKDError(
+                f"distillation setting '{name}' is {value}: expected {lowest} or more", "correct that value"
+            )
+    if settings.warmup_rounds >= settings.rounds:
+        raise SSDKDError(
+            f"warmup_rounds is {settings.warmup_rounds}, of {settings.rounds} rounds: the student would never learn",
+            "set fewer warmup_rounds or more rounds in the [distillation] table of the file given with --config",
+        )
+    if settings.samples < settings.inversion_batch:
+        raise SSDKDError(
+            f"the replay buffer holds {settings.samples} samples, one round makes {settings.inversion_batch}",
+            f"use --samples {settings.inversion_batch} or more",
+        )

@@ -126,7 +126,7 @@ def distill(state: State, *, time_limit_seconds: float | None = None) -> Iterato
         NonFiniteLossError: a loss became NaN or infinite; names the round.
     """
     settings, started = state.settings, time.perf_counter() - state.seconds
-    progress = 0.0
+    progress = state.round / settings.rounds
     while progress < 1:
         round_started = time.perf_counter()
         targets = choose_targets(state)
@@ -185,7 +185,7 @@ def remember(state: State, images: Tensor) -> None:
     with state.compute.autocast():
         logits = state.teacher(to_input(images, state.normalization))
     classes, confidences = state.task.predict(logits)
-    held_out = min(len(images) // HELD_OUT_SHARE, state.held_out.capacity)
+    held_out = min(max(1, len(images) // HELD_OUT_SHARE), state.held_out.capacity)
     for buffer, part in ((state.held_out, slice(held_out)), (state.buffer, slice(held_out, None))):
         values = kept_values(state, buffer)
         slots = replay.free_slots(buffer, len(images[part]), values)
@@ -212,7 +212,7 @@ def teach(state: State, progress: float) -> Tensor:
     settings, buffer, rng = state.settings, state.buffer, state.rng
     for group in state.optimizer.param_groups:
         group["lr"] = settings.student_rate * rate_factor(progress)
-    shift = max(1, round(settings.shift * buffer.images.shape[1] / 32))
+    shift = round(settings.shift * buffer.images.shape[1] / 32)
     state.student.train()
     losses = []
     for _ in range(settings.student_steps):

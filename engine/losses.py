@@ -24,7 +24,10 @@ class ChannelStatistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor) -> tuple[Tensor, Tensor]:
         """[B, C, ...] to mean [C] and variance [C]."""
-        mean, variance = torch.batch_norm_update_stats(features, None, None, 0.0)
+        # Float32 running statistics, unused (momentum 0): without them those of bfloat16 features come out in bfloat16.
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        running_mean, running_variance = torch.zeros(2, features.shape[1], dtype=dtype, device=features.device)
+        mean, variance = torch.batch_norm_update_stats(features, running_mean, running_variance, 0.0)
         ctx.save_for_backward(features, mean)
         return mean.float(), variance.float()
 
@@ -46,7 +49,8 @@ class BatchNormPrior:
 
     layers: tuple[nn.Module, ...]
     mean: Tensor  # [R]
-    variance: Tensor  # [R]
+    variance: Tensor  # [R], with the floor
+    floor: Tensor  # [R], added to both variances that are compared
     weight: Tensor  # [R]: every layer counts the same, every channel of a layer too; sums to 1
 
 
@@ -54,9 +58,10 @@ def batchnorm_prior(layers: Sequence[nn.Module]) -> BatchNormPrior:
     """The prior of these layers (each with `running_mean` and `running_var`); they must not be empty."""
     means = [torch.as_tensor(layer.running_mean).float() for layer in layers]
     variances = [torch.as_tensor(layer.running_var).float() for layer in layers]
-    variances = [variance + VARIANCE_FLOOR * variance.mean() for variance in variances]
+    floors = [torch.full_like(variance, VARIANCE_FLOOR * float(variance.mean())) for variance in variances]
+    floor = torch.cat(floors)
     weights = [torch.full_like(mean, 1 / (len(layers) * len(mean))) for mean in means]
-    return BatchNormPrior(tuple(layers), torch.cat(means), torch.cat(variances), torch.cat(weights))
+    return BatchNormPrior(tuple(layers), torch.cat(means), torch.cat(variances) + floor, floor, torch.cat(weights))
 
 
 @contextlib.contextmanager
@@ -89,7 +94,7 @@ def batchnorm_loss(prior: BatchNormPrior, statistics: Tensor) -> Tensor:
     """
     mean, variance = statistics
     mean_term = (mean - prior.mean).square() / prior.variance
-    deviation_term = ((variance.clamp_min(0) / prior.variance + 1e-6).sqrt() - 1).square()
+    deviation_term = (((variance.clamp_min(0) + prior.floor) / prior.variance).sqrt() - 1).square()
     return (prior.weight * (mean_term + deviation_term)).sum()
 
 

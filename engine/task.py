@@ -30,7 +30,8 @@ class Classification:
         """
         levels = counts[:, None] + torch.arange(number, device=counts.device)  # [classes, number]
         ties = torch.rand(levels.shape, generator=rng, device=counts.device)
-        return (levels + ties).flatten().topk(number, largest=False).indices // number
+        targets = (levels + ties).flatten().topk(number, largest=False).indices // number
+        return targets[torch.randperm(number, generator=rng, device=counts.device)]  # any part is as mixed as the whole
 
     def random_targets(self, number: int, rng: torch.Generator) -> Tensor:
         """Uniform target classes, int64 [number]."""

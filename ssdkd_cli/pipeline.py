@@ -259,6 +259,7 @@ def teach(
 
     Raises:
         OutOfMemoryError: with the batch size to try.
+        SSDKDError: the time was up before the student's first step.
         KeyboardInterrupt: after the student so far was written.
     """
     spec = teacher.spec
@@ -286,6 +287,11 @@ def teach(
         except KeyboardInterrupt:
             save_distilled(folder, distilled_so_far(state), card)
             raise
+    if not state.steps:
+        raise SSDKDError(
+            f"the time was up after {state.round} round(s), before the student's first step",
+            "give a longer --time-limit",
+        )
     distilled = distilled_so_far(state)
     save_distilled(folder, distilled, card)
     return distilled

@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -79,3 +80,21 @@ def test_unknown_effort_lists_the_known_ones() -> None:
 def test_settings_cannot_change_during_a_run() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         DistillationSettings().rounds = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"samples": 50}, "holds 50 samples, one round makes 128"),
+        ({"rounds": 0}, "'rounds' is 0: expected 1 or more"),
+        ({"samples": -3}, "'samples' is -3"),
+        ({"beta": -0.1}, "'beta' is -0.1: expected 0 or more"),
+        ({"beta": float("nan")}, "'beta' is nan"),
+        ({"rounds": True}, "'rounds' is True: expected int"),
+        ({"rounds": 5, "warmup_rounds": 5}, "the student would never learn"),
+    ],
+)
+def test_values_out_of_range_are_refused(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(SSDKDError) as raised:
+        settings_for("full", image_shape=CIFAR, **overrides)
+    assert message in raised.value.message

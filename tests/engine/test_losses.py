@@ -289,3 +289,20 @@ def test_modulation_is_nothing_where_a_class_has_the_whole_buffer_and_never_nega
     value = modulation(CLASSES, sure, COUNTS, gamma=1.0, diversity=True, difficulty=True)
     assert (value > 0).all()
     assert (value < 1e-5).all()
+
+
+def test_the_teachers_own_statistics_cost_nothing_however_far_apart_the_channels_are() -> None:
+    layer = nn.BatchNorm2d(4)
+    layer.running_mean = torch.tensor([0.0, 5.0, -3.0, 0.1])
+    layer.running_var = torch.tensor([1e-8, 1e-3, 1.0, 100.0])
+    prior = batchnorm_prior([layer])
+    statistics = torch.stack((layer.running_mean, layer.running_var))
+    assert batchnorm_loss(prior, statistics).item() == pytest.approx(0, abs=1e-10)
+
+
+def test_statistics_of_bfloat16_features_are_not_rounded_to_bfloat16() -> None:
+    features = (5 + 3 * torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))).bfloat16()
+    mean, variance = ChannelStatistics.apply(features)
+    expected_variance, expected_mean = torch.var_mean(features.float(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean, expected_mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(variance, expected_variance, rtol=1e-3, atol=1e-3)
