@@ -6,38 +6,11 @@ Goes on where it was stopped: seeds that the result already holds are not repeat
 """
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
 from benchmarks.common import RESULTS, load, provenance, save
-
-
-def run(seed: int, folder: Path) -> dict[str, Any]:
-    """One `ssdkd demo` in a process of its own; what its report says."""
-    code = "import sys; from ssdkd_cli.main import main; main()"
-    command = [sys.executable, "-c", code, "demo", "--json", "--seed", str(seed), "--out", str(folder / f"seed{seed}")]
-    started = time.perf_counter()
-    report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    teacher, student, artifact = report["teacher"], report["student"], report["artifacts"][0]
-    return {
-        "seed": seed,
-        "teacher_accuracy": teacher["accuracy"],
-        "student_accuracy": student["accuracy"],
-        "ratio_percent": 100 * student["accuracy"] / teacher["accuracy"],
-        "agreement": student["agreement"],
-        "seconds_total": time.perf_counter() - started,
-        "distillation_seconds": report["distillation"]["seconds"],
-        "teacher_parameters": teacher["parameters"],
-        "student_parameters": student["parameters"],
-        "teacher_latency_ms": teacher["latency_ms"]["p50"],
-        "student_latency_ms": artifact["latency_ms"]["p50"],
-        "verified": artifact["verified"],
-    }
+from benchmarks.tool import run
 
 
 def main() -> None:
@@ -50,7 +23,7 @@ def main() -> None:
         for seed in range(arguments.seeds):
             if any(earlier["seed"] == seed for earlier in runs):
                 continue
-            runs.append(run(seed, Path(folder)))
+            runs.append(run(["demo"], seed=seed, out=Path(folder) / f"seed{seed}"))
             save(arguments.out, {"kind": "demo", **provenance("ssdkd demo"), "runs": runs})
 
 

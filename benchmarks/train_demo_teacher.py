@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.device import choose_device
-from engine.images import draw_views, normalization, to_input
+from engine.images import normalization, random_views, render, to_input
 from engine.zoo import ZOO
 
 CLASS_NAMES = (
@@ -51,7 +51,8 @@ def main() -> None:
     for _ in range(steps):
         drawn = torch.randint(len(images), (BATCH,), generator=rng)
         with compute.autocast():
-            logits = network(to_input(draw_views(images, drawn, SHIFT, rng), constants))
+            views = random_views(BATCH, 1, SHIFT, rng)[:, 0]
+            logits = network(to_input(render(images, drawn, views), constants))
         loss = F.cross_entropy(logits.float(), labels[drawn])
         optimizer.zero_grad()
         loss.backward()

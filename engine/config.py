@@ -33,12 +33,13 @@ class DistillationSettings:
 
     student_batch: int = 64
     student_steps: int = 80  # a round
-    student_rate: float = 0.2  # SGD with Nesterov momentum; a short rise, then a half cosine to 0
+    student_rate: float = 0.4  # SGD with Nesterov momentum; a short rise, then a half cosine to 0
     student_momentum: float = 0.9
     student_decay: float = 5e-4
     temperature: float = 4.0
     average_decay: float = 0.99  # of the weight average that is kept, per step
-    shift: int = 4  # pixels, of the random crop at 32 px; scaled with the image
+    views: int = 8  # augmentations of each sample, of which the teacher's logits are kept
+    shift: int = 4  # pixels, of the augmentations at 32 px; scaled with the image
 
     # The parts of the method, each of which an ablation turns off.
     diversity: bool = True  # diversity-aware part of phi, and targets that level the buffer

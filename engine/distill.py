@@ -16,7 +16,7 @@ from engine import replay
 from engine.config import DistillationSettings
 from engine.device import Compute
 from engine.errors import NonFiniteLossError
-from engine.images import Normalization, draw_views, normalization, to_input
+from engine.images import Normalization, normalization, random_views, render, to_input
 from engine.inversion import InversionLosses, Inverter, invert, new_inverter
 from engine.losses import BatchNormPrior, batchnorm_prior, modulation
 from engine.replay import ReplayBuffer
@@ -105,8 +105,12 @@ def start(
             nesterov=True,
         ),
         inverter=new_inverter(image_shape, settings, compute),
-        buffer=replay.empty_buffer(capacity, image_shape, compute.device),
-        held_out=replay.empty_buffer(settings.held_out, image_shape, compute.device),
+        buffer=replay.empty_buffer(
+            capacity, image_shape, views=settings.views, classes=task.classes, device=compute.device
+        ),
+        held_out=replay.empty_buffer(
+            settings.held_out, image_shape, views=1, classes=task.classes, device=compute.device
+        ),
         prior=batchnorm_prior(batchnorm_layers) if batchnorm_layers else None,
         task=task,
         normalization=normalization(mean, std, compute.device),
@@ -181,15 +185,31 @@ def random_images(state: State, number: int) -> tuple[Tensor, InversionLosses]:
 
 @torch.no_grad()
 def remember(state: State, images: Tensor) -> None:
-    """Put new images in the place of the least valuable samples; every sixteenth is held out from training."""
-    with state.compute.autocast():
-        logits = state.teacher(to_input(images, state.normalization))
-    classes, confidences = state.task.predict(logits)
+    """Put new images in the place of the least valuable samples; every sixteenth is held out from training.
+
+    The teacher looks at the views of an image here and never again: what the student learns from it is kept beside it.
+    """
+    shift = round(state.settings.shift * images.shape[1] / 32)
+    views = random_views(len(images), state.settings.views, shift, state.rng)
+    views[:, 0] = 0  # the image itself
+    logits = teacher_logits(state, images, views)
+    classes, confidences = state.task.predict(logits[:, 0])
     held_out = min(max(1, len(images) // HELD_OUT_SHARE), state.held_out.capacity)
     for buffer, part in ((state.held_out, slice(held_out)), (state.buffer, slice(held_out, None))):
+        kept = slice(buffer.views.shape[1])
         values = kept_values(state, buffer)
         slots = replay.free_slots(buffer, len(images[part]), values)
-        replay.add(buffer, slots, images[part], classes[part], confidences[part])
+        replay.add(buffer, slots, images[part], views[part, kept], logits[part, kept], classes[part], confidences[part])
+
+
+def teacher_logits(state: State, images: Tensor, views: Tensor) -> Tensor:
+    """What the teacher says of every view, float32 [B, V, K]; one forward pass a view."""
+    indices = torch.arange(len(images), device=images.device)
+    logits = []
+    for view in views.unbind(1):
+        with state.compute.autocast():
+            logits.append(state.teacher(to_input(render(images, indices, view), state.normalization)).float())
+    return torch.stack(logits, dim=1)
 
 
 def kept_values(state: State, buffer: ReplayBuffer) -> Tensor:
@@ -212,19 +232,17 @@ def teach(state: State, progress: float) -> Tensor:
     settings, buffer, rng = state.settings, state.buffer, state.rng
     for group in state.optimizer.param_groups:
         group["lr"] = settings.student_rate * rate_factor(progress)
-    shift = round(settings.shift * buffer.images.shape[1] / 32)
     state.student.train()
     losses = []
     for _ in range(settings.student_steps):
         slots, weights = replay.sample(
             buffer, settings.student_batch, beta=settings.beta, prioritized=settings.priority, rng=rng
         )
-        inputs = to_input(draw_views(buffer.images, slots, shift, rng), state.normalization)
+        view = torch.randint(settings.views, slots.shape, generator=rng, device=rng.device)
+        inputs = to_input(render(buffer.images, slots, buffer.views[slots, view]), state.normalization)
         with state.compute.autocast():
-            with torch.no_grad():
-                teacher_logits = state.teacher(inputs)
             student_logits = state.student(inputs)
-        divergences = state.task.discrepancy(teacher_logits, student_logits, settings.temperature)
+        divergences = state.task.discrepancy(buffer.logits[slots, view], student_logits, settings.temperature)
         loss = (weights / weights.mean() * divergences).mean()
         state.optimizer.zero_grad()
         loss.backward()
@@ -263,7 +281,9 @@ def measure(
     terms = (inversion_losses.total, inversion_losses.prior, inversion_losses.target, inversion_losses.adversarial)
     held_out = to_input(state.held_out.images[: state.held_out.size], state.normalization)
     with state.compute.autocast():
-        agreement = state.task.agreement(state.teacher(held_out), state.average(held_out)).float().mean()
+        student_logits = state.average(held_out)
+    known = state.held_out.logits[: state.held_out.size, 0]
+    agreement = state.task.agreement(known, student_logits).float().mean()
     counts = replay.class_counts(state.buffer, state.task.classes)
     balance = counts.min() / counts.max()
     total, prior, target, adversarial, loss, agreed, balanced = torch.stack(

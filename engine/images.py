@@ -1,6 +1,6 @@
-"""Synthetic images as they are stored, drawn and fed: uint8 [N, H, W, C] in, normalised float [B, C, H, W] out.
+"""Synthetic images as they are stored, viewed and fed: uint8 [N, H, W, C] in, normalised float [B, C, H, W] out.
 
-Bytes with the channels last make a draw, its random crop and its flip one gather, and the result is already in the
+Bytes with the channels last make a draw, its shift and its flip one gather, and the result is already in the
 memory format in which convolutions are fastest.
 """
 
@@ -37,23 +37,31 @@ def to_bytes(pixels: Tensor) -> Tensor:
     return (pixels * 255).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def draw_views(images: Tensor, indices: Tensor, shift: int, rng: torch.Generator) -> Tensor:
-    """One augmented view of each drawn image: its own shift of up to `shift` pixels (edges repeat) and its own flip.
+def random_views(images: int, views: int, shift: int, rng: torch.Generator) -> Tensor:
+    """Augmentations as numbers: a shift of up to `shift` pixels along each axis, and a flip in every second case.
+
+    Returns:
+        int64 [images, views, 3]: rows and columns that the view is shifted by, and 1 where it is mirrored.
+    """
+    drawn = torch.randint(-shift, shift + 1, (images, views, 3), generator=rng, device=rng.device)
+    drawn[..., 2] = torch.randint(2, (images, views), generator=rng, device=rng.device)
+    return drawn
+
+
+def render(images: Tensor, indices: Tensor, views: Tensor) -> Tensor:
+    """One view of each chosen image; where a shift leaves the image, its edge repeats.
 
     Args:
         images: uint8 [N, H, W, C].
-        indices: int64 [B], which images to draw.
-        shift: pixels, the largest shift along each axis.
-        rng: on the images' device.
+        indices: int64 [B], which images.
+        views: int64 [B, 3], from `random_views`.
 
     Returns:
         uint8 [B, H, W, C].
     """
     _, height, width, _ = images.shape
-    batch, device = len(indices), images.device
-    offsets = torch.randint(-shift, shift + 1, (2, batch, 1), generator=rng, device=device)
-    flips = torch.rand(batch, 1, generator=rng, device=device) < 0.5
-    rows = (torch.arange(height, device=device) + offsets[0]).clamp_(0, height - 1)  # [B, H]
-    columns = (torch.arange(width, device=device) + offsets[1]).clamp_(0, width - 1)  # [B, W]
-    columns = torch.where(flips, columns.flip(1), columns)
+    down, right, mirrored = views[:, :, None].unbind(1)  # [B, 1] each
+    rows = (torch.arange(height, device=images.device) + down).clamp_(0, height - 1)  # [B, H]
+    columns = (torch.arange(width, device=images.device) + right).clamp_(0, width - 1)  # [B, W]
+    columns = torch.where(mirrored.bool(), columns.flip(1), columns)
     return images[indices[:, None, None], rows[:, :, None], columns[:, None, :]]

@@ -17,6 +17,8 @@ class ReplayBuffer:
     """N slots; the first `size` of them are filled."""
 
     images: Tensor  # uint8 [N, H, W, C]
+    views: Tensor  # int64 [N, V, 3], the augmentations in which the student sees it; the first is the image itself
+    logits: Tensor  # float32 [N, V, K], the teacher's, of each view: it looks at a view once
     classes: Tensor  # int64 [N], the class that the teacher predicts
     confidences: Tensor  # float32 [N], the teacher's confidence in it
     discrepancies: Tensor  # float32 [N], delta: w_(i-1) KL(T || S) when the sample was last drawn
@@ -35,11 +37,15 @@ class ReplayBuffer:
         return min(self.added, self.capacity)
 
 
-def empty_buffer(capacity: int, image_shape: tuple[int, int, int], device: torch.device) -> ReplayBuffer:
-    """A buffer of `capacity` slots for images of (C, H, W)."""
+def empty_buffer(
+    capacity: int, image_shape: tuple[int, int, int], *, views: int, classes: int, device: torch.device
+) -> ReplayBuffer:
+    """A buffer of `capacity` slots for images of (C, H, W), each with `views` augmentations."""
     channels, height, width = image_shape
     return ReplayBuffer(
         images=torch.zeros(capacity, height, width, channels, dtype=torch.uint8, device=device),
+        views=torch.zeros(capacity, views, 3, dtype=torch.int64, device=device),
+        logits=torch.zeros(capacity, views, classes, device=device),
         classes=torch.zeros(capacity, dtype=torch.int64, device=device),
         confidences=torch.zeros(capacity, device=device),
         discrepancies=torch.zeros(capacity, device=device),
@@ -64,18 +70,30 @@ def free_slots(buffer: ReplayBuffer, number: int, values: Tensor) -> Tensor:
     return torch.cat((empty, lowest))
 
 
-def add(buffer: ReplayBuffer, slots: Tensor, images: Tensor, classes: Tensor, confidences: Tensor) -> None:
+def add(
+    buffer: ReplayBuffer,
+    slots: Tensor,
+    images: Tensor,
+    views: Tensor,
+    logits: Tensor,
+    classes: Tensor,
+    confidences: Tensor,
+) -> None:
     """Overwrite `slots` [B] by new samples, which enter with the highest priority.
 
     Args:
         buffer: changed in place.
         slots: from `free_slots`.
         images: uint8 [B, H, W, C].
+        views: int64 [B, V, 3].
+        logits: float32 [B, V, K].
         classes: int64 [B].
         confidences: float32 [B].
     """
     highest = buffer.discrepancies.max() if buffer.added else torch.ones((), device=slots.device)
     buffer.images[slots] = images
+    buffer.views[slots] = views
+    buffer.logits[slots] = logits
     buffer.classes[slots] = classes
     buffer.confidences[slots] = confidences
     buffer.discrepancies[slots] = highest

@@ -26,7 +26,7 @@ from ssdkd_cli.words import milliseconds, size
 
 BATCHES = (32, 16, 8, 4, 2, 1)  # of the throughput: the largest that stays below BATCH_SECONDS a call
 BATCH_SECONDS = 0.4
-BENCH_SECONDS = 1.0  # each file at each batch size is called for at least so long
+BENCH_SECONDS = 0.5  # each file at each batch size is called for at least so long
 NAME = "model"  # files are called model.onnx, ...
 
 

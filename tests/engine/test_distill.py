@@ -15,7 +15,7 @@ from engine.config import DistillationSettings
 from engine.device import Compute
 from engine.distill import RoundMetrics, State, averaged_student, class_histogram, distill, rate_factor, start
 from engine.errors import NonFiniteLossError
-from engine.images import to_input
+from engine.images import render, to_input
 from engine.task import Classification
 from engine.zoo import resnet_cifar
 
@@ -148,11 +148,18 @@ def test_class_balance_is_that_of_the_buffer(finished: tuple[State, list[RoundMe
 def test_the_buffer_holds_what_the_teacher_says(finished: tuple[State, list[RoundMetrics]]) -> None:
     state, _ = finished
     for buffer in (state.buffer, state.held_out):
-        with torch.no_grad():
-            logits = state.teacher(to_input(buffer.images[: buffer.size], state.normalization))
-        classes, confidences = state.task.predict(logits)
-        assert torch.equal(buffer.classes[: buffer.size], classes)
-        torch.testing.assert_close(buffer.confidences[: buffer.size], confidences)
+        filled = torch.arange(buffer.size)
+        for view in range(buffer.views.shape[1]):
+            seen = render(buffer.images, filled, buffer.views[filled, view])
+            with torch.no_grad():
+                logits = state.teacher(to_input(seen, state.normalization))
+            torch.testing.assert_close(buffer.logits[filled, view], logits, atol=1e-4, rtol=1e-4)
+        classes, confidences = state.task.predict(buffer.logits[filled, 0])
+        assert torch.equal(buffer.classes[filled], classes)
+        torch.testing.assert_close(buffer.confidences[filled], confidences)
+        assert (buffer.views[filled, 0] == 0).all()  # the image itself
+    assert state.buffer.views.shape[1] == state.settings.views
+    assert (state.buffer.views[:, 1:] != 0).any()
 
 
 def test_the_student_learns_what_the_teacher_says() -> None:
@@ -335,7 +342,9 @@ def crowded(**changed: Any) -> State:
     images = torch.zeros(64, 16, 16, 1, dtype=torch.uint8)
     classes = torch.tensor([0] * 30 + [1, 2, 3] + [0] * 31)
     confidences = torch.linspace(0.0, 0.63, 64)
-    replay.add(state.buffer, torch.arange(64), images, classes, confidences)
+    views = torch.zeros(64, state.settings.views, 3, dtype=torch.int64)
+    logits = torch.randn(64, state.settings.views, CLASSES, generator=state.rng)
+    replay.add(state.buffer, torch.arange(64), images, views, logits, classes, confidences)
     return state
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.images import draw_views, normalization, normalize, to_bytes, to_input
+from engine.images import normalization, normalize, random_views, render, to_bytes, to_input
 
 CPU = torch.device("cpu")
 
@@ -16,6 +16,10 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def random_bytes(*shape: int) -> Tensor:
     return torch.randint(256, shape, generator=generator(7), dtype=torch.uint8)
+
+
+def drawn_views(images: Tensor, indices: Tensor, shift: int, rng: torch.Generator) -> Tensor:
+    return render(images, indices, random_views(len(indices), 1, shift, rng)[:, 0])
 
 
 def every_view(image: Tensor, shift: int) -> dict[tuple[int, int, bool], Tensor]:
@@ -33,9 +37,9 @@ def every_view(image: Tensor, shift: int) -> dict[tuple[int, int, bool], Tensor]
 @pytest.mark.parametrize("shape", [(9, 9, 1), (8, 13, 3), (13, 8, 4)])
 def test_each_view_is_a_shifted_crop_of_the_image_asked_for_with_or_without_a_flip(shape: tuple[int, ...]) -> None:
     shift, images = 2, random_bytes(5, *shape)
-    indices = torch.randint(5, (400,), generator=generator(1))
-    views = draw_views(images, indices, shift, generator(2))
-    assert views.shape == (400, *shape)
+    indices = torch.randint(5, (800,), generator=generator(1))
+    views = drawn_views(images, indices, shift, generator(2))
+    assert views.shape == (800, *shape)
     assert views.dtype == torch.uint8
     possible = [every_view(image, shift) for image in images]
     drawn = Counter()
@@ -44,24 +48,36 @@ def test_each_view_is_a_shifted_crop_of_the_image_asked_for_with_or_without_a_fl
         assert len(matches) == 1
         drawn[matches[0]] += 1
     assert len(drawn) == 2 * (2 * shift + 1) ** 2  # every shift, flipped and not
-    assert 140 < sum(count for (_, _, flipped), count in drawn.items() if flipped) < 260
+    assert 320 < sum(count for (_, _, flipped), count in drawn.items() if flipped) < 480
 
 
 def test_views_without_a_shift_are_the_images_or_their_mirror() -> None:
     images = random_bytes(6, 5, 7, 3)
-    views = draw_views(images, torch.arange(6), 0, generator())
+    views = drawn_views(images, torch.arange(6), 0, generator())
     flipped = [torch.equal(view, image.flip(1)) for view, image in zip(views, images, strict=True)]
     assert all(flip or torch.equal(view, image) for flip, view, image in zip(flipped, views, images, strict=True))
     assert 0 < sum(flipped) < 6
 
 
+def test_a_view_of_zeros_is_the_image_itself() -> None:
+    images = random_bytes(6, 5, 7, 3)
+    assert torch.equal(render(images, torch.arange(6), torch.zeros(6, 3, dtype=torch.int64)), images)
+
+
+def test_a_view_says_where_it_looks() -> None:
+    image = torch.arange(12, dtype=torch.uint8).view(1, 3, 4, 1)
+    seen = render(image, torch.zeros(2, dtype=torch.int64), torch.tensor([[1, -1, 0], [0, 2, 1]]))[..., 0]
+    assert seen[0].tolist() == [[4, 4, 5, 6], [8, 8, 9, 10], [8, 8, 9, 10]]
+    assert seen[1].tolist() == [[3, 3, 3, 2], [7, 7, 7, 6], [11, 11, 11, 10]]
+
+
 def test_views_depend_on_the_generator_alone() -> None:
     images, indices = random_bytes(4, 8, 8, 1), torch.arange(64) % 4
     torch.manual_seed(0)
-    first = draw_views(images, indices, 2, generator(3))
+    first = drawn_views(images, indices, 2, generator(3))
     torch.manual_seed(1)
-    assert torch.equal(first, draw_views(images, indices, 2, generator(3)))
-    assert not torch.equal(first, draw_views(images, indices, 2, generator(4)))
+    assert torch.equal(first, drawn_views(images, indices, 2, generator(3)))
+    assert not torch.equal(first, drawn_views(images, indices, 2, generator(4)))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])

@@ -13,7 +13,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def buffer_of(capacity: int) -> ReplayBuffer:
-    return replay.empty_buffer(capacity, (2, 3, 4), CPU)
+    return replay.empty_buffer(capacity, (2, 3, 4), views=2, classes=5, device=CPU)
 
 
 def put(buffer: ReplayBuffer, number: int, values: Tensor | None = None) -> Tensor:
@@ -21,7 +21,9 @@ def put(buffer: ReplayBuffer, number: int, values: Tensor | None = None) -> Tens
     serials = torch.arange(buffer.added, buffer.added + number)
     slots = replay.free_slots(buffer, number, torch.zeros(buffer.size) if values is None else values)
     images = serials.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 2)
-    replay.add(buffer, slots, images, serials % 5, serials / 1000)
+    views = serials.view(-1, 1, 1).expand(-1, 2, 3)
+    logits = (serials / 10).view(-1, 1, 1).expand(-1, 2, 5)
+    replay.add(buffer, slots, images, views, logits, serials % 5, serials / 1000)
     return slots
 
 
@@ -30,6 +32,8 @@ def serials_in(buffer: ReplayBuffer) -> list[int]:
     size = buffer.size
     serials = buffer.born[:size]
     assert torch.equal(buffer.images[:size], serials.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 2))
+    assert torch.equal(buffer.views[:size], serials.view(-1, 1, 1).expand(-1, 2, 3))
+    torch.testing.assert_close(buffer.logits[:size], (serials / 10).view(-1, 1, 1).expand(-1, 2, 5))
     assert torch.equal(buffer.classes[:size], serials % 5)
     torch.testing.assert_close(buffer.confidences[:size], serials / 1000)
     return serials.tolist()

@@ -1,0 +1,46 @@
+"""A real teacher on two cores for a fixed time: CIFAR-10's ResNet-20 to resnet8, and the curve of the run.
+
+    python -m benchmarks.cifar TEACHER TEST_FOLDER [--time-limit 20m] [--seed 0] [--out benchmarks/results/cifar.json]
+
+TEACHER is a ResNet-20 of CIFAR-10, TEST_FOLDER its test images, a folder a class. Run it on an idle machine.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS, provenance, save
+from benchmarks.tool import run
+
+EVERY = 5  # rounds between two points of the curve
+CURVE_KEYS = ("round", "seconds", "agreement", "prior_loss", "distillation_loss")
+
+
+def curve(metrics: Path) -> list[dict[str, Any]]:
+    """Some numbers of every fifth round of a run's metrics.jsonl."""
+    rounds = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    return [{key: each[key] for key in CURVE_KEYS} for each in rounds if each["round"] % EVERY == 0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teacher", type=Path)
+    parser.add_argument("test_folder", type=Path)
+    parser.add_argument("--time-limit", default="20m")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS / "cifar.json")
+    arguments = parser.parse_args()
+    options = ["--student", "resnet8", "--time-limit", arguments.time_limit, "--eval-data"]
+    shown = ["ssdkd", "compress", arguments.teacher.name, *options, "/".join(arguments.test_folder.parts[-2:])]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        words = ["compress", str(arguments.teacher), *options, str(arguments.test_folder)]
+        runs = [run(words, seed=arguments.seed, out=out)]
+        points = curve(out / "metrics.jsonl")
+    save(arguments.out, {"kind": "cifar", **provenance(" ".join(shown)), "runs": runs, "curve": points})
+
+
+if __name__ == "__main__":
+    main()
