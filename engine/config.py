@@ -6,7 +6,7 @@ from typing import Any
 
 from engine.errors import SSDKDError
 
-EFFORTS: dict[str, int] = {"smoke": 8, "quick": 54, "full": 600}  # rounds
+EFFORTS: dict[str, int] = {"smoke": 8, "quick": 52, "full": 600}  # rounds
 SMALL_PIXELS = 64 * 64  # up to this many pixels a batch is whole; beyond, it shrinks with the area
 
 
@@ -17,7 +17,7 @@ class DistillationSettings:
     rounds: int = EFFORTS["full"]
     samples: int = 5000  # |B|, slots of the replay buffer
     held_out: int = 256  # newest synthetic samples that are never trained on
-    warmup_rounds: int = 5  # rounds of inversion before the student takes its first step
+    warmup_rounds: int = 10  # rounds of inversion before the student takes its first step
 
     inversion_batch: int = 128  # samples a round
     inversion_steps: int = 10  # K
@@ -74,7 +74,7 @@ def settings_for(effort: str, *, image_shape: tuple[int, int, int], **overrides:
     batch = max(16, min(128, 128 * SMALL_PIXELS // (height * width)))
     rounds = EFFORTS[effort]
     sized = DistillationSettings(
-        rounds=rounds, inversion_batch=batch, student_batch=min(64, batch), warmup_rounds=min(5, max(1, rounds // 4))
+        rounds=rounds, inversion_batch=batch, student_batch=min(64, batch), warmup_rounds=min(10, max(1, rounds // 4))
     )
     settings = replace(sized, **overrides)
     _check_ranges(settings)

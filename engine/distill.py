@@ -134,10 +134,9 @@ def distill(state: State, *, time_limit_seconds: float | None = None) -> Iterato
     while progress < 1:
         round_started = time.perf_counter()
         targets = choose_targets(state)
-        images, inversion_losses = synthesize(state, targets)
+        images, inversion_losses = synthesize(state, targets, progress)
         remember(state, images)
-        warm = state.round >= settings.warmup_rounds
-        losses = teach(state, progress) if warm else inversion_losses.total.new_full((1,), math.nan)
+        losses = teach(state, progress) if is_taught(state) else inversion_losses.total.new_full((1,), math.nan)
 
         state.round += 1
         state.seconds = time.perf_counter() - started
@@ -145,6 +144,11 @@ def distill(state: State, *, time_limit_seconds: float | None = None) -> Iterato
         if time_limit_seconds is not None:
             progress = max(progress, state.seconds / time_limit_seconds)
         yield measure(state, inversion_losses, losses, round_started, progress)
+
+
+def is_taught(state: State) -> bool:
+    """Whether the warm-up is over and the student learns in this round."""
+    return state.round >= state.settings.warmup_rounds
 
 
 def choose_targets(state: State) -> Tensor:
@@ -155,8 +159,12 @@ def choose_targets(state: State) -> Tensor:
     return state.task.balanced_targets(counts, state.settings.inversion_batch, state.rng)
 
 
-def synthesize(state: State, targets: Tensor) -> tuple[Tensor, InversionLosses]:
-    """A batch of images for these targets, uint8 [B, H, W, C]; the adversarial term waits for the warm-up to end."""
+def synthesize(state: State, targets: Tensor, progress: float) -> tuple[Tensor, InversionLosses]:
+    """A batch of images for these targets, uint8 [B, H, W, C].
+
+    The adversarial term waits for the warm-up to end, then falls with the run: a student that hardly moves any more
+    could not learn from the samples that fool it.
+    """
     if not state.settings.inversion:
         return random_images(state, len(targets))
     return invert(
@@ -167,7 +175,7 @@ def synthesize(state: State, targets: Tensor) -> tuple[Tensor, InversionLosses]:
         task=state.task,
         prior=state.prior,
         class_counts=replay.class_counts(state.buffer, state.task.classes),
-        adversarial=state.round >= state.settings.warmup_rounds and state.settings.adversarial_weight > 0,
+        adversarial_weight=state.settings.adversarial_weight * (1 - progress) if is_taught(state) else 0.0,
         normalization=state.normalization,
         settings=state.settings,
         compute=state.compute,

@@ -70,7 +70,7 @@ def invert(
     task: Classification,
     prior: BatchNormPrior | None,
     class_counts: Tensor,
-    adversarial: bool,
+    adversarial_weight: float,
     normalization: Normalization,
     settings: DistillationSettings,
     compute: Compute,
@@ -86,9 +86,9 @@ def invert(
         task: what a prediction is.
         prior: the teacher's BatchNorm statistics, or None where it has none.
         class_counts: int64 [K], the buffer's classes now.
-        adversarial: whether the term with the student counts.
+        adversarial_weight: of the term with the student; at 0 the student is not asked.
         normalization: of the teacher's input.
-        settings: weights and rates.
+        settings: the other weights, and rates.
         compute: device and precision.
         rng: on that device.
 
@@ -111,14 +111,14 @@ def invert(
             with compute.autocast():
                 inputs = normalize(fast(latent), normalization)
                 teacher_logits = teacher(inputs)
-                student_logits = student(inputs) if adversarial else teacher_logits
+                student_logits = student(inputs) if adversarial_weight else teacher_logits
             if prior is None:
                 prior_loss = image_prior_loss(inputs)
             else:
                 prior_loss = batchnorm_loss(prior, flat_statistics(prior, recorded))
             target_loss = task.target_loss(teacher_logits, targets).mean()
             adversarial_loss = target_loss.new_zeros(())
-            if adversarial:
+            if adversarial_weight:
                 phi = sample_weights(teacher_logits.detach(), task, class_counts, settings)
                 agree = task.agreement(teacher_logits, student_logits)
                 divergence = task.discrepancy(teacher_logits, student_logits, temperature=1.0)
@@ -126,7 +126,7 @@ def invert(
             loss = (
                 settings.batchnorm_weight * prior_loss
                 + settings.class_weight * target_loss
-                + settings.adversarial_weight * adversarial_loss
+                + adversarial_weight * adversarial_loss
             )
             gradients = torch.autograd.grad(loss, variables)
             for variable, gradient in zip(variables, gradients, strict=True):

@@ -336,6 +336,19 @@ def test_without_the_adversarial_weight_the_term_is_absent(finished: tuple[State
     assert any(item.adversarial_loss < 0 for item in finished[1])
 
 
+def test_the_adversarial_weight_waits_for_the_warm_up_then_falls_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    original = loop.invert
+
+    def invert(*arguments: Any, adversarial_weight: float, **named: Any) -> Any:
+        asked.append(adversarial_weight)
+        return original(*arguments, adversarial_weight=adversarial_weight, **named)
+
+    monkeypatch.setattr(loop, "invert", invert)
+    finish(rounds=4, warmup_rounds=1, adversarial_weight=2.0)
+    assert asked == [0.0, 1.5, 1.0, 0.5]
+
+
 def crowded(**changed: Any) -> State:
     """A state whose full buffer holds 61 samples of class 0 and one of each other class."""
     state = begin(**changed)

@@ -124,7 +124,7 @@ def test_inverting_and_remembering_never_wait_for_the_device(
 ) -> None:
     state, _ = finished
     with waiting_for_the_device_fails():
-        images, losses = loop.synthesize(state, loop.choose_targets(state))
+        images, losses = loop.synthesize(state, loop.choose_targets(state), 0.5)
         loop.remember(state, images)
     assert images.device.type == "cuda"
     assert losses.total.isfinite()

@@ -55,10 +55,10 @@ def inverter_of(settings: DistillationSettings) -> Inverter:
 
 
 def run(teacher: nn.Module, student: nn.Module, **changed: Any) -> tuple[Tensor, InversionLosses, Inverter]:
-    """One round; `changed` are settings, or `seed`, `adversarial`, `counts`, `prior`, `inverter`, `compute`."""
+    """One round; `changed` are settings, or `seed`, `adversarial_weight`, `counts`, `prior`, `inverter`, `compute`."""
     arguments = {
         "seed": 0,
-        "adversarial": True,
+        "adversarial_weight": 1.0,
         "counts": torch.tensor([3, 1, 0, 0]),
         "prior": batchnorm_prior(layers_of(teacher)),
         "inverter": None,
@@ -75,7 +75,7 @@ def run(teacher: nn.Module, student: nn.Module, **changed: Any) -> tuple[Tensor,
         task=Classification(CLASSES),
         prior=arguments["prior"],
         class_counts=arguments["counts"],
-        adversarial=arguments["adversarial"],
+        adversarial_weight=arguments["adversarial_weight"],
         normalization=CONSTANTS,
         settings=settings,
         compute=arguments["compute"],
@@ -108,8 +108,8 @@ def test_total_is_the_weighted_sum_of_the_terms(teacher: nn.Module, student: nn.
 
 @pytest.mark.parametrize("meta", [True, False])
 def test_the_steps_of_a_round_lower_the_loss(meta: bool, teacher: nn.Module, student: nn.Module) -> None:
-    _, first, _ = run(teacher, student, inversion_steps=1, adversarial=False, meta=meta)
-    _, last, _ = run(teacher, student, inversion_steps=12, adversarial=False, meta=meta)
+    _, first, _ = run(teacher, student, inversion_steps=1, adversarial_weight=0.0, meta=meta)
+    _, last, _ = run(teacher, student, inversion_steps=12, adversarial_weight=0.0, meta=meta)
     assert last.total < 0.8 * first.total
 
 
@@ -122,14 +122,14 @@ def test_images_come_nearer_to_the_teachers_statistics(teacher: nn.Module, stude
         return batchnorm_loss(prior, flat_statistics(prior, recorded)).item()
 
     noise = torch.randint(256, (BATCH, 16, 16, 1), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    few, _, _ = run(teacher, student, inversion_steps=1, adversarial=False)
-    many, _, _ = run(teacher, student, inversion_steps=20, adversarial=False)
+    few, _, _ = run(teacher, student, inversion_steps=1, adversarial_weight=0.0)
+    many, _, _ = run(teacher, student, inversion_steps=20, adversarial_weight=0.0)
     assert distance(many) < 0.6 * distance(few)
     assert distance(many) < 0.3 * distance(noise)
 
 
 def test_the_class_term_makes_images_of_the_targets(teacher: nn.Module, student: nn.Module) -> None:
-    changed = {"batchnorm_weight": 0.0, "class_weight": 1.0, "adversarial": False}
+    changed = {"batchnorm_weight": 0.0, "class_weight": 1.0, "adversarial_weight": 0.0}
     _, first, _ = run(teacher, student, inversion_steps=1, **changed)
     images, last, _ = run(teacher, student, inversion_steps=40, **changed)
     assert last.target < 0.7 * first.target
@@ -155,10 +155,10 @@ def test_without_the_adversarial_term_the_student_is_not_run(teacher: nn.Module)
 
     student = network(1)
     student.register_forward_pre_hook(fail)
-    _, losses, _ = run(teacher, student, adversarial=False)
+    _, losses, _ = run(teacher, student, adversarial_weight=0.0)
     assert losses.adversarial == 0
     with pytest.raises(AssertionError, match="the student ran"):
-        run(teacher, student, adversarial=True)
+        run(teacher, student, adversarial_weight=1.0)
 
 
 def test_where_the_student_never_agrees_there_is_nothing_to_drive_it_from(teacher: nn.Module) -> None:
@@ -210,10 +210,10 @@ def test_the_meta_step_moves_the_generator_so_that_the_next_round_starts_nearer(
     starts = []
     for seed in range(6):
         _, losses, _ = run(
-            teacher, student, inversion_steps=1, adversarial=False, inverter=inverter, meta=False, seed=99
+            teacher, student, inversion_steps=1, adversarial_weight=0.0, inverter=inverter, meta=False, seed=99
         )
         starts.append(losses.total.item())  # of the first step: what the generator offers
-        run(teacher, student, adversarial=False, inverter=inverter, seed=seed)
+        run(teacher, student, adversarial_weight=0.0, inverter=inverter, seed=seed)
     moved = state_of(inverter.generator)
     assert all(not torch.equal(moved[name], before[name]) for name in before if name.endswith("weight"))
     assert starts[-1] < 0.8 * starts[0]
@@ -245,8 +245,8 @@ def test_a_teacher_without_batchnorm_gets_smooth_images_of_some_contrast(
     teacher: nn.Module, student: nn.Module
 ) -> None:
     prior: BatchNormPrior | None = None
-    _, first, _ = run(teacher, student, prior=prior, inversion_steps=1, adversarial=False)
-    images, last, _ = run(teacher, student, prior=prior, inversion_steps=30, adversarial=False)
+    _, first, _ = run(teacher, student, prior=prior, inversion_steps=1, adversarial_weight=0.0)
+    images, last, _ = run(teacher, student, prior=prior, inversion_steps=30, adversarial_weight=0.0)
     assert last.prior < 0.6 * first.prior
     inputs = to_input(images, CONSTANTS)
     assert 0.4 < inputs.std() < 1.6
