@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, load, provenance, save
+from benchmarks.common import RESULTS, provenance, save, unfinished
 from engine.config import EFFORTS, settings_for
 from engine.device import choose_device
 from engine.distill import averaged_student, distill, start
@@ -88,20 +88,19 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     command = f"python -m benchmarks.ablation --seeds {arguments.seeds} --rounds {arguments.rounds}"
-    done = {variant["name"]: variant["runs"] for variant in load(arguments.out).get("variants", [])}
+    source = provenance(command)
+    earlier = unfinished(arguments.out, source).get("variants", [])
+    done = {variant["name"]: variant["runs"] for variant in earlier}
     for seed in range(arguments.seeds):
         for name in arguments.only:
             runs = done.setdefault(name, [])
-            if any(earlier["seed"] == seed for earlier in runs):
+            if any(known["seed"] == seed for known in runs):
                 continue
             runs.append(run(VARIANTS[name], rounds=arguments.rounds, seed=seed))
             print(f"{name}, seed {seed}: {runs[-1]['student_accuracy']:.2f} %", flush=True)
             names = [each for each in VARIANTS if each in done]
             ordered = [{"name": each, "settings": VARIANTS[each], "runs": done[each]} for each in names]
-            save(
-                arguments.out,
-                {"kind": "ablation", **provenance(command), "rounds": arguments.rounds, "variants": ordered},
-            )
+            save(arguments.out, {"kind": "ablation", **source, "rounds": arguments.rounds, "variants": ordered})
 
 
 if __name__ == "__main__":

@@ -34,12 +34,13 @@ def main() -> None:
     arguments = parser.parse_args()
     options = ["--student", "resnet8", "--time-limit", arguments.time_limit, "--eval-data"]
     shown = ["ssdkd", "compress", arguments.teacher.name, *options, "/".join(arguments.test_folder.parts[-2:])]
+    source = provenance(" ".join(shown))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         words = ["compress", str(arguments.teacher), *options, str(arguments.test_folder)]
         runs = [run(words, seed=arguments.seed, out=out)]
         points = curve(out / "metrics.jsonl")
-    save(arguments.out, {"kind": "cifar", **provenance(" ".join(shown)), "runs": runs, "curve": points})
+    save(arguments.out, {"kind": "cifar", **source, "runs": runs, "curve": points})
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,21 @@ def save(path: Path, result: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def load(path: Path) -> dict[str, Any]:
-    """A saved result, or an empty one."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def unfinished(path: Path, source: dict[str, Any]) -> dict[str, Any]:
+    """The result that an interrupted run of this very command, code and machine left, or an empty one.
+
+    `source` is this run's `provenance`. Stops where the file holds something else: seeds of two commits or machines in
+    one result would be published under one name.
+    """
+    if not path.exists():
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    other = [key for key in source if key != "created" and found.get(key) != source[key]]
+    if other:
+        sys.exit(
+            f"{path} holds another measurement (other {', '.join(other)}): delete it, or write elsewhere with --out"
+        )
+    return found
 
 
 def _lines(path: str) -> list[str]:

@@ -9,7 +9,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks.common import RESULTS, load, provenance, save
+from benchmarks.common import RESULTS, provenance, save, unfinished
 from benchmarks.tool import run
 
 
@@ -18,13 +18,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / "demo.json")
     arguments = parser.parse_args()
-    runs = load(arguments.out).get("runs", [])
+    source = provenance("ssdkd demo")
+    runs = unfinished(arguments.out, source).get("runs", [])
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(arguments.seeds):
             if any(earlier["seed"] == seed for earlier in runs):
                 continue
             runs.append(run(["demo"], seed=seed, out=Path(folder) / f"seed{seed}"))
-            save(arguments.out, {"kind": "demo", **provenance("ssdkd demo"), "runs": runs})
+            save(arguments.out, {"kind": "demo", **source, "runs": runs})
 
 
 if __name__ == "__main__":

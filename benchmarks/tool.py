@@ -10,7 +10,7 @@ from typing import Any
 
 def run(words: list[str], *, seed: int, out: Path) -> dict[str, Any]:
     """`ssdkd WORDS --seed SEED --out OUT`; accuracies in percent, latency of one image in milliseconds."""
-    code = "import sys; from ssdkd_cli.main import main; main()"
+    code = "import sys; from ssdkd_cli.main import main; sys.exit(main())"
     command = [sys.executable, "-c", code, *words, "--json", "--seed", str(seed), "--out", str(out)]
     started = time.perf_counter()
     report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)

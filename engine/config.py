@@ -7,6 +7,7 @@ from typing import Any
 from engine.errors import SSDKDError
 
 EFFORTS: dict[str, int] = {"smoke": 8, "quick": 52, "full": 600}  # rounds
+LOWEST = {"warmup_rounds": 0, "shift": 0, "held_out": 2, "temperature": 0.01}  # else 1 for integers, 0 for the rest
 SMALL_PIXELS = 64 * 64  # up to this many pixels a batch is whole; beyond, it shrinks with the area
 
 
@@ -83,7 +84,7 @@ def settings_for(effort: str, *, image_shape: tuple[int, int, int], **overrides:
 
 def _check_ranges(settings: DistillationSettings) -> None:
     for name, value in vars(settings).items():
-        lowest = 1 if isinstance(value, int) and name not in ("warmup_rounds", "shift") else 0
+        lowest = LOWEST.get(name, 1 if isinstance(value, int) else 0)
         if not lowest <= value < math.inf and not isinstance(value, bool):
             raise SSDKDError(
                 f"distillation setting '{name}' is {value}: expected {lowest} or more", "correct that value"

@@ -7,6 +7,10 @@ import torch
 
 from engine.errors import SSDKDError
 
+NATIVE_BFLOAT16 = (
+    8  # first compute capability (Ampere) that multiplies bfloat16; older GPUs emulate it, slower than float32
+)
+
 
 @dataclass(frozen=True)
 class Compute:
@@ -55,10 +59,8 @@ def choose_device(name: str) -> Compute:
             f"--device {name} was asked for, but this machine has {torch.cuda.device_count()} CUDA GPU(s)",
             "run with --device cuda:0",
         )
-    # Tensor cores make float32 leftovers (BatchNorm statistics, the last layer) cheaper at no measurable loss.
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
-    return Compute(torch.device("cuda", index), torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
+    major, _ = torch.cuda.get_device_capability(index)
+    return Compute(torch.device("cuda", index), torch.bfloat16 if major >= NATIVE_BFLOAT16 else None)
 
 
 def cpu_computes_bfloat16() -> bool:

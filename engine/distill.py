@@ -51,7 +51,7 @@ class State:
 
 @dataclass(frozen=True)
 class RoundMetrics:
-    """What one round did; the losses are those of its last step."""
+    """What one round did; the losses of the inversion are those of its last step."""
 
     round: int  # from 1
     rounds: int
@@ -62,7 +62,7 @@ class RoundMetrics:
     prior_loss: float
     class_loss: float
     adversarial_loss: float
-    distillation_loss: float  # NaN in the warm-up
+    distillation_loss: float  # mean of the round's steps; NaN in the warm-up
     agreement: float  # percent, of the averaged student with the teacher on held-out synthetic samples
     class_balance: float  # smallest over largest class count of the buffer
     images_per_second: float  # that the student saw, this round
@@ -102,7 +102,7 @@ def start(
             lr=settings.student_rate,
             momentum=settings.student_momentum,
             weight_decay=settings.student_decay,
-            nesterov=True,
+            nesterov=settings.student_momentum > 0,
         ),
         inverter=new_inverter(image_shape, settings, compute),
         buffer=replay.empty_buffer(
@@ -139,11 +139,25 @@ def distill(state: State, *, time_limit_seconds: float | None = None) -> Iterato
         losses = teach(state, progress) if is_taught(state) else inversion_losses.total.new_full((1,), math.nan)
 
         state.round += 1
-        state.seconds = time.perf_counter() - started
+        measured = measure(state, inversion_losses, losses)
+        now = time.perf_counter()
+        state.seconds = now - started
         progress = state.round / settings.rounds
         if time_limit_seconds is not None:
             progress = max(progress, state.seconds / time_limit_seconds)
-        yield measure(state, inversion_losses, losses, round_started, progress)
+        taught = len(losses) if state.round > settings.warmup_rounds else 0
+        yield RoundMetrics(
+            round=state.round,
+            rounds=settings.rounds,
+            phase="distill" if taught else "warm-up",
+            seconds=state.seconds,
+            seconds_left=state.seconds * (1 - progress) / progress if progress < 1 else 0.0,
+            images_per_second=taught * settings.student_batch / (now - round_started),
+            images_seen=state.images_seen,
+            steps=state.steps,
+            buffer_size=state.buffer.size,
+            **measured,
+        )
 
 
 def is_taught(state: State) -> bool:
@@ -278,50 +292,44 @@ def update_average(average: nn.Module, student: nn.Module, decay: float, steps: 
 
 
 @torch.no_grad()
-def measure(
-    state: State, inversion_losses: InversionLosses, losses: Tensor, round_started: float, progress: float
-) -> RoundMetrics:
-    """The metrics of the round that just ended; the one place where the host waits for the device.
+def measure(state: State, inversion_losses: InversionLosses, losses: Tensor) -> dict[str, float]:
+    """The numbers of the round that just ended; the one place where the host waits for the device.
 
     Raises:
         NonFiniteLossError: a loss of this round is NaN or infinite.
     """
-    terms = (inversion_losses.total, inversion_losses.prior, inversion_losses.target, inversion_losses.adversarial)
-    held_out = to_input(state.held_out.images[: state.held_out.size], state.normalization)
-    with state.compute.autocast():
-        student_logits = state.average(held_out)
-    known = state.held_out.logits[: state.held_out.size, 0]
-    agreement = state.task.agreement(known, student_logits).float().mean()
     counts = replay.class_counts(state.buffer, state.task.classes)
-    balance = counts.min() / counts.max()
-    total, prior, target, adversarial, loss, agreed, balanced = torch.stack(
-        [*terms, losses.mean(), agreement, balance]
-    ).tolist()
-    taught = state.round > state.settings.warmup_rounds
-    if not math.isfinite(total) or (taught and not math.isfinite(loss)):
+    measured = {
+        "inversion_loss": inversion_losses.total,
+        "prior_loss": inversion_losses.prior,
+        "class_loss": inversion_losses.target,
+        "adversarial_loss": inversion_losses.adversarial,
+        "distillation_loss": losses.mean(),
+        "agreement": 100 * held_out_agreement(state),
+        "class_balance": counts.min() / counts.max(),
+    }
+    values = dict(zip(measured, torch.stack(list(measured.values())).tolist(), strict=True))
+    total, loss = values["inversion_loss"], values["distillation_loss"]
+    if not math.isfinite(total) or (state.steps and not math.isfinite(loss)):
         raise NonFiniteLossError(
             f"a loss is not finite in round {state.round}: inversion {total:.3g}, distillation {loss:.3g}",
             "lower student_rate or generator_rate in the [distillation] table of --config, or try another --seed",
         )
-    now = time.perf_counter() - round_started
-    return RoundMetrics(
-        round=state.round,
-        rounds=state.settings.rounds,
-        phase="distill" if taught else "warm-up",
-        seconds=state.seconds,
-        seconds_left=state.seconds * (1 - progress) / progress if progress < 1 else 0.0,
-        inversion_loss=total,
-        prior_loss=prior,
-        class_loss=target,
-        adversarial_loss=adversarial,
-        distillation_loss=loss,
-        agreement=100 * agreed,
-        class_balance=balanced,
-        images_per_second=len(losses) * state.settings.student_batch / now if taught else 0.0,
-        images_seen=state.images_seen,
-        steps=state.steps,
-        buffer_size=state.buffer.size,
-    )
+    return values
+
+
+def held_out_agreement(state: State) -> Tensor:
+    """The share of the held-out samples on which the kept student predicts the teacher's class, a scalar in 0...1."""
+    agreed = []
+    for images, known in zip(
+        state.held_out.images[: state.held_out.size].split(state.settings.inversion_batch),
+        state.held_out.logits[: state.held_out.size, 0].split(state.settings.inversion_batch),
+        strict=True,
+    ):
+        with state.compute.autocast():
+            student_logits = state.average(to_input(images, state.normalization))
+        agreed.append(state.task.agreement(known, student_logits))
+    return torch.cat(agreed).float().mean()
 
 
 def averaged_student(state: State) -> nn.Module:

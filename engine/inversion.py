@@ -6,6 +6,8 @@ Per round, a copy of the generator and the latent vectors take K steps of Adam o
 one first-order meta step along the sum of the gradients (Fang et al., AAAI 2022), so that the next round starts nearer.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,9 +106,7 @@ def invert(
     rates: list[dict[str, Any]] = [{"params": parameters}, {"params": [latent], "lr": settings.latent_rate}]
     optimizer = torch.optim.Adam(rates, lr=settings.generator_rate, betas=ADAM_BETAS)
     meta_gradients = [torch.zeros_like(parameter) for parameter in parameters]
-    student_was_training = student.training
-    student.eval()
-    with recorded_statistics(prior.layers if prior else ()) as recorded:
+    with evaluating(student), recorded_statistics(prior.layers if prior else ()) as recorded:
         for _ in range(settings.inversion_steps):
             with compute.autocast():
                 inputs = normalize(fast(latent), normalization)
@@ -133,7 +133,6 @@ def invert(
                 variable.grad = gradient
             torch._foreach_add_(meta_gradients, list(gradients[:-1]))
             optimizer.step()
-    student.train(student_was_training)
     if settings.meta:
         for parameter, gradient in zip(inverter.generator.parameters(), meta_gradients, strict=True):
             parameter.grad = gradient
@@ -141,6 +140,17 @@ def invert(
     with torch.no_grad(), compute.autocast():
         images = to_bytes(fast(latent))
     return images, InversionLosses(*(term.detach() for term in (loss, prior_loss, target_loss, adversarial_loss)))
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Within the context the module is in eval mode; then in the mode that it was in."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 def sample_weights(

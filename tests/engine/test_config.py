@@ -88,6 +88,8 @@ def test_settings_cannot_change_during_a_run() -> None:
         ({"samples": 50}, "holds 50 samples, one round makes 128"),
         ({"rounds": 0}, "'rounds' is 0: expected 1 or more"),
         ({"samples": -3}, "'samples' is -3"),
+        ({"held_out": 1}, "'held_out' is 1: expected 2 or more"),
+        ({"temperature": 0.0}, "'temperature' is 0.0: expected 0.01 or more"),
         ({"beta": -0.1}, "'beta' is -0.1: expected 0 or more"),
         ({"beta": float("nan")}, "'beta' is nan"),
         ({"rounds": True}, "'rounds' is True: expected int"),

@@ -1,5 +1,3 @@
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -11,15 +9,12 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def two_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch as it looks on a machine with two GPUs that know bfloat16; nothing is computed there."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU")
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.fixture
@@ -78,14 +73,13 @@ def test_auto_without_a_gpu_is_the_cpu() -> None:
 @pytest.mark.parametrize(("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
 def test_gpus_are_chosen_by_name(name: str, index: int) -> None:
     assert choose_device(name) == Compute(torch.device("cuda", index), torch.bfloat16)
-    assert torch.backends.cuda.matmul.allow_tf32
-    assert torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.usefixtures("two_gpus")
-def test_old_gpus_compute_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
-    assert choose_device("cuda").autocast_dtype == torch.float16
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if device == 0 else (7, 5))
+    assert choose_device("cuda:0").autocast_dtype == torch.bfloat16
+    assert choose_device("cuda:1").autocast_dtype is None
 
 
 @pytest.mark.usefixtures("two_gpus")
