@@ -1,20 +1,22 @@
 """`.pt2` files of torch.export, read without running code of theirs unless they are trusted.
 
 torch.export.load is no reader for strangers' files: it unpickles members (falling back to a full unpickling where the
-weights-only one fails), looks operations up by dotted names from `torch` on, which reach `torch.os.system`, and
-evaluates size expressions. So every member is checked first: weights are raw numbers or pass the weights-only reader,
-every operation is one of ATen's, every expression a formula.
+weights-only one fails), looks operations up by dotted names from `torch` on, which reach `torch.os.system`, evaluates
+size expressions, and pastes names and guards into Python source that it runs. So it gets a copy of what was checked:
+weights are raw numbers or pass the weights-only reader, every operation is one of ATen's, every expression a formula,
+every name a name; guards and the exporter's notes are left out.
 """
 
 import io
 import json
+import keyword
 import logging
 import re
 import warnings
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -22,25 +24,33 @@ from torch import Tensor, fx
 from engine.errors import SSDKDError
 from engine.graphs import Graph, loosen_batch, restore_batchnorm
 from engine.probing import Shape
+from engine.safe_archive import FILE_OPERATIONS, needs_trust, packed, read_members, without_folder
 from engine.safe_pickle import UNREADABLE, damaged
 from engine.unwrap import State
 
-# Of the archive, without its top folder. Anything else (compiled code, pickled objects) needs trust.
+# Of the archive, without its top folder. Anything else (compiled code, pickled objects) needs trust. To torch's reader,
+# upper and lower case are one.
 RAW = re.compile(
-    r"data/(weights|constants)/[\w.]+|archive_(format|version)|byteorder|version|\.data/\w+|\.\w+|extra/.*"
+    r"data/(weights|constants)/[\w.]+|archive_(format|version)|byteorder|version|\.data/\w+|\.\w+|extra/.*", re.I
 )
-JSON = re.compile(r"models/\w+\.json|data/(weights|constants)/\w+_config\.json|serialized_exported_program\.json")
-PICKLES = re.compile(r"data/(sample_inputs|weights|constants)/\w+\.pt|serialized_\w+\.pt")
-OBJECTS = re.compile(r"data/constants/(custom|opaque)_obj_.*")
-OPERATION = re.compile(
-    r"torch\.ops\.aten\.(?!from_file\b)\w+\.\w+"
-    r"|_operator\.(getitem|add|sub|mul|floordiv|truediv|mod|neg|pow|eq|ne|lt|le|gt|ge|and_|or_|not_)"
+JSON = re.compile(r"models/\w+\.json|data/(weights|constants)/\w+_config\.json|serialized_exported_program\.json", re.I)
+PICKLES = re.compile(r"data/(sample_inputs|weights|constants)/\w+\.pt|serialized_\w+\.pt", re.I)
+OBJECTS = re.compile(r"data/constants/(custom|opaque)_obj_.*", re.I)
+
+ATEN_OPERATION = re.compile(r"torch\.ops\.aten\.(\w+)\.(\w+)")
+NUMBER_OPERATION = re.compile(
+    r"_operator\.(getitem|add|sub|mul|floordiv|truediv|mod|neg|pow|eq|ne|lt|le|gt|ge|and_|or_|not_)"
 )
 # Numbers, size symbols and sympy's arithmetic, as sympy.srepr writes them.
 FORMULA = re.compile(
-    r"(?:Symbol\('[suz]\d+'(?:, \w+=(?:True|False))*\)|[suz]\d+|\d+|int_oo|oo|[\s+\-*/(),<>=&|~]"
+    r"(?:Symbol\('[suz]\d++'(?:, \w++=(?:True|False))*\)|[suz]\d++|\d++|int_oo|oo|[\s+\-*/(),<>=&|~]"
     r"|Integer|Rational|Add|Mul|Pow|Max|Min|Mod|PythonMod|FloorDiv|CeilDiv|CleanDiv|evaluate=False)*"
 )
+# Layers of a network are named freely, but these names end between the quotes of Python source.
+LAYER = re.compile(r'(?!__|.*\.__)[^"\\\x00-\x1f\x7f]*')
+PAYLOAD = re.compile(r"(weight|tensor)_\w+")
+WORD = re.compile(r"-?[\w.]*")
+CONTAINERS = ("builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict")
 
 TALKATIVE = ("torch.export", "torch.export.pt2_archive._package", "torch._export.serde.serialize")
 
@@ -51,24 +61,17 @@ def read_export(path: Path, *, trust_pickle: bool) -> tuple[State, Graph]:
     Raises:
         SSDKDError: it needs --trust-pickle, is damaged, or takes something else than one batch of images.
     """
-    if not trust_pickle:
-        reason = next(why_not_data(path), None)
-        if reason:
-            raise SSDKDError(
-                f"{path.name} is a torch.export program that may run code when it is loaded: expected weights and ATen"
-                f" operations alone, found {reason}. Nothing was run",
-                "give the checkpoint that it was exported from, "
-                "or add --trust-pickle if you trust whoever made the file",
-            )
+    file = io.BytesIO(path.read_bytes()) if trust_pickle else _checked(path)
     try:
         with _quiet():
-            program = torch.export.load(io.BytesIO(path.read_bytes()))
-    except (*UNREADABLE, AssertionError, zipfile.BadZipFile) as error:
+            program = torch.export.load(file)
+    except (*UNREADABLE, AssertionError) as error:
         raise damaged(path, error) from error
     state = {name: value.detach() for name, value in program.state_dict.items() if isinstance(value, Tensor)}
     shape, batch = _image_input(program, path)
-    reference = _plain(program.module())
-    module = _plain(program.module())
+    # The guards are Python source in the file; whether the batch is free is for `check_graph` to find out.
+    reference = _plain(program.module(check_guards=False))
+    module = _plain(program.module(check_guards=False))
     restore_batchnorm(module)
     if batch is not None:
         loosen_batch(module, batch)
@@ -97,51 +100,122 @@ def _quiet() -> Iterator[None]:
             logger.disabled = disabled
 
 
-def why_not_data(path: Path) -> Iterator[str]:
-    """What in a `.pt2` file is more than weights and ATen operations; nothing for a file that is safe to load."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for full_name in archive.namelist():
-                name = (
-                    full_name
-                    if full_name.startswith("serialized_") or "/" not in full_name
-                    else full_name.partition("/")[2]
-                )
-                if JSON.fullmatch(name):
-                    yield from _unsafe_strings(json.loads(archive.read(full_name)))
-                elif PICKLES.fullmatch(name):
-                    yield from _unsafe_pickle(full_name, archive.read(full_name))
-                elif OBJECTS.fullmatch(name) or not RAW.fullmatch(name):
-                    yield f"the member {full_name}"
-    except (zipfile.BadZipFile, ValueError, RecursionError) as error:
-        raise damaged(path, error) from error
+def _checked(path: Path) -> io.BytesIO:
+    """A copy of the archive in which everything was checked.
+
+    Raises:
+        SSDKDError: something in it is more than weights and ATen operations, or it is damaged.
+    """
+    kept: dict[str, bytes] = {}
+    for full_name, content in read_members(path).items():
+        name = full_name if full_name.startswith("serialized_") else without_folder(full_name)
+        reason: str | None = None
+        if JSON.fullmatch(name):
+            try:
+                parsed = _without_notes(json.loads(content))
+                reason = next(_unsafe_strings(parsed), None)
+                kept[full_name] = json.dumps(parsed).encode()
+            except (ValueError, RecursionError) as error:
+                raise damaged(path, error) from error
+        elif PICKLES.fullmatch(name):
+            reason = _unsafe_pickle(full_name, content)
+            kept[full_name] = content
+        elif RAW.fullmatch(name) and not OBJECTS.fullmatch(name):
+            kept[full_name] = content
+        else:
+            reason = f"the member {full_name}"
+        if reason:
+            raise needs_trust(path, "a torch.export program", "weights and ATen operations alone", reason)
+    return packed(kept)
 
 
-def _unsafe_pickle(name: str, content: bytes) -> Iterator[str]:
+def _unsafe_pickle(name: str, content: bytes) -> str | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.load(io.BytesIO(content), "cpu", weights_only=True)
     except Exception as error:  # whatever it raises, torch.export.load would then unpickle it in full
         wanted = re.search(r"GLOBAL (\S+)", str(error))
-        yield f"{wanted.group(1)} in the member {name}" if wanted else f"a pickled object in the member {name}"
+        return f"{wanted.group(1)} in the member {name}" if wanted else f"a pickled object in the member {name}"
+    return None
 
 
-def _unsafe_strings(value: object) -> Iterator[str]:
-    """Operations and expressions in a program's JSON that are no plain computation."""
+def _without_notes(value: Any, key: str = "") -> Any:
+    """A program's JSON without guards, stack traces and other notes, which nothing here needs."""
+    if key == "guards_code":
+        return []
+    if key == "metadata" and isinstance(value, dict) and all(isinstance(note, str) for note in value.values()):
+        return {}
     if isinstance(value, dict):
-        target = value.get("target")
-        if isinstance(target, str) and "inputs" in value and not OPERATION.fullmatch(target):
-            yield f"the operation {target}"
-        for key, inner in value.items():
-            if key == "use_pickle" and inner:
+        return {inner_key: _without_notes(inner, inner_key) for inner_key, inner in value.items()}
+    return [_without_notes(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _unsafe_strings(value: object, key: str = "") -> Iterator[str]:
+    """What in a program's JSON is no plain computation; every string in it is looked at."""
+    if isinstance(value, dict):
+        for inner_key, inner in value.items():
+            if inner_key == "use_pickle" and inner:
                 yield "pickled weights"
-            if key == "expr_str" and not (isinstance(inner, str) and FORMULA.fullmatch(inner)):
-                yield f"the expression {inner!r}"
-            yield from _unsafe_strings(inner)
+            if inner_key in ("as_graph", "as_operator", "as_custom_obj", "custom_obj") and inner is not None:
+                yield f"an argument {inner_key}"
+            yield from _unsafe_strings(inner, inner_key)
     elif isinstance(value, list):
         for inner in value:
-            yield from _unsafe_strings(inner)
+            yield from _unsafe_strings(inner, key)
+    elif isinstance(value, str):
+        kind, is_safe = STRINGS.get(key, (key, WORD.fullmatch))
+        if not is_safe(value):
+            yield f"the {kind} {value}"
+
+
+def _is_operation(target: str) -> bool:
+    """Whether it is one of ATen's, or arithmetic on sizes."""
+    aten = ATEN_OPERATION.fullmatch(target)
+    if aten is None or aten.group(1) in FILE_OPERATIONS:
+        return bool(NUMBER_OPERATION.fullmatch(target))
+    operation = getattr(getattr(torch.ops.aten, aten.group(1), None), aten.group(2), None)
+    return isinstance(operation, torch._ops.OpOverload)
+
+
+def _is_name(text: str) -> bool:
+    """Whether it can stand in Python source as a variable, or not at all."""
+    return not text or (text.isidentifier() and not keyword.iskeyword(text))
+
+
+def _is_structure(text: str) -> bool:
+    """Whether it is pytree's notation of nested tuples, lists and dictionaries; others import what they name."""
+    try:
+        version, tree = json.loads(text)
+        return version == 1 and _is_tree(tree)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return False
+
+
+def _is_tree(tree: dict[str, Any]) -> bool:
+    keys = json.loads(tree["context"] or "null")
+    return (
+        (tree["type"] in CONTAINERS or tree["type"] is None)
+        and (keys is None or all(isinstance(key, str) and _is_name(key) for key in keys))
+        and all(map(_is_tree, tree["children_spec"]))
+    )
+
+
+def _is_anything(_text: str) -> bool:
+    return True
+
+
+# The strings of a program by their key: what they are, and whether one is safe. torch pastes names into source as they
+# stand and writes texts as Python literals.
+STRINGS: dict[str, tuple[str, Callable[[str], object]]] = {
+    "target": ("operation", _is_operation),
+    "expr_str": ("expression", FORMULA.fullmatch),
+    **dict.fromkeys(("name", "as_name", "forward_arg_names"), ("name", _is_name)),
+    **dict.fromkeys(("parameter_name", "buffer_name", "tensor_constant_name", "fqn"), ("name", LAYER.fullmatch)),
+    **dict.fromkeys(("in_spec", "out_spec"), ("structure", _is_structure)),
+    "path_name": ("member", PAYLOAD.fullmatch),
+    **dict.fromkeys(("as_string", "as_strings", "torch_version"), ("text", _is_anything)),
+}
 
 
 def _image_input(program: torch.export.ExportedProgram, path: Path) -> tuple[Shape, int | None]:
@@ -168,16 +242,11 @@ def _tensors(value: object) -> Iterator[Tensor]:
 
 
 def _plain(exported: torch.nn.Module) -> fx.GraphModule:
-    """A program's module as any other: images in, logits out, eval() allowed, any batch.
-
-    Whether the batch is really free is for `check_graph` to find out.
-    """
+    """A program's module as any other: images in, logits out, eval() allowed, any batch."""
     if not isinstance(exported, fx.GraphModule):
         raise AssertionError(f"ExportedProgram.module() gave a {type(exported).__name__}")
     graph = exported.graph
     for node in list(graph.nodes):
-        if node.op == "call_module" and str(node.target) == "_guards_fn":
-            graph.erase_node(node)
         if node.op == "output" and isinstance(node.args[0], list | tuple) and len(node.args[0]) == 1:
             node.args = (node.args[0][0],)
     graph.set_codegen(fx.graph.CodeGen())

@@ -10,7 +10,7 @@ from torch import nn
 
 from engine.errors import SSDKDError
 from engine.graphs import GraphBatchNorm, check_graph, same_logits
-from engine.torch_export import read_export, why_not_data
+from engine.torch_export import read_export
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -61,7 +61,6 @@ def tampered(path, changes):
 def test_state_graph_and_batchnorm_come_back_without_trust(tmp_path, dynamic, decompose):
     original = Small().eval()
     path = write(tmp_path / "a.pt2", original, dynamic=dynamic, decompose=decompose)
-    assert list(why_not_data(path)) == []
     state, graph = read_export(path, trust_pickle=False)
     assert torch.equal(state["norm.running_mean"], original.norm.running_mean)
     assert (graph.input_shape, graph.batch) == ((3, 8, 8), None if dynamic else 2)
@@ -96,6 +95,11 @@ class RunsCode:
         return os.mkdir, (str(self.marker),)
 
 
+def making(marker):
+    """Python source that makes the folder `marker`; without a dot, at which names of layers are split."""
+    return f"getattr(__import__('os'), 'mkdir')({str(marker)!r})"
+
+
 def pickled_inputs(marker):
     buffer = io.BytesIO()
     torch.save(RunsCode(marker), buffer)
@@ -120,6 +124,51 @@ def with_expression(text):
     return change
 
 
+def with_texts(old, new):
+    """The program with one text for another, wherever it is a whole value or key."""
+
+    def changed(value):
+        if isinstance(value, dict):
+            return {changed(key): changed(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [changed(inner) for inner in value]
+        return new if value == old else value
+
+    return lambda content: json.dumps(changed(json.loads(content))).encode()
+
+
+def with_signature(**changes):
+    def change(content):
+        program = json.loads(content)
+        program["graph_module"]["module_call_graph"][0]["signature"] |= changes
+        return json.dumps(program).encode()
+
+    return change
+
+
+def structure(kind, context):
+    """The inputs of a program, as pytree writes ((one tensor,), `context` of a dictionary)."""
+    leaf = {"type": None, "context": None, "children_spec": []}
+    images = {"type": "builtins.tuple", "context": "null", "children_spec": [leaf]}
+    others = {"type": kind, "context": context, "children_spec": []}
+    return json.dumps([1, {"type": "builtins.tuple", "context": "null", "children_spec": [images, others]}])
+
+
+FACTORY = (
+    "collections.defaultdict",
+    {"default_factory_module": "tampered", "default_factory_name": "x", "dict_context": []},
+)
+
+
+def with_object(_content):
+    """A constant that the loader unpickles: it finds the member whatever its case."""
+    one = {"as_int": 1}
+    meta = {"dtype": 1, "sizes": [one], "strides": [one], "storage_offset": {"as_int": 0}, "layout": 7}
+    meta |= {"requires_grad": False, "device": {"type": "cpu", "index": None}}
+    payload = {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": False, "tensor_meta": meta}
+    return json.dumps({"config": {"x": payload}}).encode()
+
+
 def with_pickled_weights(content):
     config = json.loads(content)
     next(iter(config["config"].values()))["use_pickle"] = True
@@ -139,16 +188,78 @@ def with_pickled_weights(content):
         ("models/model.json", lambda _: with_operation("torch.os.system"), r"operation torch\.os\.system"),
         ("models/model.json", lambda _: with_operation("torch.ops.aten.from_file.default"), "operation .*from_file"),
         ("models/model.json", lambda _: with_expression("__import__('os').getcwd()"), "expression .*__import__"),
+        ("models/model.json", lambda _: with_operation("torch.ops.aten.__class__.mro"), "operation .*__class__"),
         ("model_weights_config.json", lambda _: with_pickled_weights, "pickled weights"),
+        ("models/model.json", lambda marker: with_texts("x", f"x={making(marker)}"), "the name x=getattr"),
+        ("models/model.json", lambda marker: with_texts("relu", f"{making(marker)}; r"), "the name getattr"),
+        ("model.json", lambda marker: with_texts("conv.weight", f'conv.w", {making(marker)})#'), "the name conv.w"),
+        (
+            "models/model.json",
+            lambda marker: with_signature(forward_arg_names=["x", f"y={making(marker)}"]),
+            "the name y=getattr",
+        ),
+        (
+            "models/model.json",
+            lambda marker: with_signature(in_spec=structure("builtins.dict", json.dumps([f"a':{making(marker)}, 'b"]))),
+            "the structure .*getattr",
+        ),
+        ("models/model.json", lambda _: with_signature(in_spec=structure(*FACTORY)), "the structure .*defaultdict"),
     ],
 )
-def test_a_tampered_program_does_not_run(tmp_path, suffix, make, reason):
+def test_a_tampered_program_does_not_run(tmp_path, monkeypatch, suffix, make, reason):
     path, marker = write(tmp_path / "a.pt2"), tmp_path / "ran"
-    tampered(path, {suffix: make(marker)})
+    (tmp_path / "tampered.py").write_text(making(marker))
+    monkeypatch.syspath_prepend(tmp_path)
+    changes = {suffix: make(marker)}
+    if suffix == "model.json":  # a layer has its name in two members
+        changes["model_weights_config.json"] = changes[suffix]
+    tampered(path, changes)
     with pytest.raises(SSDKDError, match=reason) as caught:
+        check_graph(read_export(path, trust_pickle=False)[1], (3, 8, 8), "a.pt2")
+    assert not marker.exists()
+    assert "--trust-pickle" in caught.value.hint
+
+
+def test_an_object_under_a_name_in_capitals_does_not_run(tmp_path):
+    path, marker = write(tmp_path / "a.pt2"), tmp_path / "ran"
+    changes = {
+        "data/constants/model_constants_config.json": with_object,
+        "data/constants/OPAQUE_OBJ_0": lambda _: pickle.dumps(RunsCode(marker)),
+    }
+    with pytest.raises(SSDKDError, match=r"opaque_obj_0|OPAQUE_OBJ_0") as caught:
+        read_export(tampered(path, changes), trust_pickle=False)
+    assert not marker.exists()
+    assert "--trust-pickle" in caught.value.hint
+
+
+@pytest.mark.parametrize("second", ["model.pt", "MODEL.pt"])
+def test_two_members_of_one_name_are_refused(tmp_path, second):
+    """Python's reader takes the last of them, torch's another."""
+    path, marker = write(tmp_path / "a.pt2"), tmp_path / "ran"
+    with zipfile.ZipFile(path) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("sample_inputs/model.pt"))
+        harmless = archive.read(name)
+    tampered(path, {"sample_inputs/model.pt": lambda _: pickled_inputs(marker)})
+    with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        archive.writestr(name.replace("model.pt", second), harmless)
+    with pytest.raises(SSDKDError, match=r"model\.pt more than once") as caught:
         read_export(path, trust_pickle=False)
     assert not marker.exists()
     assert "--trust-pickle" in caught.value.hint
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_guards_are_not_run(tmp_path, trust):
+    marker = tmp_path / "ran"
+
+    def change(content):
+        return json.dumps(json.loads(content) | {"guards_code": [f"1 #\n)\n{making(marker)}\ndef g():\n  (1"]}).encode()
+
+    path = tampered(write(tmp_path / "a.pt2"), {"models/model.json": change})
+    _, graph = read_export(path, trust_pickle=trust)
+    assert not marker.exists()
+    check_graph(graph, (3, 8, 8), "a.pt2")
 
 
 def test_damaged_programs(tmp_path):
