@@ -21,21 +21,14 @@ FEWEST_CALLS = 5  # even so
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of one call at a batch size, as percentiles over `repeats` calls, and images per second."""
+    """Milliseconds of one call at a batch size, as percentiles over many calls, and images per second."""
 
     p50_ms: float
     p90_ms: float
     p99_ms: float
     throughput_per_s: float
     batch: int
-    threads: int
     runtime: str
-    repeats: int
-
-
-def bench(runtime: Runtime, images: NDArray[np.float32], *, min_seconds: float = 1.0, min_repeats: int = 50) -> Latency:
-    """Time `runtime` on one batch of images [B, C, H, W]; see bench_together."""
-    return bench_together([runtime], images, min_seconds=min_seconds, min_repeats=min_repeats)[0]
 
 
 def bench_together(
@@ -56,7 +49,7 @@ def bench_together(
         if runtime.fixed_batch not in (None, batch):
             raise SSDKDError(
                 f"{runtime.path} takes batches of {runtime.fixed_batch} only, asked for {batch}",
-                f"--batch {runtime.fixed_batch}",
+                f"time it alone: ssdkd bench {runtime.path}",
             )
         turn_seconds = max(turn_seconds, _warm_up(runtime, images))
     taken: list[list[int]] = [[] for _ in runtimes]  # nanoseconds, a list a runtime
@@ -119,7 +112,5 @@ def _latency(runtime: Runtime, taken: list[int], batch: int) -> Latency:
         p99_ms=p99_ms,
         throughput_per_s=batch * len(taken) / (sum(taken) / 1e9),
         batch=batch,
-        threads=runtime.threads,
         runtime=runtime.name,
-        repeats=len(taken),
     )

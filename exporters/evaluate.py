@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.errors import SSDKDError
-from exporters.runtimes import Predict, available_threads, to_input
+from exporters.runtimes import Predict, available_threads, inference_batch, to_input
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})  # as torchvision's
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's name
@@ -41,6 +41,11 @@ def load_labelled(
     int [N] and may hold `class_names`. Raises SSDKDError for data that is missing, empty, unreadable or has other
     classes than the network.
     """
+    if input_shape[0] not in MODES:
+        raise SSDKDError(
+            f"the model takes images of {input_shape[0]} channels: expected 1 to {max(MODES)}, as pictures have them",
+            "only models of pictures can be scored",
+        )
     if path.is_dir():
         return _load_folder(path, input_shape, classes, class_names)
     if path.suffix.lower() == ".npz" and path.is_file():
@@ -55,13 +60,15 @@ def accuracy(
     *,
     mean: tuple[float, ...],
     std: tuple[float, ...],
-    batch: int = 256,
+    batch: int | None = None,
 ) -> float:
     """Return the percentage (0 to 100) of images whose largest logit is their label's.
 
-    `mean` and `std`, one value a channel, are applied to images in 0...1. Raises SSDKDError for logits that are not
-    finite.
+    `mean` and `std`, one value a channel, are applied to images in 0...1. `batch` images are run at once; None: as
+    many as suit their size. Raises SSDKDError for logits that are not finite.
     """
+    _, height, width, channels = labelled.images.shape
+    batch = batch or inference_batch((channels, height, width))
     correct = 0
     for start in range(0, len(labelled.labels), batch):
         logits = predict(to_input(labelled.images[start : start + batch], mean, std))  # [B, classes]
@@ -182,7 +189,7 @@ def _load_npz(
         raise SSDKDError(
             f"{path}: expected labels 0 to {classes - 1}, found {labels.min()} to {labels.max()}", LAYOUT_HINT
         )
-    names = tuple(str(name) for name in arrays["class_names"]) if "class_names" in arrays else class_names
+    names = tuple(map(str, np.atleast_1d(arrays["class_names"]))) if "class_names" in arrays else class_names
     numbers, ordered_names = list(range(classes)), names or tuple(str(number) for number in range(classes))
     if "class_names" in arrays and names is not None:
         numbers, ordered_names = _number_classes(path, names, classes, class_names)

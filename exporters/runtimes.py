@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 Predict = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 Shape = tuple[int, int, int]  # C, H, W
 
-ONNX_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+WHOLE_BATCH, WHOLE_PIXELS = 256, 64 * 64  # so many images at once up to this area; beyond, fewer
+
+ONNX_PROVIDER = "CPUExecutionProvider"
+ONNX_FLOATS = ("tensor(float)", "tensor(float16)", "tensor(double)")
 ONNX_ERRORS = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented", "RuntimeException")
 ONLY_FATAL = 4  # of ONNX Runtime's log levels: what goes wrong comes as an exception, too
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "microseconds period" of this container
@@ -30,7 +33,6 @@ class Runtime:
 
     name: str
     path: Path
-    threads: int
     input_shape: Shape
     classes: int
     fixed_batch: int | None  # the one batch size that the file takes; None: any
@@ -38,13 +40,11 @@ class Runtime:
     run: Predict
 
 
-def open_runtime(
-    path: Path, *, threads: int | None = None, device: str = "cpu", input_shape: Shape | None = None
-) -> Runtime:
-    """Open a model file with the runtime of its suffix.
+def open_runtime(path: Path, *, input_shape: Shape | None = None) -> Runtime:
+    """Open a model file with the runtime of its suffix, on the processors that this process may use.
 
-    `threads` defaults to the processors that this process may use. `input_shape` (C, H, W) is needed only where the
-    file leaves its height and width open. Raises SSDKDError for a missing, damaged or unsuitable file.
+    `input_shape` (C, H, W) is needed only where the file leaves its height and width open. Raises SSDKDError for a
+    missing, damaged or unsuitable file.
     """
     if not path.is_file():
         raise SSDKDError(f"no model file at {path}", "give the path of a model file: ssdkd bench RUN/model.onnx")
@@ -54,7 +54,7 @@ def open_runtime(
             f"{path}: expected a model file ending in {' or '.join(OPENERS)}, found {path.suffix or 'no suffix'!r}",
             "export the run first: ssdkd export RUN --export onnx",
         )
-    return opener(path, threads or available_threads(), device, input_shape)
+    return opener(path, input_shape)
 
 
 def predictor(module: "nn.Module") -> Predict:
@@ -89,6 +89,12 @@ def to_input(images: NDArray[np.uint8], mean: tuple[float, ...], std: tuple[floa
     return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2), dtype=np.float32)
 
 
+def inference_batch(input_shape: Shape) -> int:
+    """Return how many images (C, H, W) to run at once: fewer as they grow, so that feature maps take level memory."""
+    _, height, width = input_shape
+    return max(1, min(WHOLE_BATCH, WHOLE_BATCH * WHOLE_PIXELS // (height * width)))
+
+
 def available_threads() -> int:
     """Return how many processors this process may use: its affinity, or less where a container has a smaller share."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -99,62 +105,72 @@ def available_threads() -> int:
         return count
 
 
-def _open_onnx(path: Path, threads: int, device: str, input_shape: Shape | None) -> Runtime:
+def _open_onnx(path: Path, input_shape: Shape | None) -> Runtime:
     import onnxruntime
 
-    session, provider = _onnx_session(path, threads, device)
+    session = _onnx_session(path)
     fixed_batch, shape = _onnx_input(path, session.get_inputs(), input_shape)
-    input_name, output_name = session.get_inputs()[0].name, session.get_outputs()[0].name
+    input_name, output = session.get_inputs()[0].name, session.get_outputs()[0]
+    if output.type not in ONNX_FLOATS:
+        raise SSDKDError(
+            f"{path}: expected float logits [batch, classes], found {output.name} {output.type}",
+            "ssdkd runs image classifiers whose first output is the logits",
+        )
+
+    def call(images: NDArray[np.float32]) -> NDArray[np.float32]:
+        try:
+            (logits,) = session.run([output.name], {input_name: images})
+        except _onnx_errors() as error:
+            takes = f"it takes [{fixed_batch or 'batch'}, {', '.join(map(str, shape))}]"
+            raise SSDKDError(
+                f"{path} cannot run on images of shape {list(images.shape)}: {_plain_reason(error)}",
+                "give the image size that it was made for with --input" if input_shape else takes,
+            ) from error
+        return np.asarray(logits, dtype=np.float32)
+
+    first_batch = fixed_batch or 1
+    logits = call(np.zeros((first_batch, *shape), dtype=np.float32))
+    if logits.ndim != 2 or len(logits) != first_batch:
+        expected = f"[{fixed_batch or 'batch'}, classes]"
+        raise SSDKDError(
+            f"{path}: expected logits {expected}, found an output of shape {list(logits.shape)}",
+            "ssdkd runs image classifiers whose first output is the logits",
+        )
+    classes = logits.shape[1]
 
     def run(images: NDArray[np.float32]) -> NDArray[np.float32]:
         if fixed_batch not in (None, len(images)):
             return _in_parts(run, images, fixed_batch)
-        try:
-            (logits,) = session.run([output_name], {input_name: images})
-        except _onnx_errors() as error:
+        logits = call(images)
+        if logits.shape != (len(images), classes):
             raise SSDKDError(
-                f"{path} cannot run on images of shape {list(images.shape)}: {_plain_reason(error)}",
-                f"it takes [{fixed_batch or 'batch'}, {', '.join(map(str, shape))}]",
-            ) from error
-        return np.asarray(logits, dtype=np.float32)
+                f"{path} gives logits of shape {list(logits.shape)} for {len(images)} images, "
+                f"expected [{len(images)}, {classes}]",
+                "it promises any batch and is made for one: export it again, with its batch fixed or really open",
+            )
+        return logits
 
-    logits = run(np.zeros((fixed_batch or 1, *shape), dtype=np.float32))
-    if logits.ndim != 2:
-        raise SSDKDError(
-            f"{path}: expected logits [batch, classes], found an output of shape {list(logits.shape)}",
-            "ssdkd runs image classifiers whose first output is the logits",
-        )
     return Runtime(
-        name=f"onnxruntime {onnxruntime.__version__} {provider}",
+        name=f"onnxruntime {onnxruntime.__version__} {ONNX_PROVIDER}",
         path=path,
-        threads=threads,
         input_shape=shape,
-        classes=logits.shape[1],
+        classes=classes,
         fixed_batch=fixed_batch,
         metadata=dict(session.get_modelmeta().custom_metadata_map),
         run=run,
     )
 
 
-def _onnx_session(path: Path, threads: int, device: str) -> tuple[Any, str]:
-    """Return ONNX Runtime's session for a file, silent but for exceptions, and the name of its provider."""
+def _onnx_session(path: Path) -> Any:
+    """Return ONNX Runtime's session for a file, silent but for exceptions."""
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(ONLY_FATAL)
-    provider = ONNX_PROVIDERS.get(device.partition(":")[0], "")
-    if provider not in onnxruntime.get_available_providers():
-        raise SSDKDError(
-            f"this ONNX Runtime cannot run on {device!r}, it offers {', '.join(onnxruntime.get_available_providers())}",
-            "pip install onnxruntime-gpu, or run on the CPU",
-        )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ONLY_FATAL
-    options.intra_op_num_threads = threads  # set, or ONNX Runtime pins threads to cores that a container may lack
-    provider_options: dict[str, str] = {}
-    if device != "cpu":  # TF32 keeps 10 of a float's 23 bits: a float32 file would fail its proof
-        provider_options = {"device_id": device.partition(":")[2] or "0", "use_tf32": "0"}
+    options.intra_op_num_threads = available_threads()  # or ONNX Runtime pins threads to cores a container may lack
     try:
-        return onnxruntime.InferenceSession(path, options, providers=[(provider, provider_options)]), provider
+        return onnxruntime.InferenceSession(path, options, providers=[ONNX_PROVIDER])
     except _onnx_errors() as error:
         raise SSDKDError(
             f"{path} cannot be opened by ONNX Runtime: {_plain_reason(error)}",
@@ -170,7 +186,7 @@ def _onnx_input(path: Path, inputs: Sequence[Any], input_shape: Shape | None) ->
             f"{path}: expected one float32 input [batch, channels, height, width], found {found}",
             "ssdkd runs image classifiers with one float32 input",
         )
-    batch, *sizes = (size if isinstance(size, int) else None for size in inputs[0].shape)
+    batch, *sizes = (size if isinstance(size, int) and size > 0 else None for size in inputs[0].shape)
     declared = "x".join("any" if size is None else str(size) for size in sizes)
     if input_shape is None and None in sizes:
         raise SSDKDError(f"{path} leaves its image size open ({declared})", "state it, for example --input 3x224x224")
@@ -203,4 +219,4 @@ def _in_parts(run: Predict, images: NDArray[np.float32], size: int) -> NDArray[n
     return np.concatenate([run(filled[start : start + size]) for start in range(0, len(filled), size)])[:count]
 
 
-OPENERS: dict[str, Callable[[Path, int, str, Shape | None], Runtime]] = {".onnx": _open_onnx}
+OPENERS: dict[str, Callable[[Path, Shape | None], Runtime]] = {".onnx": _open_onnx}

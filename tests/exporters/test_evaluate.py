@@ -208,6 +208,18 @@ def test_archive_is_checked(arrays: dict[str, Any], message: str | None, tmp_pat
         load_labelled(path, input_shape=GREY, classes=2, class_names=None)
 
 
+def test_archive_with_one_name_that_is_no_list(tmp_path: Path) -> None:
+    path = archive(tmp_path, images=values(2, 4, 4), labels=[0, 1], class_names="cat")
+    with pytest.raises(SSDKDError, match=r"expected the model's 2 classes, found 1 \(cat\)"):
+        load_labelled(path, input_shape=GREY, classes=2, class_names=None)
+
+
+def test_channels_that_no_picture_has(tmp_path: Path) -> None:
+    path = archive(tmp_path, images=values(2, 4, 4, 3), labels=[0, 1])
+    with pytest.raises(SSDKDError, match="takes images of 5 channels: expected 1 to 4"):
+        load_labelled(path, input_shape=(5, 4, 4), classes=2, class_names=None)
+
+
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04"])
 def test_archive_that_is_none(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "test.npz").write_bytes(content)
@@ -237,6 +249,20 @@ def is_bright(images: NDArray[np.float32]) -> NDArray[np.float32]:
 def test_accuracy_is_a_percentage_over_all_batches(batch: int) -> None:
     labelled = brightness(0, 50, 200, 250, labels=[0, 1, 1, 1])
     assert accuracy(is_bright, labelled, mean=(0.5,), std=(0.25,), batch=batch) == 75.0
+
+
+@pytest.mark.parametrize(("pixels", "largest"), [(8, 256), (128, 64), (512, 4)])
+def test_large_images_are_run_in_smaller_batches(pixels: int, largest: int) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def predict(images: NDArray[np.float32]) -> NDArray[np.float32]:
+        shapes.append(images.shape)
+        return is_bright(images)
+
+    images = np.broadcast_to(np.uint8(200), (largest + 1, pixels, pixels, 1))
+    labelled = LabelledImages(images, np.ones(largest + 1, dtype=np.int64), ("dark", "bright"))
+    assert accuracy(predict, labelled, mean=(0.5,), std=(0.25,)) == 100.0
+    assert [shape[0] for shape in shapes] == [largest, 1]
 
 
 def test_accuracy_depends_on_the_normalisation() -> None:

@@ -9,12 +9,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from torch import nn
 
 from engine.errors import SSDKDError
 from exporters.metadata import describe
-from exporters.runtimes import available_threads, open_runtime, predictor, to_input
+from exporters.runtimes import available_threads, inference_batch, open_runtime, predictor, to_input
 
 
 def foreign(
@@ -35,18 +35,38 @@ def foreign(
     return path
 
 
+def classifier(
+    path: Path,
+    nodes: Sequence[NodeProto],
+    *,
+    shape: Sequence[int | str] = ("n", 3, 8, 8),
+    initializer: Sequence[TensorProto] = (),
+    output: int | ValueInfoProto = TensorProto.FLOAT,
+) -> Path:
+    """An ONNX file of these nodes, from "x" to "z"."""
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)]
+    outputs = [helper.make_tensor_value_info("z", output, None) if isinstance(output, int) else output]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, initializer=initializer)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
+    return path
+
+
 def test_opened_file_says_what_it_takes_and_gives(exported: Path) -> None:
-    runtime = open_runtime(exported, threads=1)
+    runtime = open_runtime(exported)
     assert runtime.name == f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider"
     assert (runtime.input_shape, runtime.classes, runtime.fixed_batch) == ((3, 8, 8), 5, None)
-    assert (runtime.path, runtime.threads) == (exported, 1)
+    assert runtime.path == exported
     assert describe(runtime.metadata).class_names == ("cat", "dog", "T-shirt/top", "é", "5")
 
 
-def test_logits_do_not_depend_on_the_threads(exported: Path) -> None:
+def test_logits_do_not_depend_on_the_threads(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = np.random.default_rng(0).standard_normal((9, 3, 8, 8), dtype=np.float32)
-    one, two = (open_runtime(exported, threads=threads).run(images) for threads in (1, 2))
-    np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
+    logits = []
+    for threads in (1, 2):
+        monkeypatch.setattr("exporters.runtimes.available_threads", lambda threads=threads: threads)
+        logits.append(open_runtime(exported).run(images))
+    np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-6)
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -109,6 +129,53 @@ def test_file_with_a_fixed_batch_takes_any_number(tmp_path: Path) -> None:
     np.testing.assert_allclose(runtime.run(images), images.mean((2, 3)), rtol=1e-5, atol=1e-6)
 
 
+def test_open_size_that_the_network_was_not_made_for(tmp_path: Path) -> None:
+    weights = numpy_helper.from_array(np.ones((192, 2), dtype=np.float32), "weights")
+    flat = [helper.make_node("Flatten", ["x"], ["y"]), helper.make_node("MatMul", ["y", "weights"], ["z"])]
+    path = classifier(tmp_path / "model.onnx", flat, shape=["n", 3, "h", "w"], initializer=[weights])
+    assert open_runtime(path, input_shape=(3, 8, 8)).classes == 2
+    with pytest.raises(SSDKDError, match=r"cannot run on images of shape \[1, 3, 16, 16\]") as caught:
+        open_runtime(path, input_shape=(3, 16, 16))
+    assert "--input" in caught.value.hint
+
+
+def test_rows_that_are_not_the_images(tmp_path: Path) -> None:
+    """Such logits would be compared with every label in turn: an accuracy, and a wrong one."""
+    mixing = [
+        helper.make_node("ReduceMean", ["x"], ["y"], axes=[0, 2, 3], keepdims=0),
+        helper.make_node("Unsqueeze", ["y", "first"], ["z"]),
+    ]
+    first = numpy_helper.from_array(np.array([0], dtype=np.int64), "first")
+    path = classifier(tmp_path / "model.onnx", mixing, initializer=[first])
+    images = np.zeros((5, 3, 8, 8), dtype=np.float32)
+    assert open_runtime(path).run(images[:1]).shape == (1, 3)
+    with pytest.raises(SSDKDError, match=r"gives logits of shape \[1, 3\] for 5 images, expected \[5, 3\]"):
+        open_runtime(path).run(images)
+    fixed = classifier(tmp_path / "fixed.onnx", mixing, shape=[4, 3, 8, 8], initializer=[first])
+    with pytest.raises(SSDKDError, match=r"expected logits \[4, classes\], found an output of shape \[1, 3\]"):
+        open_runtime(fixed)
+
+
+def test_output_that_is_no_logits(tmp_path: Path) -> None:
+    mean = helper.make_node("ReduceMean", ["x"], ["y"], axes=[2, 3], keepdims=0)
+    answer = helper.make_node("ArgMax", ["y"], ["z"], axis=1)
+    path = classifier(tmp_path / "answer.onnx", [mean, answer], output=TensorProto.INT64)
+    with pytest.raises(SSDKDError, match=r"expected float logits .* found z tensor\(int64\)"):
+        open_runtime(path)
+    table = helper.make_node("ZipMap", ["y"], ["z"], domain="ai.onnx.ml", classlabels_int64s=[0, 1, 2])  # scikit-learn
+    row = helper.make_map_type_proto(TensorProto.INT64, helper.make_tensor_type_proto(TensorProto.FLOAT, []))
+    rows = helper.make_value_info("z", helper.make_sequence_type_proto(row))
+    path = classifier(tmp_path / "table.onnx", [mean, table], output=rows)
+    with pytest.raises(SSDKDError, match=r"expected float logits .* found z seq\(map\(int64,tensor\(float\)\)\)"):
+        open_runtime(path)
+
+
+@pytest.mark.parametrize("shape", [[0, 3, 8, 8], ["n", 3, 0, 0]])
+def test_size_of_zero(shape: list[int | str], tmp_path: Path) -> None:
+    with pytest.raises(SSDKDError, match=r"Expected: 0|leaves its image size open"):
+        open_runtime(foreign(tmp_path / "model.onnx", shape))
+
+
 def test_images_of_another_size(exported: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SSDKDError, match=r"cannot run on images of shape \[2, 3, 9, 9\]") as caught:
         open_runtime(exported).run(np.zeros((2, 3, 9, 9), dtype=np.float32))
@@ -116,25 +183,12 @@ def test_images_of_another_size(exported: Path, capfd: pytest.CaptureFixture[str
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="has CUDA")
-def test_cuda_without_a_build_for_it(exported: Path) -> None:
-    with pytest.raises(SSDKDError, match="cannot run on 'cuda:1'") as caught:
-        open_runtime(exported, device="cuda:1")
-    assert "onnxruntime-gpu" in caught.value.hint
-
-
-def test_unknown_device(exported: Path) -> None:
-    with pytest.raises(SSDKDError, match="cannot run on 'abacus'"):
-        open_runtime(exported, device="abacus")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif("CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="no CUDA provider")
-def test_cuda_gives_the_logits_of_the_cpu(exported: Path) -> None:
-    images = np.random.default_rng(0).standard_normal((9, 3, 8, 8), dtype=np.float32)
-    runtime = open_runtime(exported, device="cuda")
-    assert runtime.name.endswith("CUDAExecutionProvider")
-    np.testing.assert_allclose(runtime.run(images), open_runtime(exported).run(images), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize(
+    ("pixels", "batch"), [((8, 8), 256), ((64, 64), 256), ((64, 128), 128), ((224, 224), 20), ((512, 512), 4)]
+)
+def test_fewer_large_images_are_run_at_once(pixels: tuple[int, int], batch: int) -> None:
+    assert inference_batch((3, *pixels)) == batch
+    assert inference_batch((3, 5000, 5000)) == 1
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,13 @@ def fix_batch_inside(model: ModelProto) -> None:
     model.graph.node.append(helper.make_node("Reshape", ["before", "one_row"], ["logits"]))
 
 
+def put_all_images_in_one_row(model: ModelProto) -> None:
+    node = model.graph.node[-1]
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1, -1], dtype=np.int64), "one_row"))
+    node.output[0] = "before"
+    model.graph.node.append(helper.make_node("Reshape", ["before", "one_row"], ["logits"]))
+
+
 def drop_a_class(model: ModelProto) -> None:
     change(model, "head.weight", lambda weight: weight[:4])
     change(model, "head.bias", lambda bias: bias[:4])
@@ -112,6 +119,7 @@ BROKEN = [
     (put_hidden_infinity, "the file holds NaN or infinity in features.3.bias"),
     (fix_batch, "its batch is fixed at 1"),
     (fix_batch_inside, "cannot run on images of shape [7, 3, 8, 8]"),
+    (put_all_images_in_one_row, "gives logits of shape [1, 35] for 7 images, expected [7, 5]"),
     (drop_a_class, "it gives 4 classes, the student gives 5"),
     (take_doubles, "expected one float32 input"),
     (lambda model: state(model, "mean", "[0.5, 0.5, 0.5]"), "its metadata states mean (0.5, 0.5, 0.5)"),
@@ -161,6 +169,55 @@ def test_the_size_of_the_damage_is_measured(
     assert 0 <= result.agreement < 100
 
 
+def tied(network: nn.Module) -> nn.Module:
+    """The network with class 3 made a copy of class 1, both far ahead of the others: every prediction is a tie."""
+    student = copy.deepcopy(network)
+    weight, bias = student.get_parameter("head.weight"), student.get_parameter("head.bias")
+    with torch.no_grad():
+        weight[3] = weight[1]
+        bias[3] = bias[1] = 20
+    return student
+
+
+def test_a_tie_that_rounding_breaks_the_other_way_is_no_disagreement(
+    network: nn.Module, samples: Samples, tmp_path: Path
+) -> None:
+    student = tied(network)
+    write_onnx(student, tmp_path / "model.onnx", input_shape=SHAPE, metadata=metadata())
+    model = onnx.load(tmp_path / "model.onnx")
+    change(model, "head.bias", lambda bias: np.where(np.arange(5) == 3, np.nextafter(bias, np.float32(99)), bias))
+    onnx.save(model, tmp_path / "model.onnx")
+    result = check(student, tmp_path / "model.onnx", samples)
+    assert result.agreement == 100.0
+    assert result.verified, result.reason
+
+
+def test_predictions_that_differ_by_more_than_rounding_are_not_blamed_on_something_else(
+    network: nn.Module, samples: Samples, tmp_path: Path
+) -> None:
+    student = tied(network)
+    write_onnx(student, tmp_path / "model.onnx", input_shape=SHAPE, metadata=metadata())
+    with torch.no_grad():
+        student.get_parameter("head.bias")[1] += 3.2e-5  # class 1 is ahead in the student, class 3 in the file
+    model = onnx.load(tmp_path / "model.onnx")
+    change(model, "head.bias", lambda bias: bias + np.array([0, 0, 0, 2e-5, 0], dtype=np.float32))
+    onnx.save(model, tmp_path / "model.onnx")
+    result = check(student, tmp_path / "model.onnx", samples)
+    assert (result.verified, result.agreement) == (False, 0.0)
+    assert result.reason.startswith("the predictions are not the student's, ")
+
+
+@pytest.mark.parametrize(("pixels", "batches"), [(8, [1, 7, 22]), (256, [1, 7, 16, 6]), (512, [1, 7, *[4] * 5, 2])])
+def test_large_samples_are_run_in_smaller_batches(
+    pixels: int, batches: list[int], samples: Samples, network: nn.Module, tmp_path: Path
+) -> None:
+    student, seen = copy.deepcopy(network), []
+    student.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    large = samples[:30].repeat(pixels // 8, axis=1).repeat(pixels // 8, axis=2)
+    assert "no model file" in check(student, tmp_path / "gone.onnx", large).reason  # the student runs first
+    assert seen == batches
+
+
 @pytest.mark.parametrize("keep", [0, 10, 0.5, -1])
 def test_truncated_file(keep: float, network: nn.Module, exported: Path, samples: Samples, tmp_path: Path) -> None:
     content = exported.read_bytes()
@@ -174,14 +231,14 @@ def test_missing_file(network: nn.Module, samples: Samples, tmp_path: Path) -> N
     assert "no model file" in check(network, tmp_path / "model.onnx", samples).reason
 
 
-def embedded_metadata() -> dict[str, str]:
+def metadata(*, embed_preprocessing: bool = False) -> dict[str, str]:
     return metadata_for(
         input_shape=SHAPE,
         classes=5,
         class_names=None,
         mean=MEAN,
         std=STD,
-        embed_preprocessing=True,
+        embed_preprocessing=embed_preprocessing,
         teacher_sha256="",
     )
 
@@ -199,7 +256,7 @@ def test_embedded_preprocessing_is_proven_from_the_pixels_on(
     wrap: Callable[[nn.Module], nn.Module], reason: str, network: nn.Module, samples: Samples, tmp_path: Path
 ) -> None:
     path = tmp_path / "model.onnx"
-    write_onnx(wrap(network).eval(), path, input_shape=SHAPE, metadata=embedded_metadata())
+    write_onnx(wrap(network).eval(), path, input_shape=SHAPE, metadata=metadata(embed_preprocessing=True))
     result = check(network, path, samples)
     assert result.verified is (reason == "max abs error")
     assert reason in result.reason
