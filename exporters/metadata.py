@@ -1,9 +1,11 @@
 """What an ONNX file says of itself, written by the exporter and read back by `eval` and `bench`."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from engine.errors import SSDKDError
 
@@ -17,16 +19,14 @@ UNIT = "0...1"  # the file normalises by itself (--embed-preprocessing)
 class Description:
     """What a model file takes and gives, as its own metadata says.
 
-    `mean` and `std`, one value a channel, are what the caller applies to images in 0...1: zeros and ones where
-    the file normalises by itself, None where it does not say.
+    `mean` and `std`, one value a channel, are the network's; `input_range` says whether the caller or the file
+    itself applies them. None: the file does not say.
     """
 
     input_range: str | None
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     class_names: tuple[str, ...] | None
-    teacher_sha256: str | None
-    ssdkd_version: str | None
 
 
 def metadata_for(
@@ -64,34 +64,51 @@ def describe(metadata: Mapping[str, str]) -> Description:
     """
     values = {name.removeprefix(PREFIX): value for name, value in metadata.items() if name.startswith(PREFIX)}
     try:
-        class_names = json.loads(values["class_names"]) if "class_names" in values else None
-        mean = tuple(float(value) for value in json.loads(values["mean"])) if "mean" in values else None
-        std = tuple(float(value) for value in json.loads(values["std"])) if "std" in values else None
-    except (ValueError, TypeError) as error:
+        class_names = _list_of(values["class_names"]) if "class_names" in values else None
+        mean = tuple(float(value) for value in _list_of(values["mean"])) if "mean" in values else None
+        std = tuple(float(value) for value in _list_of(values["std"])) if "std" in values else None
+        if not all(map(math.isfinite, (*(mean or ()), *(std or ())))) or any(value <= 0 for value in std or ()):
+            raise ValueError(f"mean {mean} and std {std} cannot normalise an image")
+    except (ValueError, TypeError, RecursionError) as error:
         raise SSDKDError(
             f"the model's ssdkd metadata cannot be read: {error}",
             "export it again: ssdkd export RUN --export onnx",
         ) from error
-    input_range = values.get("input_range")
-    if input_range == UNIT and mean is not None:
-        mean, std = (0.0,) * len(mean), (1.0,) * len(mean)
     return Description(
-        input_range=input_range,
+        input_range=values.get("input_range"),
         mean=mean,
         std=std,
-        class_names=None if class_names is None else tuple(str(name) for name in class_names),
-        teacher_sha256=values.get("teacher_sha256"),
-        ssdkd_version=values.get("ssdkd_version"),
+        class_names=None if class_names is None else tuple(map(str, class_names)),
     )
 
 
-def preprocessing_of(
-    description: Description, *, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return (mean, std), one value a channel, to apply to images in 0...1.
+def _list_of(text: str) -> list[Any]:
+    value = json.loads(text)
+    if not isinstance(value, list):
+        raise TypeError(f"expected a list, found {text}")
+    return value
 
-    What the caller states wins over what the file says. Raises SSDKDError where neither says.
+
+def preprocessing_of(
+    description: Description,
+    *,
+    channels: int,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return (mean, std), one value a channel, to apply to images in 0...1: zeros and ones if the file does it itself.
+
+    What the caller states wins over what the file says. Raises SSDKDError where neither says, where they do not fit
+    the channels, and for values that are stated for a file that normalises by itself.
     """
+    if description.input_range == UNIT:
+        stated = [flag for flag, values in (("--mean", mean), ("--std", std)) if values is not None]
+        if stated:
+            raise SSDKDError(
+                f"{' and '.join(stated)} would normalise twice: the model file does it itself (--embed-preprocessing)",
+                f"leave {' and '.join(stated)} out",
+            )
+        return (0.0,) * channels, (1.0,) * channels
     mean = description.mean if mean is None else mean
     std = description.std if std is None else std
     if mean is None or std is None:
@@ -99,6 +116,12 @@ def preprocessing_of(
             "the model file does not say how its images are normalised (it was not written by ssdkd)",
             "state it with --mean and --std, for example --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225",
         )
+    for flag, values in (("--mean", mean), ("--std", std)):
+        if len(values) != channels:
+            raise SSDKDError(
+                f"{flag.lstrip('-')} has {len(values)} values, but the model takes {channels} channels",
+                f"give one value a channel: {flag} {','.join(['0.5'] * channels)}",
+            )
     return mean, std
 
 

@@ -17,7 +17,7 @@ from exporters import FORMATS
 from exporters.bench import Latency, bench_together
 from exporters.evaluate import LabelledImages, accuracy
 from exporters.metadata import describe, metadata_for, preprocessing_of
-from exporters.runtimes import open_runtime, to_input
+from exporters.runtimes import Runtime, open_runtime, to_input
 from exporters.verify import Verification, reject, verify
 from ssdkd_cli import console
 from ssdkd_cli.report import Artifact, Percentiles
@@ -42,9 +42,13 @@ class Proven:
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one file: latency of a single image, throughput at the larger `batch`."""
+    """Of one file: latency of a single image, throughput at the larger `batch`.
+
+    `latency_batch` is 1, or the size of a file that takes one batch size only; `batch` is then the same.
+    """
 
     latency_ms: Percentiles
+    latency_batch: int
     throughput_per_s: float
     batch: int
     runtime: str
@@ -111,25 +115,26 @@ def export_and_prove(
     return Proven(path, name, verification, embed_preprocessing)
 
 
-def time_files(
-    paths: Sequence[Path], samples: NDArray[np.uint8], *, input_shape: tuple[int, int, int] | None = None
-) -> list[Timing]:
+def time_files(runtimes: Sequence[Runtime], samples: NDArray[np.uint8]) -> list[Timing]:
     """Time files of the same input in turn, on the CPU, with `samples` uint8 [N, H, W, C] as images.
 
-    Raises SSDKDError for a file that cannot be opened or run.
+    Where one takes a single batch size, all are timed at that one alone. Raises SSDKDError for a file that cannot
+    be run, or not at the batch size of another.
     """
-    runtimes = [open_runtime(path, input_shape=input_shape) for path in paths]
-    images = to_input(samples[np.arange(max(BATCHES)) % len(samples)], (0.5,), (0.25,))  # [32, C, H, W]
-    single = bench_together(runtimes, images[:1], min_seconds=BENCH_SECONDS)
-    slowest_seconds = max(latency.p50_ms for latency in single) / 1e3
-    batch = next(batch for batch in BATCHES if batch * slowest_seconds <= BATCH_SECONDS or batch == 1)
-    many = bench_together(runtimes, images[:batch], min_seconds=BENCH_SECONDS) if batch > 1 else single
+    fixed = [runtime.fixed_batch for runtime in runtimes if runtime.fixed_batch is not None]
+    batches = fixed[:1] or BATCHES
+    first = min(batches)
+    images = to_input(samples[np.arange(max(batches)) % len(samples)], (0.5,), (0.25,))  # [largest batch, C, H, W]
+    single = bench_together(runtimes, images[:first], min_seconds=BENCH_SECONDS)
+    slowest_seconds = max(latency.p50_ms for latency in single) / first / 1e3  # of one image
+    batch = next(batch for batch in batches if batch * slowest_seconds <= BATCH_SECONDS or batch == first)
+    many = bench_together(runtimes, images[:batch], min_seconds=BENCH_SECONDS) if batch > first else single
     return [_timing(one, several) for one, several in zip(single, many, strict=True)]
 
 
 def _timing(single: Latency, several: Latency) -> Timing:
     percentiles = Percentiles(p50=single.p50_ms, p90=single.p90_ms, p99=single.p99_ms)
-    return Timing(percentiles, several.throughput_per_s, several.batch, single.runtime)
+    return Timing(percentiles, single.batch, several.throughput_per_s, several.batch, single.runtime)
 
 
 def measure(
@@ -140,15 +145,16 @@ def measure(
     if not paths:
         return None, {}
     with console.stage("speed", "timing teacher and student in turn") as done:
+        students = [open_runtime(path) for path in paths]
         with tempfile.TemporaryDirectory(dir=folder, prefix=".teacher-") as temporary:
             beside = Path(temporary) / "teacher.onnx"
             unknown = ""
             try:
                 write_format("onnx", teacher, beside, card, embed_preprocessing=False)
-                teacher_timing, *timings = time_files([beside, *paths], samples)
+                teacher_timing, *timings = time_files([open_runtime(beside), *students], samples)
             except SSDKDError as error:
                 unknown = error.message
-                teacher_timing, timings = None, time_files(paths, samples)
+                teacher_timing, timings = None, time_files(students, samples)
         words = [
             f"{path.name} {milliseconds(timing.latency_ms.p50)}" for path, timing in zip(paths, timings, strict=True)
         ]
@@ -160,17 +166,10 @@ def measure(
     return teacher_timing, dict(zip(paths, timings, strict=True))
 
 
-def score_file(
-    path: Path,
-    labelled: LabelledImages,
-    *,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
-) -> float:
-    """The accuracy of a file, percent, on labelled images of its size; preprocessing as it says, or as stated."""
-    runtime = open_runtime(path)
-    mean, std = preprocessing_of(describe(runtime.metadata), mean=mean, std=std)
-    return accuracy(runtime.run, labelled, mean=mean, std=std, batch=runtime.fixed_batch or 256)
+def score_file(runtime: Runtime, labelled: LabelledImages) -> float:
+    """The accuracy of a file, percent, on labelled images of its size; preprocessing as it says."""
+    mean, std = preprocessing_of(describe(runtime.metadata), channels=runtime.input_shape[0])
+    return accuracy(runtime.run, labelled, mean=mean, std=std, batch=runtime.fixed_batch)
 
 
 def artifact(
@@ -196,7 +195,7 @@ def artifact(
         runtime=timing.runtime if timing else "onnxruntime",
         max_abs_error=_finite(verification.max_abs_error),
         agreement=_finite(verification.agreement),
-        accuracy=score_file(proven.path, labelled) if runnable and labelled is not None else None,
+        accuracy=score_file(open_runtime(proven.path), labelled) if runnable and labelled is not None else None,
         latency_ms=timing.latency_ms if timing else None,
         throughput_per_s=timing.throughput_per_s if timing else None,
         batch=timing.batch if timing else None,

@@ -30,6 +30,7 @@ def test_other_tools_can_read_what_is_written() -> None:
     assert json.loads(metadata["ssdkd.mean"]) == list(MEAN)
     assert (metadata["ssdkd.classes"], metadata["ssdkd.input_range"]) == ("3", "normalised")
     assert metadata["ssdkd.teacher_sha256"] == "ab" * 32
+    assert metadata["ssdkd.ssdkd_version"]
     assert "ssdkd.class_names" not in written(embed_preprocessing=False, class_names=None)
 
 
@@ -37,33 +38,62 @@ def test_what_is_written_is_read_back_exactly() -> None:
     description = describe(written(embed_preprocessing=False))
     assert (description.mean, description.std, description.input_range) == (MEAN, STD, "normalised")
     assert description.class_names == ("cat", "chien é", "犬")
-    assert description.teacher_sha256 == "ab" * 32
-    assert description.ssdkd_version
-    assert preprocessing_of(description) == (MEAN, STD)
+    assert preprocessing_of(description, channels=3) == (MEAN, STD)
 
 
 def test_a_file_that_normalises_by_itself_wants_images_as_they_are() -> None:
     metadata = written(embed_preprocessing=True)
     assert json.loads(metadata["ssdkd.mean"]) == list(MEAN)
-    assert preprocessing_of(describe(metadata)) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    assert preprocessing_of(describe(metadata), channels=3) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    del metadata["ssdkd.mean"], metadata["ssdkd.std"]
+    assert preprocessing_of(describe(metadata), channels=1) == ((0.0,), (1.0,))
+
+
+@pytest.mark.parametrize(
+    ("stated", "flags"),
+    [({"mean": MEAN}, "--mean"), ({"std": STD}, "--std"), ({"mean": MEAN, "std": STD}, "--mean and --std")],
+)
+def test_a_file_that_normalises_by_itself_is_not_normalised_twice(
+    stated: dict[str, tuple[float, ...]], flags: str
+) -> None:
+    with pytest.raises(SSDKDError, match=f"^{flags} would normalise twice") as caught:
+        preprocessing_of(describe(written(embed_preprocessing=True)), channels=3, **stated)
+    assert caught.value.hint == f"leave {flags} out"
 
 
 def test_a_file_that_is_not_ours_needs_the_flags() -> None:
     foreign = describe({"framework": "another"})
-    assert foreign == Description(None, None, None, None, None, None)
+    assert foreign == Description(None, None, None, None)
     with pytest.raises(SSDKDError, match="does not say how its images are normalised") as caught:
-        preprocessing_of(foreign, mean=MEAN)
+        preprocessing_of(foreign, channels=3, mean=MEAN)
     assert "--mean" in caught.value.hint
     assert "--std" in caught.value.hint
-    assert preprocessing_of(foreign, mean=MEAN, std=STD) == (MEAN, STD)
+    assert preprocessing_of(foreign, channels=3, mean=MEAN, std=STD) == (MEAN, STD)
+
+
+@pytest.mark.parametrize(("values", "channels"), [((0.5,), 3), ((0.5, 0.5), 3), ((0.5, 0.5, 0.5), 1), ((), 1)])
+def test_one_value_a_channel(values: tuple[float, ...], channels: int) -> None:
+    right = (0.5,) * channels
+    with pytest.raises(SSDKDError, match=f"^mean has {len(values)} values, but the model takes {channels}") as caught:
+        preprocessing_of(describe({}), channels=channels, mean=values, std=right)
+    assert caught.value.hint == f"give one value a channel: --mean {','.join(['0.5'] * channels)}"
+    with pytest.raises(SSDKDError, match=f"^std has {len(values)} values"):
+        preprocessing_of(describe({}), channels=channels, mean=right, std=values)
 
 
 def test_what_the_user_states_wins() -> None:
     description = describe(written(embed_preprocessing=False))
-    assert preprocessing_of(description, mean=(0.0, 0.0, 0.0)) == ((0.0, 0.0, 0.0), STD)
+    assert preprocessing_of(description, channels=3, mean=(0.0, 0.0, 0.0)) == ((0.0, 0.0, 0.0), STD)
 
 
-@pytest.mark.parametrize("value", ["", "[", "[1, null]", "3", '"half"', "{}}"])
-def test_damaged_metadata(value: str) -> None:
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("mean", value) for value in ("", "[", "[1, null]", "3", '"half"', "{}}", '"123"', '{"1": 2}', "[NaN]")),
+        *(("std", value) for value in ("[0]", "[-1]", "[Infinity]")),
+        *(("class_names", value) for value in ("5", "null", '"abc"', '{"cat": 0}', "[" * 100_000)),
+    ],
+)
+def test_damaged_metadata(key: str, value: str) -> None:
     with pytest.raises(SSDKDError, match="ssdkd metadata cannot be read"):
-        describe({"ssdkd.input_range": "normalised", "ssdkd.mean": value})
+        describe({"ssdkd.input_range": "normalised", f"ssdkd.{key}": value})

@@ -1,5 +1,6 @@
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,32 @@ from safetensors.numpy import load_file, save_file
 from ssdkd_cli import artifacts
 from ssdkd_cli.again import smooth_noise
 
+NORMALISED = ("--mean", "0.5", "--std", "0.5")
+
 
 @pytest.fixture
 def run_folder(compressed: Path, tmp_path: Path) -> Path:
     """A copy of the finished run that a test may change."""
     return Path(shutil.copytree(compressed, tmp_path / "run"))
+
+
+@pytest.fixture
+def embedded(ssdkd: Any, run_folder: Path) -> Path:
+    """A run whose model.onnx normalises by itself."""
+    ran = ssdkd("export", run_folder, "--overwrite", "--embed-preprocessing")
+    assert ran.code == 0, ran.err
+    return run_folder
+
+
+def with_input(source: Path, path: Path, *sizes: int | str) -> Path:
+    """A copy of an ONNX file that declares its input as these sizes."""
+    model = onnx.load(source)
+    for place, size in enumerate(sizes):
+        dimension = model.graph.input[0].type.tensor_type.shape.dim[place]
+        dimension.Clear()
+        setattr(dimension, "dim_param" if isinstance(size, str) else "dim_value", size)
+    onnx.save(model, path)
+    return path
 
 
 def test_inspect_says_what_is_in_the_file(ssdkd: Any, shared: Path) -> None:
@@ -64,6 +86,68 @@ def test_bench_of_a_run_and_of_a_file(ssdkd: Any, compressed: Path) -> None:
     assert "CPUExecutionProvider" in ssdkd("bench", compressed).out
 
 
+@pytest.mark.parametrize("batch", [1, 8])
+def test_bench_of_a_file_with_a_fixed_batch(ssdkd: Any, compressed: Path, tmp_path: Path, batch: int) -> None:
+    path = with_input(compressed / "model.onnx", tmp_path / "fixed.onnx", batch)
+    ran = ssdkd("bench", path, "--json")
+    assert ran.code == 0, ran.err
+    (row,) = ran.json
+    assert (row["latency_batch"], row["batch"]) == (batch, batch)
+    assert row["throughput_per_s"] == pytest.approx(1000 * batch / row["latency_ms"]["p50"], rel=1)
+    assert (f"of {batch} images at once" in ran.err) == (batch > 1)
+
+
+def test_bench_of_files_that_take_different_batches(ssdkd: Any, run_folder: Path) -> None:
+    with_input(run_folder / "model.onnx", run_folder / "model_8.onnx", 8)
+    rows = ssdkd("bench", run_folder, "--json").json
+    assert [(Path(row["path"]).name, row["latency_batch"], row["batch"]) for row in rows] == [
+        ("model.onnx", 8, 8),
+        ("model_8.onnx", 8, 8),
+    ]
+    with_input(run_folder / "model.onnx", run_folder / "model_9.onnx", 9)
+    ran = ssdkd("bench", run_folder)
+    assert ran.code == 1
+    assert "model_9.onnx takes batches of 9 only, asked for 8" in ran.err
+    assert f"ssdkd bench {run_folder / 'model_9.onnx'}" in " ".join(ran.err.split())
+
+
+def test_eval_of_a_file_that_leaves_its_size_open(ssdkd: Any, shared: Path, compressed: Path, tmp_path: Path) -> None:
+    path = with_input(compressed / "model.onnx", tmp_path / "open.onnx", "n", 1, "h", "w")
+    ran = ssdkd("eval", path, "--data", shared / "test.npz", "--input", "1x16x16", *NORMALISED, "--json")
+    assert ran.code == 0, ran.err
+    ours = ssdkd("eval", compressed / "model.onnx", "--data", shared / "test.npz", "--json")
+    assert ran.json[0]["accuracy"] == ours.json[0]["accuracy"]
+    assert "--input" in ssdkd("eval", path, "--data", shared / "test.npz").err
+
+
+def test_eval_refuses_what_would_have_no_effect(ssdkd: Any, shared: Path, compressed: Path) -> None:
+    for option in (("--input", "1x16x16"), ("--mean", "0.5"), ("--std", "0.5"), NORMALISED):
+        ran = ssdkd("eval", compressed, "--data", shared / "test.npz", *option)
+        assert ran.code == 1
+        given = " ".join(option[::2])
+        assert f"{given} describe a single file; {compressed} is a run" in ran.err
+        assert f"leave {given} out" in ran.err
+    ran = ssdkd("eval", compressed / "model.onnx", "--data", shared / "test.npz", "--trust-pickle")
+    assert ran.code == 1
+    assert "--trust-pickle is for a run" in ran.err
+
+
+def test_a_file_that_normalises_by_itself_is_not_normalised_twice(ssdkd: Any, shared: Path, embedded: Path) -> None:
+    accuracies = [row["accuracy"] for row in ssdkd("eval", embedded, "--data", shared / "test.npz", "--json").json]
+    assert accuracies[0] == accuracies[1]
+    ran = ssdkd("eval", embedded / "model.onnx", "--data", shared / "test.npz", *NORMALISED)
+    assert ran.code == 1
+    assert "--mean and --std would normalise twice" in ran.err
+    assert "leave --mean and --std out" in ran.err
+
+
+def test_eval_needs_one_number_a_channel(ssdkd: Any, shared: Path, compressed: Path) -> None:
+    words = ("eval", compressed / "model.onnx", "--data", shared / "test.npz")
+    ran = ssdkd(*words, "--mean", "0.4,0.5,0.6")
+    assert ran.code == 1
+    assert "mean has 3 values, but the model takes 1 channels" in ran.err
+
+
 def test_export_again_needs_neither_teacher_nor_config(ssdkd: Any, run_folder: Path, tmp_path: Path) -> None:
     (run_folder / "config.toml").unlink()
     ran = ssdkd("export", run_folder, "--embed-preprocessing", "--out", tmp_path / "deploy", "--json")
@@ -82,6 +166,45 @@ def test_export_into_the_run_updates_its_report(ssdkd: Any, run_folder: Path) ->
     report = json.loads((run_folder / "report.json").read_text())
     assert [item["notes"] for item in report["artifacts"]] == [["takes images in 0...1"]]
     assert report["artifacts"] == ran.json
+
+
+@pytest.mark.parametrize("mark", ["student.safetensors", "report.json", "metrics.jsonl"])
+def test_export_into_another_run_is_refused(ssdkd: Any, shared: Path, run_folder: Path, mark: str) -> None:
+    for name in {"student.safetensors", "report.json", "metrics.jsonl"} - {mark}:
+        (run_folder / name).unlink()
+    before = {path: path.read_bytes() for path in run_folder.iterdir()}
+    teacher = (shared / "teacher.pt", "--input", "1x16x16", *NORMALISED)
+    for source in (teacher, (shared / "run",)):
+        ran = ssdkd("export", *source, "--out", run_folder, "--overwrite")
+        assert ran.code == 1
+        assert f"{run_folder} holds another run ({mark})" in ran.err
+        assert "--out DIR" in ran.err
+    assert {path: path.read_bytes() for path in run_folder.iterdir()} == before
+
+
+def test_export_into_the_run_by_another_name(ssdkd: Any, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run_folder)
+    ran = ssdkd("export", run_folder, "--out", Path(), "--overwrite", "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads((run_folder / "report.json").read_text())["artifacts"] == ran.json
+
+
+def test_a_report_that_cannot_be_updated_is_found_before_anything_is_written(ssdkd: Any, run_folder: Path) -> None:
+    (run_folder / "report.json").write_text("{}")
+    (run_folder / "model.onnx").write_bytes(b"before")
+    ran = ssdkd("export", run_folder, "--overwrite")
+    assert ran.code == 1
+    assert "is not a report of schema" in ran.err
+    assert (run_folder / "model.onnx").read_bytes() == b"before"
+
+
+def test_export_of_a_teacher_over_itself(ssdkd: Any, compressed: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(compressed / "model.onnx", tmp_path))
+    before = path.read_bytes()
+    ran = ssdkd("export", path, "--out", tmp_path, "--overwrite")
+    assert ran.code == 1
+    assert "is the teacher itself" in ran.err
+    assert path.read_bytes() == before
 
 
 def test_export_of_a_student_that_the_file_does_not_match_exits_3(
@@ -131,6 +254,14 @@ def test_a_student_that_was_tampered_with_is_refused(ssdkd: Any, shared: Path, r
     ran = ssdkd("eval", run_folder, "--data", shared / "test.npz")
     assert ran.code == 1
     assert "cannot be read as a student" in ran.err
+
+
+def test_smooth_noise_takes_little_more_memory_than_its_images() -> None:
+    tracemalloc.start()
+    images = smooth_noise(16, (3, 128, 128))
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 6 * images.nbytes
 
 
 def test_smooth_noise_has_structure_and_is_always_the_same() -> None:
