@@ -71,7 +71,7 @@ def exit_code_of(command: Callable[[], Outcome]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        console.error("out of memory", "try a smaller --batch-size, or close what else uses the memory")
+        console.error("out of memory", "close what else uses the memory, or take a machine that has more")
     return KNOWN_ERROR
 
 

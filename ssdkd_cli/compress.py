@@ -49,7 +49,7 @@ def run_compress(context: typer.Context, options: Options) -> Outcome:
 
 
 def run_demo(context: typer.Context, options: Options) -> Outcome:
-    """Run the whole pipeline on a small teacher that ships with ssdkd: no download, no GPU, three minutes.
+    """Run the whole pipeline on a small teacher that ships with ssdkd: no download, no GPU, about three minutes.
 
     Just look: [bold]ssdkd demo[/bold]
 

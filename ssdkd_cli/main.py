@@ -55,7 +55,7 @@ def ssdkd(
 ) -> None:
     """Make a vision network small enough for an edge device, without the data it was trained on.
 
-    See it work in three minutes: [bold]ssdkd demo[/bold]
+    See it work in about three minutes: [bold]ssdkd demo[/bold]
 
     The main job: [bold]ssdkd compress teacher.pt --student mobilenetv2[/bold]
     """

@@ -74,6 +74,11 @@ def parse_classes(text: str) -> int | Path:
     return int(text)
 
 
+def without_repeats(names: list[str]) -> list[str]:
+    """Each name once, in the order in which they were first given."""
+    return list(dict.fromkeys(names))
+
+
 # Options that other commands take too. Typer reads a tuple type as so many words: where there is a parser, the type
 # that Typer is shown is Any (see `command_taking_options`).
 ARCH = typer.Option(
@@ -113,7 +118,10 @@ TRUST_PICKLE = typer.Option(
 )
 DEVICE = typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:1.", rich_help_panel="Run")
 EXPORT = typer.Option(
-    metavar="FORMAT", help="File format of the student; can be given more than once.", rich_help_panel="Result"
+    callback=without_repeats,
+    metavar="FORMAT",
+    help="File format of the student; can be given more than once.",
+    rich_help_panel="Result",
 )
 EMBED_PREPROCESSING = typer.Option(
     "--embed-preprocessing",

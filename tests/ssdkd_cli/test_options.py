@@ -137,7 +137,7 @@ def test_what_is_typed_wins_over_the_config(ssdkd: Any, shared: Path, tmp_path: 
     first, second, third = seen
     assert (first.teacher, first.student, first.seed) == (Path("t.pt"), "vgg8", 8)
     assert (first.mean, first.time_limit, first.classes) == ((0.1, 0.2, 0.3), 120.0, 5)
-    assert (first.eval_data, first.export, first.trust_pickle) == (Path("images"), ["onnx", "onnx"], True)
+    assert (first.eval_data, first.export, first.trust_pickle) == (Path("images"), ["onnx"], True)
     assert (second.seed, second.mean, second.export, second.effort) == (0, None, ["onnx"], "full")
     assert (third.student, third.seed, third.teacher) == ("resnet20", 7, commands.DEMO_TEACHER)
     assert third.out == Path("runs/demo")
