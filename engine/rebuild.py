@@ -89,9 +89,14 @@ def rebuild_stated(state: State, arch: str, *, keeps_order: bool, pixels: int | 
             weights do not fit.
     """
     found, failed = _that_fit(state, _published(arch), keeps_order)
-    if not found:
-        found, other = _that_fit(state, _students(arch, pixels), keeps_order)
+    is_large = pixels is not None and pixels > SMALL_PIXELS
+    if not found or is_large:
+        ours, other = _that_fit(state, _students(arch, pixels), keeps_order)
         failed = failed or other
+        if ours and found and not _compute_the_same([*ours, *found], pixels):
+            doubt = f"--arch {arch} is taken for ssdkd's own network for large images; the published one is zoo/{arch}."
+            found = [replace(rebuilt, warnings=(*rebuilt.warnings, doubt)) for rebuilt in ours]
+        found = found or ours
     if len(found) > 1 and not _compute_the_same(found, pixels):
         fitting_names = list(dict.fromkeys(rebuilt.arch for rebuilt in found))
         if len(fitting_names) == 1:
@@ -110,6 +115,16 @@ def rebuild_stated(state: State, arch: str, *, keeps_order: bool, pixels: int | 
         f"the weights do not fit --arch {arch}{order}: {failed or 'the file has no layer with a matrix of weights'}",
         "name another architecture with --arch, or your own code: --arch package.module:function",
     )
+
+
+def meanings(arch: str, pixels: int) -> list[Architecture]:
+    """Every network that a TeacherSpec may call `arch`, the likeliest for this image side first.
+
+    Raises:
+        SSDKDError: no such network.
+    """
+    published, ours = _published(arch), _students(arch, pixels)
+    return [*ours, *published] if pixels > SMALL_PIXELS else [*published, *ours]
 
 
 def _with_weights(state: State, match: Match, named_in_file: str | None) -> Rebuilt:
@@ -166,18 +181,6 @@ def _compute_the_same(found: Sequence[Rebuilt], pixels: int | None) -> bool:
     except FORWARD_ERRORS:
         return False
     return all(relative_error(other, first) < TOLERANCE for other in others)
-
-
-def build_by_name(name: str, classes: int, channels: int, pixels: int) -> nn.Module:
-    """The network that a TeacherSpec calls `name`, with fresh weights.
-
-    Raises:
-        SSDKDError: no such network.
-    """
-    known = architecture_of(name)
-    if known:
-        return known.build(classes, channels)
-    return build_network(name, classes=classes, channels=channels, pixels=pixels)
 
 
 def _hint(name: str, pixels: int | None, is_our_student: bool) -> Architecture | None:

@@ -3,7 +3,6 @@
 import copy
 import io
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import SSDKDError
+from exporters.files import write_atomically
 from exporters.metadata import ssdkd_version
 
 INPUT_NAME = "images"
@@ -60,20 +60,6 @@ def write_onnx(
     for name, value in metadata.items():
         proto.metadata_props.add(key=name, value=value)
     write_atomically(path, proto.SerializeToString())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path`, or nothing at all: a temporary file in the same folder, then a rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # a full disk may say so only here
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _to_proto(module: nn.Module, input_shape: tuple[int, int, int]) -> onnx.ModelProto:

@@ -2,10 +2,10 @@
 
 import importlib
 import importlib.metadata
-import os
 import platform
 from pathlib import Path
 
+from exporters.runtimes import available_threads
 from ssdkd_cli import __version__
 
 PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "safetensors")
@@ -20,12 +20,7 @@ def cpu_name() -> str:
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
     except (OSError, StopIteration):
         pass  # not Linux, or a processor without a name: the architecture will do
-    return f"{name}, {usable_cores()} cores"
-
-
-def usable_cores() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"{name}, {available_threads()} cores"
 
 
 def gpu_names() -> list[str]:

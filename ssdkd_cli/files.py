@@ -1,35 +1,15 @@
-"""Files that are there whole or not at all, and the folder that a run may write to."""
+"""Texts that are there whole or not at all, and the folder that a run may write to."""
 
-import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from engine.errors import SSDKDError
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` in one step; its folder must exist. Raises OSError and then leaves nothing behind."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:50]}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(temporary).chmod(0o666 & ~_umask())  # mkstemp makes it private; a report is for the team
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+from exporters.files import write_atomically
 
 
 def write_text(path: Path, content: str) -> None:
-    """`write_bytes` of UTF-8."""
-    write_bytes(path, content.encode())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    """`write_atomically` of UTF-8."""
+    write_atomically(path, content.encode())
 
 
 def check_writable(folder: Path) -> None:
@@ -42,7 +22,7 @@ def check_writable(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise SSDKDError(f"--out {folder} is a file: expected a folder", "choose another with --out DIR")
     folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(folder / ".ssdkd-write-test", b"1" * 4096)
+    write_atomically(folder / ".ssdkd-write-test", b"1" * 4096)
     (folder / ".ssdkd-write-test").unlink()
 
 

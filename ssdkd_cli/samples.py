@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from ssdkd_cli.files import write_bytes
+from exporters.files import write_atomically
 
 ROWS = 10  # classes shown
 COLUMNS = 10  # samples of each
@@ -49,7 +49,7 @@ def write_samples(path: Path, images: NDArray[np.uint8], classes: NDArray[np.int
                 draw.rectangle((left, top, left + tile_width - 1, top + tile_height - 1), fill=EMPTY)
     content = io.BytesIO()
     sheet.save(content, "PNG", optimize=True)
-    write_bytes(path, content.getvalue())
+    write_atomically(path, content.getvalue())
 
 
 def chosen_classes(classes: int) -> list[int]:

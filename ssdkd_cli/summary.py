@@ -15,7 +15,7 @@ Row = tuple[str, str, str, str]  # name, teacher, student, gain
 def show_report(folder: Path, report: Report) -> None:
     """Print the table, the artifacts, and where everything is."""
     console.print_comparison(comparison(report), [(item.verified, artifact_line(item)) for item in report.artifacts])
-    console.print_closing(f"{folder}/", (runs.REPORT, "report.md", runs.SAMPLES_PICTURE))
+    console.print_closing(f"{folder}/", (runs.REPORT, runs.REPORT_TEXT, runs.SAMPLES_PICTURE))
 
 
 def comparison(report: Report) -> list[Row]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from engine.errors import SSDKDError
 from exporters import FORMATS
+from exporters.files import write_atomically
 from exporters.runtimes import open_runtime, predictor
-from exporters.to_onnx import OPSET, WithPreprocessing, write_atomically, write_onnx
+from exporters.to_onnx import OPSET, WithPreprocessing, write_onnx
 
 SHAPE = (3, 8, 8)
 
@@ -169,7 +170,7 @@ def test_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("exporters.to_onnx.os.fsync", full)
+    monkeypatch.setattr("exporters.files.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_atomically(path, b"new")
     assert [(entry.name, entry.read_bytes()) for entry in tmp_path.iterdir()] == [("model.onnx", b"old")]

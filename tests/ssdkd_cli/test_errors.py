@@ -76,6 +76,18 @@ def another_run(folder: Path) -> None:
     (folder / "out/report.json").write_text("{}")
 
 
+def teacher_called_model(folder: Path) -> None:
+    (folder / "model.onnx").write_bytes((folder / "teacher.pt").read_bytes())  # the content decides what it is
+
+
+def data_called_samples(folder: Path) -> None:
+    (folder / "samples.npz").write_bytes((folder / "test.npz").read_bytes())
+
+
+def weights_called_student(folder: Path) -> None:
+    (folder / "student.safetensors").write_bytes(b"weights")
+
+
 def file_as_out(folder: Path) -> None:
     (folder / "out").write_text("a file")
 
@@ -93,6 +105,8 @@ def nothing(_: Path) -> None:
 
 
 COMPRESS = ("compress", "{in}/teacher.pt", *RUN)
+HERE = (*COMPRESS, "--out", "{in}")
+OVER = (*RUN, "--out", "{in}", "--overwrite")
 DEMO = ("demo", "--config", "{in}/bad.toml")
 CONFIGURED = (*COMPRESS, "--config", "{in}/bad.toml")
 # (name, what to prepare, arguments, exit code, part of the message, part of the hint)
@@ -122,6 +136,12 @@ ROWS: list[tuple[str, Callable[[Path], None], tuple[str, ...], int, str, str]] =
     ("broken images", broken_images, (*COMPRESS, "--eval-data", "{in}/broken"), 1, "image.png", ""),
     ("broken npz", broken_npz, (*COMPRESS, "--eval-data", "{in}/broken.npz"), 1, "broken.npz", ""),
     ("another run", another_run, COMPRESS, 1, "holds another run (report.json)", "--overwrite"),
+    ("user's own model", teacher_called_model, HERE, 1, "would replace (model.onnx)", "--overwrite"),
+    ("teacher is output", teacher_called_model, ("compress", "{in}/model.onnx", *OVER), 1, "is needed", "--out"),
+    ("data is output", data_called_samples, (*HERE, *OVER, "--eval-data", "{in}/samples.npz"), 1, "is needed", "--out"),
+    ("weights are output", weights_called_student, (
+        *(*HERE, *OVER, "--student-weights", "{in}/student.safetensors"),
+    ), 1, "student.safetensors is needed", "--out"),
     ("out is a file", file_as_out, COMPRESS, 1, "is a file", "--out DIR"),
     ("out below a file", file_as_out, (*COMPRESS, "--out", "{out}/below"), 1, "Not a directory", "--out DIR"),
     ("name too long", nothing, (*COMPRESS, "--out", "{in}/" + "x" * 300), 1, "File name too long", "shorter path"),

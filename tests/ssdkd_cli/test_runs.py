@@ -1,15 +1,20 @@
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from engine.errors import SSDKDError
-from engine.students import build_student
+from engine.students import STUDENTS, build_student
 from engine.teacher import Teacher, load_teacher
+from engine.user_code import call_user_function
+from engine.zoo import ZOO
 from ssdkd_cli import runs
 
 USERS_CODE = """
@@ -18,6 +23,9 @@ from torch import nn
 def small(classes, channels):
     features = nn.Conv2d(channels, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     return nn.Sequential(*features, nn.Linear(8, classes))
+
+def softmax(classes, channels):
+    return nn.Sequential(small(classes, channels), nn.Softmax(1))
 """
 
 
@@ -46,10 +54,115 @@ def test_a_student_is_built_again_without_the_teacher(
     card = runs.StudentCard(**{**vars(card), "teacher_path": "gone.pt"})
     runs.save_student(tmp_path, student, card)
     again = runs.open_run(tmp_path)
-    assert again.card == card
+    assert replace(again.card, known_logits=()) == card
+    assert len(again.card.known_logits) == 4
     assert (again.card.mean, again.card.std, again.card.input_shape) == ((0.5,), (0.25,), (1, 16, 16))
     assert not any(module.training for module in again.module.modules())
     assert torch.equal(logits_of(again.module), logits)
+
+
+def same_as(teacher: Teacher, folder: Path) -> nn.Module:
+    """Saves a run of `--student same` for this teacher; returns its student."""
+    student = build_student("same", teacher=teacher, seed=3)
+    with torch.no_grad():
+        for _ in range(3):
+            student(torch.randn(4, *teacher.spec.input_shape, generator=torch.Generator().manual_seed(1)))
+    runs.save_student(folder, student, runs.teacher_card(teacher.spec, "same"))
+    return student
+
+
+def assert_opens_as(student: nn.Module, teacher: Teacher, folder: Path) -> None:
+    images = torch.randn(2, *teacher.spec.input_shape, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        assert torch.equal(runs.open_run(folder).module(images), student.eval()(images))
+
+
+@pytest.mark.parametrize("has_file", [True, False])
+@pytest.mark.parametrize("stated", [None, "resnet8"])
+def test_the_same_as_our_own_student_for_large_images(stated: str | None, has_file: bool, tmp_path: Path) -> None:
+    """It has a stem of stride 4, and the names and shapes of the published network, which has none."""
+    ours = STUDENTS["resnet8"].build(5, 1, 96)
+    path = tmp_path / "teacher.safetensors"
+    card = {"student": "resnet8", "input_shape": [1, 96, 96], "teacher_sha256": "0"}
+    save_file(ours.state_dict(), path, {"ssdkd": json.dumps(card)})
+    teacher = load_teacher(path, arch=stated, input_shape=(1, 96, 96))
+    student = same_as(teacher, tmp_path)
+    assert student.conv1.stride == (2, 2)
+    if not has_file:
+        path.unlink()
+    assert_opens_as(student, teacher, tmp_path)
+
+
+def test_the_same_as_a_published_network_for_large_images(tmp_path: Path) -> None:
+    torch.save(ZOO["resnet8"](5, 1).state_dict(), tmp_path / "teacher.pt")
+    teacher = load_teacher(tmp_path / "teacher.pt", input_shape=(1, 96, 96))
+    student = same_as(teacher, tmp_path)
+    assert student.conv1.stride == (1, 1)
+    (tmp_path / "teacher.pt").unlink()
+    assert_opens_as(student, teacher, tmp_path)
+
+
+@pytest.mark.parametrize("has_file", [True, False])
+def test_the_same_as_a_users_network_with_a_softmax(
+    has_file: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "users.py").write_text(USERS_CODE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "users", raising=False)
+    network = call_user_function("users:softmax", classes=4, channels=1)
+    torch.save(network.state_dict(), tmp_path / "teacher.pt")
+    teacher = load_teacher(tmp_path / "teacher.pt", arch="users:softmax", input_shape=(1, 16, 16))
+    student = same_as(teacher, tmp_path)
+    if not has_file:
+        (tmp_path / "teacher.pt").unlink()
+    assert_opens_as(student, teacher, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["users:small", "same"])
+def test_code_that_now_computes_something_else_is_noticed(
+    name: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "users", raising=False)
+    (tmp_path / "users.py").write_text(USERS_CODE)
+    network = call_user_function("users:small", classes=4, channels=1)
+    torch.save(network.state_dict(), tmp_path / "teacher.pt")
+    teacher = load_teacher(tmp_path / "teacher.pt", arch="users:small", input_shape=(1, 16, 16))
+    runs.save_student(tmp_path, build_student(name, teacher=teacher), runs.teacher_card(teacher.spec, name))
+    (tmp_path / "users.py").write_text(USERS_CODE.replace("nn.ReLU", "nn.Hardtanh"))
+    monkeypatch.delitem(sys.modules, "users")
+    with pytest.raises(SSDKDError, match=r"users:small is not the one that was distilled: it computes other logits"):
+        runs.open_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "same"])
+def test_a_run_of_an_older_version_opens(name: str, teacher: Teacher, tmp_path: Path) -> None:
+    student = build_student(name, teacher=teacher, seed=3)
+    card = vars(runs.teacher_card(teacher.spec, name)).copy()
+    del card["teacher_flags"], card["known_logits"]
+    save_file(student.state_dict(), tmp_path / "student.safetensors", {"ssdkd": json.dumps(card)})
+    assert torch.equal(logits_of(runs.open_run(tmp_path).module), logits_of(student))
+
+
+def test_a_teacher_that_is_gone_and_has_no_name_is_asked_for(teacher: Teacher, tmp_path: Path) -> None:
+    card = replace(runs.teacher_card(teacher.spec, "same"), teacher_arch="ClassOfTheUsers", teacher_path="gone.pt")
+    runs.save_student(tmp_path, build_student("same", teacher=teacher), card)
+    with pytest.raises(SSDKDError, match=r"its teacher gone\.pt is gone"):
+        runs.open_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", runs.OUTPUTS)
+def test_what_a_run_would_replace_needs_overwrite(name: str, tmp_path: Path) -> None:
+    runs.check_free(tmp_path, overwrite=False)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(SSDKDError, match=rf"\({name}\)"):
+        runs.check_free(tmp_path, overwrite=False)
+    runs.check_free(tmp_path, overwrite=True, inputs=[tmp_path / "teacher.pt"])
+    (tmp_path / "link").symlink_to(name)
+    with pytest.raises(SSDKDError, match="link is needed for the run"):
+        runs.check_free(tmp_path, overwrite=True, inputs=[tmp_path / "link"])
+    runs.clear(tmp_path)
+    assert not (tmp_path / name).exists()
 
 
 def test_another_network_of_the_same_name_is_noticed(
@@ -61,7 +174,7 @@ def test_another_network_of_the_same_name_is_noticed(
     runs.save_student(
         tmp_path, build_student("resnet8", teacher=teacher), runs.teacher_card(teacher.spec, "users:small")
     )
-    with pytest.raises(SSDKDError, match="does not fit the student users:small"):
+    with pytest.raises(SSDKDError, match="do not fit the student users:small"):
         runs.open_run(tmp_path)
 
 

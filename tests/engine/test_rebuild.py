@@ -1,0 +1,23 @@
+import torch
+
+from engine.rebuild import rebuild_stated
+from engine.students import STUDENTS
+from engine.zoo import ZOO
+
+
+def test_above_small_images_a_students_name_is_the_students_form():
+    """Ours has a stem of stride 4 there, behind the names and shapes of the published network, which has none."""
+    state = ZOO["resnet8"](5, 3).state_dict()
+    large = rebuild_stated(state, "resnet8", keeps_order=True, pixels=96)
+    assert large.module.conv1.stride == (2, 2)
+    assert [warning for warning in large.warnings if "zoo/resnet8" in warning]
+    published = rebuild_stated(state, "zoo/resnet8", keeps_order=True, pixels=96)
+    small = rebuild_stated(state, "resnet8", keeps_order=True, pixels=32)
+    for found in (published, small):
+        assert found.module.conv1.stride == (1, 1)
+        assert found.warnings == ()
+    images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    ours = STUDENTS["resnet8"].build(5, 3, 96)
+    ours.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.equal(large.module.eval()(images), ours.eval()(images))
