@@ -3,6 +3,8 @@
 import dataclasses
 import platform
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import torch
 from torch import nn
@@ -14,11 +16,71 @@ from engine.teacher import Teacher
 from ssdkd_cli import __version__
 from ssdkd_cli.artifacts import Timing
 from ssdkd_cli.environment import cpu_name, gpu_names
-from ssdkd_cli.report import DistillationReport, Environment, StudentReport, TeacherReport
+from ssdkd_cli.report import (
+    SCHEMA_VERSION,
+    Artifact,
+    DistillationReport,
+    Environment,
+    Report,
+    StudentReport,
+    TeacherReport,
+    recommend,
+)
+from ssdkd_cli.teaching import Distilled
 
 METHOD = "SSD-KD"
 SAMPLES_A_CLASS = 5  # with fewer on average, the counts of classes say nothing
 UNBALANCED = 10  # times as many samples in the largest class as in the smallest
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Percent. The accuracies are those on so many labelled `images`, None where there are none."""
+
+    agreement: float
+    teacher_accuracy: float | None
+    student_accuracy: float | None
+    images: int | None
+
+
+def describe_run(
+    teacher: Teacher,
+    distilled: Distilled,
+    scores: Scores,
+    artifacts: tuple[Artifact, ...],
+    teacher_timing: Timing | None,
+    compute: Compute,
+    *,
+    arch: str,
+    seed: int,
+    student_bytes: int,
+    warnings: Sequence[str],
+    command: str,
+    seconds: float,
+) -> Report:
+    """The whole report. `arch`: the student's, as it was asked for; `seconds`: of the run so far."""
+    described = describe_teacher(teacher, accuracy=scores.teacher_accuracy, images=scores.images, timing=teacher_timing)
+    return Report(
+        schema_version=SCHEMA_VERSION,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+        seconds_total=seconds,
+        environment=describe_environment(compute),
+        teacher=described,
+        student=describe_student(
+            distilled.student,
+            arch=arch,
+            input_shape=teacher.spec.input_shape,
+            size_bytes=student_bytes,
+            accuracy=scores.student_accuracy,
+            agreement=scores.agreement,
+        ),
+        distillation=describe_distillation(distilled.state, held_out_samples=len(distilled.held_out), seed=seed),
+        artifacts=artifacts,
+        recommendation=recommend(artifacts, described),
+        gates=(),
+        warnings=tuple(warnings),
+    )
 
 
 def describe_environment(compute: Compute) -> Environment:

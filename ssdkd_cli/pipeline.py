@@ -4,56 +4,39 @@ Each is a function from named values to one value. Labelled images reach the sco
 """
 
 import contextlib
+import copy
 import dataclasses
-import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 from torch import nn
 
 from engine.config import DistillationSettings, settings_for
-from engine.device import Compute, choose_device
-from engine.distill import RoundMetrics, State, averaged_student, class_histogram, distill, start
-from engine.errors import OutOfMemoryError, SSDKDError
+from engine.device import choose_device
+from engine.distill import State, class_histogram
+from engine.errors import SSDKDError
 from engine.students import STUDENTS, build_student
-from engine.task import Classification
-from engine.teacher import Teacher, batchnorm_layers, load_teacher
+from engine.teacher import Teacher, load_teacher
 from exporters.evaluate import LabelledImages, accuracy, load_labelled
 from exporters.runtimes import predictor, to_input
 from ssdkd_cli import console, runs
 from ssdkd_cli.artifacts import artifact, check_formats, export_and_prove, measure, try_export
-from ssdkd_cli.boundary import is_out_of_memory
 from ssdkd_cli.config_file import read_config, write_config
-from ssdkd_cli.describe import (
-    count_parameters,
-    describe_distillation,
-    describe_environment,
-    describe_student,
-    describe_teacher,
-    prior_warnings,
-)
+from ssdkd_cli.describe import Scores, count_parameters, describe_run, prior_warnings
 from ssdkd_cli.files import check_space, check_writable, write_text
 from ssdkd_cli.labels import read_classes
 from ssdkd_cli.options import Options, as_typed
-from ssdkd_cli.report import (
-    SCHEMA_VERSION,
-    Report,
-    recommend,
-    write_report,
-)
+from ssdkd_cli.report import Report, write_report
 from ssdkd_cli.samples import write_samples
+from ssdkd_cli.teaching import PROOF_SAMPLES, SMALLEST_BATCH, Distilled, keeping_student, teach
 from ssdkd_cli.words import count, percent, shape
 
-PROOF_SAMPLES = 256  # held-out samples that files are proven on, now and in later exports of the run
 SPARE_BYTES = 4_000_000  # report, picture, metrics
-SMALLEST_BATCH = 16
 CHANNELS, PIXELS = range(1, 5), range(16, 513)  # what the engine was made and tried for
 NOT_REPEATABLE = "--time-limit ends the run by the clock: the same seed does not give the same student again"
 
@@ -66,15 +49,6 @@ class Finished:
     report: Report
 
 
-@dataclass(frozen=True)
-class Distilled:
-    """What distilling gave. `student`: float32, CPU, eval; `held_out`: uint8 [M, H, W, C], never learned from."""
-
-    student: nn.Module
-    state: State
-    held_out: NDArray[np.uint8]
-
-
 def compress(options: Options, *, command: str) -> Finished:
     """A whole run. `command` is what was typed, for the report.
 
@@ -85,82 +59,61 @@ def compress(options: Options, *, command: str) -> Finished:
     started = time.perf_counter()
     check_formats(options.export)
     compute = choose_device(options.device)
-    ablations = read_config(options.config)["distillation"] if options.config else {}
     folder = options.out or runs.default_folder(options.teacher, options.student)
-    runs.check_free(folder, options.overwrite)
+    read = (options.teacher, options.student_weights, options.classes, options.eval_data)
+    runs.check_free(folder, options.overwrite, inputs=[path for path in read if isinstance(path, Path)])
+    ablations = read_config(options.config)["distillation"] if options.config else {}
     with new_folder(folder):
         teacher = load(options)
-        settings = settings_for(
-            options.effort, image_shape=teacher.spec.input_shape, **ablations | typed_settings(options)
-        )
-        if settings.inversion_batch < SMALLEST_BATCH:  # of each batch a sixteenth is held out, for the proof
-            raise SSDKDError(
-                f"inversion_batch is {settings.inversion_batch}: expected {SMALLEST_BATCH} or more",
-                f"--batch-size {SMALLEST_BATCH}",
-            )
+        settings = settings_of(options, ablations, teacher)
         student = build(options, teacher)
         labelled = read_labelled(options.eval_data, teacher)
         check_space(folder, needed_bytes(teacher, student, settings))
-
-    runs.clear(folder)
-    card = runs.teacher_card(teacher.spec, options.student)
-    write_text(folder / runs.CONFIG, write_config(as_typed(options), ablations, dataclasses.asdict(settings)))
-    warnings = [*teacher.spec.warnings, *warn_all([NOT_REPEATABLE] if options.time_limit else [])]
-    with interruptible(folder):
-        distilled = teach(
-            teacher,
-            student,
-            settings,
-            compute,
-            folder,
-            card,
-            seed=options.seed,
-            time_limit_seconds=options.time_limit,
-        )
-        warnings += warn_all(prior_warnings(class_histogram(distilled.state)))
-        save_picture(folder, distilled.state, class_names(teacher))
-        samples = distilled.held_out[:PROOF_SAMPLES]
-        proofs = [
-            export_and_prove(
-                name, distilled.student, folder, samples, card, embed_preprocessing=options.embed_preprocessing
+        runs.clear(folder)
+        with keeping_student(folder):
+            write_text(folder / runs.CONFIG, write_config(as_typed(options), ablations, dataclasses.asdict(settings)))
+            warnings = [*teacher.spec.warnings, *warn_all([NOT_REPEATABLE] if options.time_limit else [])]
+            card = runs.teacher_card(teacher.spec, options.student)
+            distilled = teach(
+                teacher,
+                student,
+                settings,
+                compute,
+                folder,
+                card,
+                seed=options.seed,
+                time_limit_seconds=options.time_limit,
             )
-            for name in options.export
-        ]
-        teacher_timing, timings = measure(teacher.module, proofs, folder, samples, card)
-        with console.stage("score", "comparing student and teacher") as done:
-            agreement = agreement_of(distilled)
-            teacher_accuracy = score(teacher.module, labelled, teacher)
-            student_accuracy = score(distilled.student.to(compute.device), labelled, teacher)
-            artifacts = tuple(artifact(proof, folder, timings, labelled) for proof in proofs)
-            done(f"agreement {percent(agreement)}" + (f", accuracy {percent(student_accuracy)}" if labelled else ""))
-
-    described = describe_teacher(
-        teacher, accuracy=teacher_accuracy, images=len(labelled.labels) if labelled else None, timing=teacher_timing
-    )
-    report = Report(
-        schema_version=SCHEMA_VERSION,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=command,
-        seconds_total=time.perf_counter() - started,
-        environment=describe_environment(compute),
-        teacher=described,
-        student=describe_student(
-            distilled.student,
-            arch=options.student,
-            input_shape=teacher.spec.input_shape,
-            size_bytes=(folder / runs.STUDENT).stat().st_size,
-            accuracy=student_accuracy,
-            agreement=agreement,
-        ),
-        distillation=describe_distillation(
-            distilled.state, held_out_samples=len(distilled.held_out), seed=options.seed
-        ),
-        artifacts=artifacts,
-        recommendation=recommend(artifacts, described),
-        gates=(),
-        warnings=tuple(warnings),
-    )
-    write_report(report, folder)
+            warnings += warn_all(prior_warnings(class_histogram(distilled.state)))
+            save_picture(folder, distilled.state, class_names(teacher))
+            samples = distilled.held_out[:PROOF_SAMPLES]
+            proofs = [
+                export_and_prove(
+                    name, distilled.student, folder, samples, card, embed_preprocessing=options.embed_preprocessing
+                )
+                for name in options.export
+            ]
+            teacher_timing, timings = measure(teacher.module, proofs, folder, samples, card)
+            with console.stage("score", "comparing student and teacher") as done:
+                scores = compare(distilled, teacher, labelled, compute.device)
+                artifacts = tuple(artifact(proof, folder, timings, labelled) for proof in proofs)
+                correct = f", accuracy {percent(scores.student_accuracy)}" if labelled else ""
+                done(f"agreement {percent(scores.agreement)}{correct}")
+            report = describe_run(
+                teacher,
+                distilled,
+                scores,
+                artifacts,
+                teacher_timing,
+                compute,
+                arch=options.student,
+                seed=options.seed,
+                student_bytes=(folder / runs.STUDENT).stat().st_size,
+                warnings=warnings,
+                command=command,
+                seconds=time.perf_counter() - started,
+            )
+            write_report(report, folder)
     return Finished(folder, report)
 
 
@@ -176,13 +129,19 @@ def new_folder(folder: Path) -> Iterator[None]:
         raise
 
 
-def typed_settings(options: Options) -> dict[str, Any]:
-    """Settings that have an option of their own, where it was given; they win over the [distillation] table."""
-    settings: dict[str, Any] = {}
+def settings_of(options: Options, ablations: Mapping[str, Any], teacher: Teacher) -> DistillationSettings:
+    """The settings of the effort; those of the [distillation] table win over it, and options of their own over both."""
+    typed: dict[str, Any] = {}
     if options.samples:
-        settings["samples"] = options.samples
+        typed["samples"] = options.samples
     if options.batch_size:
-        settings |= {"student_batch": options.batch_size, "inversion_batch": options.batch_size}
+        typed |= {"student_batch": options.batch_size, "inversion_batch": options.batch_size}
+    settings = settings_for(options.effort, image_shape=teacher.spec.input_shape, **{**ablations, **typed})
+    if settings.inversion_batch < SMALLEST_BATCH:  # of each batch a sixteenth is held out, for the proof
+        raise SSDKDError(
+            f"inversion_batch is {settings.inversion_batch}: expected {SMALLEST_BATCH} or more",
+            f"--batch-size {SMALLEST_BATCH}",
+        )
     return settings
 
 
@@ -244,106 +203,6 @@ def needed_bytes(teacher: Teacher, student: nn.Module, settings: DistillationSet
     return 4 * (teacher.spec.parameters + 3 * count_parameters(student)) + samples + SPARE_BYTES
 
 
-def teach(
-    teacher: Teacher,
-    student: nn.Module,
-    settings: DistillationSettings,
-    compute: Compute,
-    folder: Path,
-    card: runs.StudentCard,
-    *,
-    seed: int,
-    time_limit_seconds: float | None,
-) -> Distilled:
-    """Distil and save the student; each round's metrics go to metrics.jsonl and to the view.
-
-    Raises:
-        OutOfMemoryError: with the batch size to try.
-        SSDKDError: the time was up before the student's first step.
-        KeyboardInterrupt: after the student so far was written.
-    """
-    spec = teacher.spec
-    title = f"{spec.arch} to {card.student}"
-    largest_batch = max(settings.student_batch, settings.inversion_batch)
-    with batch_advice(largest_batch, f"{compute.describe()}, images of {shape(spec.input_shape)}"):
-        state = start(
-            teacher.module,
-            student,
-            task=Classification(spec.classes),
-            image_shape=spec.input_shape,
-            mean=spec.preprocessing.mean,
-            std=spec.preprocessing.std,
-            batchnorm_layers=batchnorm_layers(teacher.module),
-            settings=settings,
-            compute=compute,
-            seed=seed,
-        )
-        try:
-            with (folder / runs.METRICS).open("w", encoding="utf-8") as log, console.rounds(title) as show:
-                for metrics in distill(state, time_limit_seconds=time_limit_seconds):
-                    log.write(metrics_line(metrics))
-                    log.flush()
-                    show(metrics)
-        except KeyboardInterrupt:
-            save_distilled(folder, distilled_so_far(state), card)
-            raise
-    if not state.steps:
-        raise SSDKDError(
-            f"the time was up after {state.round} round(s), before the student's first step",
-            "give a longer --time-limit",
-        )
-    distilled = distilled_so_far(state)
-    save_distilled(folder, distilled, card)
-    return distilled
-
-
-def distilled_so_far(state: State) -> Distilled:
-    """The student to keep at this moment, and the samples that it can be proven on."""
-    held_out = state.held_out.images[: state.held_out.size].cpu().numpy()
-    return Distilled(averaged_student(state), state, held_out)
-
-
-def save_distilled(folder: Path, distilled: Distilled, card: runs.StudentCard) -> None:
-    """All that `ssdkd export` needs to make files of this student later."""
-    runs.save_student(folder, distilled.student, card)
-    runs.save_samples(folder, distilled.held_out[:PROOF_SAMPLES])
-
-
-@contextlib.contextmanager
-def interruptible(folder: Path) -> Iterator[None]:
-    """Says on Ctrl-C where the student so far is."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if (folder / runs.STUDENT).exists():
-            console.warn(
-                f"the student so far is {folder / runs.STUDENT}, the metrics are {folder / runs.METRICS}; "
-                f"make files of it with `ssdkd export {folder}`"
-            )
-        raise
-
-
-@contextlib.contextmanager
-def batch_advice(batch: int, where: str) -> Iterator[None]:
-    """Turns running out of memory into an OutOfMemoryError with the batch size to try."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        smaller = f"try --batch-size {batch // 2}" if batch >= 2 * SMALLEST_BATCH else "choose a smaller --student"
-        raise OutOfMemoryError(f"out of memory with a batch of {batch} ({where})", smaller) from error
-
-
-def metrics_line(metrics: RoundMetrics) -> str:
-    """One line of metrics.jsonl; what is not known yet is null."""
-    values = dataclasses.asdict(metrics)
-    known = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
-    }
-    return json.dumps(known) + "\n"
-
-
 def warn_all(sentences: Sequence[str]) -> list[str]:
     """Say each of them, and hand them back for the report."""
     for sentence in sentences:
@@ -363,21 +222,20 @@ def class_names(teacher: Teacher) -> tuple[str, ...]:
     return teacher.spec.class_names or tuple(f"class {number}" for number in range(teacher.spec.classes))
 
 
-def agreement_of(distilled: Distilled) -> float:
-    """How often student and teacher predict the same class on the held-out synthetic samples, percent."""
-    state = distilled.state
-    mean, std = (tuple(values.flatten().tolist()) for values in state.normalization)
+def compare(distilled: Distilled, teacher: Teacher, labelled: LabelledImages | None, device: torch.device) -> Scores:
+    """How often the student agrees with the teacher, and how often each is right where there are labelled images."""
+    preprocessing = teacher.spec.preprocessing
+    mean, std = preprocessing.mean, preprocessing.std
+    networks = predictor(teacher.module), predictor(copy.deepcopy(distilled.student).to(device))
+    of_teacher, of_student = (accuracy(run, labelled, mean=mean, std=std) if labelled else None for run in networks)
     agreed = 0
-    teacher, student = predictor(state.teacher), predictor(state.average)
     for first in range(0, len(distilled.held_out), PROOF_SAMPLES):
         images = to_input(distilled.held_out[first : first + PROOF_SAMPLES], mean, std)
-        agreed += int((teacher(images).argmax(1) == student(images).argmax(1)).sum())
-    return 100 * agreed / len(distilled.held_out)
-
-
-def score(module: nn.Module, labelled: LabelledImages | None, teacher: Teacher) -> float | None:
-    """The accuracy of a network, percent, or None where there are no labelled images."""
-    if labelled is None:
-        return None
-    preprocessing = teacher.spec.preprocessing
-    return accuracy(predictor(module), labelled, mean=preprocessing.mean, std=preprocessing.std)
+        teachers, students = (run(images).argmax(1) for run in networks)
+        agreed += int((teachers == students).sum())
+    return Scores(
+        agreement=100 * agreed / len(distilled.held_out),
+        teacher_accuracy=of_teacher,
+        student_accuracy=of_student,
+        images=len(labelled.labels) if labelled else None,
+    )

@@ -1,6 +1,8 @@
 import errno
+import itertools
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine.distill import distill
 from engine.errors import NonFiniteLossError
 from exporters.verify import Verification
-from ssdkd_cli import artifacts, console, files, pipeline
+from ssdkd_cli import artifacts, console, files, pipeline, teaching
 
 
 def arguments(shared: Path, out: Path, *more: object) -> list[object]:
@@ -159,6 +162,121 @@ def test_an_interrupted_run_keeps_the_student_so_far(
     assert exported.json[0]["verified"] is True
 
 
+def test_before_the_first_step_there_is_no_student_to_keep(
+    ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def interrupt(_: Any) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(console, "plain_round", interrupt)  # after the first round, of the warm-up
+    ran = ssdkd(*arguments(shared, tmp_path / "run"))
+    assert ran.code == 130
+    assert "student.safetensors" not in ran.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_after_the_last_round_keeps_the_student(
+    ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    save, saved = teaching.save_distilled, []
+
+    def interrupted_once(*given: Any) -> None:
+        saved.append(given)
+        if len(saved) == 1:
+            raise KeyboardInterrupt
+        save(*given)
+
+    monkeypatch.setattr(teaching, "save_distilled", interrupted_once)
+    ran = ssdkd(*arguments(shared, tmp_path / "run"))
+    assert ran.code == 130
+    assert str(tmp_path / "run/student.safetensors") in ran.err
+    assert (tmp_path / "run/samples.npz").exists()
+
+
+def fail_after(rounds: int, error: BaseException) -> Any:
+    distill = teaching.distill
+
+    def failing(*given: Any, **named: Any) -> Any:
+        for metrics in distill(*given, **named):
+            yield metrics
+            if metrics.round == rounds:
+                raise error
+
+    return failing
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EIO, "Input/output error"), ZeroDivisionError()])
+def test_a_run_that_fails_late_keeps_its_student(
+    error: Exception, ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(teaching, "distill", fail_after(2, error))
+    if isinstance(error, ZeroDivisionError):  # a bug, and keeps its traceback
+        with pytest.raises(ZeroDivisionError):
+            ssdkd(*arguments(shared, tmp_path / "run"))
+    else:
+        ran = ssdkd(*arguments(shared, tmp_path / "run"))
+        assert ran.code == 1
+        assert str(tmp_path / "run/student.safetensors") in ran.err
+        assert "--overwrite" in ran.err
+    assert ssdkd("export", tmp_path / "run").code == 0
+
+
+def test_metrics_that_cannot_be_written_do_not_end_the_run(
+    ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    opened, attempts = Path.open, []
+
+    def full(path: Path, *given: Any, **named: Any) -> Any:
+        if path.name == "metrics.jsonl":
+            attempts.append(path)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(path, *given, **named)
+
+    monkeypatch.setattr(Path, "open", full)
+    ran = ssdkd(*arguments(shared, tmp_path / "run"))
+    assert ran.code == 0, ran.err
+    assert ran.err.count("metrics.jsonl cannot be written (No space left on device)") == 1
+    assert len(attempts) == 1
+
+
+def test_a_student_whose_folder_is_full_is_kept_elsewhere(
+    ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    write = teaching.runs.write_atomically
+
+    def full(path: Path, content: bytes) -> None:
+        if path == tmp_path / "run/student.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, content)
+
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(teaching.runs, "write_atomically", full)
+    ran = ssdkd(*arguments(shared, tmp_path / "run"))
+    assert ran.code == 1
+    assert "No space left on device" in ran.err
+    (elsewhere,) = (tmp_path / "temporary").glob("ssdkd-*")
+    assert f"ssdkd export {elsewhere}" in ran.err
+    assert ssdkd("export", elsewhere).code == 0
+
+
+def test_a_format_given_twice_is_written_once(ssdkd: Any, shared: Path, tmp_path: Path) -> None:
+    ran = ssdkd(*arguments(shared, tmp_path / "run", "--export", "onnx", "--export", "onnx", "--json"))
+    assert ran.code == 0, ran.err
+    assert [artifact["path"] for artifact in ran.json["artifacts"]] == ["model.onnx"]
+
+
+def test_scoring_leaves_the_student_where_it_is(ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    taught, scored = [], []
+    teach, predictor = pipeline.teach, pipeline.predictor
+    monkeypatch.setattr(pipeline, "teach", lambda *given, **named: taught.append(teach(*given, **named)) or taught[0])
+    monkeypatch.setattr(pipeline, "predictor", lambda module: scored.append(module) or predictor(module))
+    ran = ssdkd(*arguments(shared, tmp_path / "run", "--eval-data", shared / "test.npz"))
+    assert ran.code == 0, ran.err
+    assert len(scored) == 2  # teacher and student
+    assert all(module is not taught[0].student for module in scored)
+
+
 def test_overwrite_replaces_the_run_and_nothing_else(
     ssdkd: Any, shared: Path, compressed: Path, tmp_path: Path
 ) -> None:
@@ -166,9 +284,11 @@ def test_overwrite_replaces_the_run_and_nothing_else(
     shutil.copytree(compressed, folder)
     (folder / "model.onnx.rejected").write_text("old")
     (folder / "notes.txt").write_text("mine")
+    (folder / "model_v2.onnx").write_text("mine")
     ran = ssdkd(*arguments(shared, folder, "--overwrite", "--seed", "1"))
     assert ran.code == 0, ran.err
     assert (folder / "notes.txt").read_text() == "mine"
+    assert (folder / "model_v2.onnx").read_text() == "mine"
     assert not (folder / "model.onnx.rejected").exists()
     assert json.loads((folder / "report.json").read_text())["distillation"]["seed"] == 1
 
@@ -180,7 +300,7 @@ def test_a_disk_that_fails_while_the_student_is_written(
     def full(*_: Any) -> None:
         raise OSError(code, "as the system says it", str(tmp_path / "run/student.safetensors"))
 
-    monkeypatch.setattr(pipeline.runs, "write_bytes", full)
+    monkeypatch.setattr(pipeline.runs, "write_atomically", full)
     ran = ssdkd(*arguments(shared, tmp_path / "run"))
     assert ran.code == 1
     assert "student.safetensors" in ran.err
@@ -211,12 +331,13 @@ def test_out_of_memory_names_the_batch_size_to_try(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(pipeline, "distill", fail)
+    monkeypatch.setattr(teaching, "distill", fail)
     ran = ssdkd(*arguments(shared, tmp_path / "run", "--batch-size", "64", "--json"))
     assert ran.code == 1
     assert "out of memory with a batch of 64" in ran.err
     assert "--batch-size 32" in ran.err
     assert ran.out == ""
+    assert not (tmp_path / "run").exists()  # so that the hint can be followed
 
 
 def test_a_loss_that_is_not_finite_leaves_no_student(
@@ -225,15 +346,26 @@ def test_a_loss_that_is_not_finite_leaves_no_student(
     def fail(*_: Any, **__: Any) -> None:
         raise NonFiniteLossError("a loss became NaN in round 7", "lower student_rate")
 
-    monkeypatch.setattr(pipeline, "distill", fail)
+    monkeypatch.setattr(teaching, "distill", fail)
     ran = ssdkd(*arguments(shared, tmp_path / "run"))
     assert ran.code == 1
     assert "round 7" in ran.err
-    assert not (tmp_path / "run/student.safetensors").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_out_of_time_can_be_typed_again(ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    words = arguments(shared, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(teaching, "distill", lambda state, **_: itertools.islice(distill(state), 1))
+        ran = ssdkd(*words, "--time-limit", "1s")
+    assert ran.code == 1
+    assert "give a longer --time-limit" in ran.err
+    again = ssdkd(*words, "--time-limit", "1h")
+    assert again.code == 0, again.err
 
 
 def test_a_bug_keeps_its_traceback(ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(pipeline, "distill", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(teaching, "distill", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         ssdkd(*arguments(shared, tmp_path / "run"))
 

@@ -1,0 +1,172 @@
+"""The distillation as a stage of a run: its metrics are written and shown, its student is kept, whatever ends it."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from engine.config import DistillationSettings
+from engine.device import Compute
+from engine.distill import RoundMetrics, State, averaged_student, distill, start
+from engine.errors import NonFiniteLossError, OutOfMemoryError, SSDKDError
+from engine.task import Classification
+from engine.teacher import Teacher, batchnorm_layers
+from ssdkd_cli import console, runs
+from ssdkd_cli.boundary import is_out_of_memory
+from ssdkd_cli.words import shape
+
+PROOF_SAMPLES = 256  # held-out samples that files are proven on, now and in later exports of the run
+SMALLEST_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What distilling gave. `student`: float32, CPU, eval; `held_out`: uint8 [M, H, W, C], never learned from."""
+
+    student: nn.Module
+    state: State
+    held_out: NDArray[np.uint8]
+
+
+def teach(
+    teacher: Teacher,
+    student: nn.Module,
+    settings: DistillationSettings,
+    compute: Compute,
+    folder: Path,
+    card: runs.StudentCard,
+    *,
+    seed: int,
+    time_limit_seconds: float | None,
+) -> Distilled:
+    """Distil and save the student; each round's metrics go to metrics.jsonl and to the view.
+
+    Whatever ends it early, the student so far is saved, once it has learned anything.
+
+    Raises:
+        OutOfMemoryError: with the batch size to try.
+        NonFiniteLossError: no student is saved; its weights are no numbers any more.
+        SSDKDError: the time was up before the student's first step.
+    """
+    spec = teacher.spec
+    largest_batch = max(settings.student_batch, settings.inversion_batch)
+    with batch_advice(largest_batch, f"{compute.describe()}, images of {shape(spec.input_shape)}"):
+        state = start(
+            teacher.module,
+            student,
+            task=Classification(spec.classes),
+            image_shape=spec.input_shape,
+            mean=spec.preprocessing.mean,
+            std=spec.preprocessing.std,
+            batchnorm_layers=batchnorm_layers(teacher.module),
+            settings=settings,
+            compute=compute,
+            seed=seed,
+        )
+        try:
+            run_rounds(state, folder / runs.METRICS, f"{spec.arch} to {card.student}", time_limit_seconds)
+            distilled = distilled_so_far(state)
+            save_distilled(folder, distilled, card)
+        except NonFiniteLossError:
+            raise
+        except BaseException:
+            if state.steps:
+                rescue(folder, distilled_so_far(state), card)
+            raise
+    return distilled
+
+
+def run_rounds(state: State, metrics_path: Path, title: str, time_limit_seconds: float | None) -> None:
+    """All rounds, shown and written down. Raises SSDKDError where the time was up before the student's first step."""
+    writable = True
+    with console.rounds(title) as show:
+        for metrics in distill(state, time_limit_seconds=time_limit_seconds):
+            writable = writable and append_metrics(metrics_path, metrics)
+            show(metrics)
+    if not state.steps:
+        raise SSDKDError(
+            f"the time was up after {state.round} round(s), before the student's first step",
+            "give a longer --time-limit",
+        )
+
+
+def append_metrics(path: Path, metrics: RoundMetrics) -> bool:
+    """Whether the line could be written. A full disk is no reason to stop: there is time to make room."""
+    try:
+        with path.open("a", encoding="utf-8") as log:
+            log.write(metrics_line(metrics))
+    except OSError as error:
+        console.warn(
+            f"{path} cannot be written ({error.strerror}) and ends here: make room before the student is saved"
+        )
+        return False
+    return True
+
+
+def metrics_line(metrics: RoundMetrics) -> str:
+    """One line of metrics.jsonl; what is not known yet is null."""
+    values = dataclasses.asdict(metrics)
+    known = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+    }
+    return json.dumps(known) + "\n"
+
+
+def distilled_so_far(state: State) -> Distilled:
+    """The student to keep at this moment, and the samples that it can be proven on."""
+    held_out = state.held_out.images[: state.held_out.size].cpu().numpy()
+    return Distilled(averaged_student(state), state, held_out)
+
+
+def save_distilled(folder: Path, distilled: Distilled, card: runs.StudentCard) -> None:
+    """All that `ssdkd export` needs to make files of this student later."""
+    runs.save_student(folder, distilled.student, card)
+    runs.save_samples(folder, distilled.held_out[:PROOF_SAMPLES])
+
+
+def rescue(folder: Path, distilled: Distilled, card: runs.StudentCard) -> None:
+    """Save the student of a run that failed, among the temporary files where its own folder cannot be written."""
+    try:
+        save_distilled(folder, distilled, card)
+    except OSError as error:
+        elsewhere = Path(tempfile.mkdtemp(prefix="ssdkd-"))
+        save_distilled(elsewhere, distilled, card)
+        console.warn(f"{folder} cannot be written ({error.strerror}): {where_it_is(elsewhere)}")
+
+
+@contextlib.contextmanager
+def keeping_student(folder: Path) -> Iterator[None]:
+    """Where what is inside fails: says where the student is, or takes away what a run without one has left."""
+    try:
+        yield
+    except BaseException:
+        if (folder / runs.STUDENT).exists():
+            console.warn(f"{where_it_is(folder)}, the metrics are {folder / runs.METRICS}; --overwrite runs it again")
+        else:
+            runs.clear(folder)
+        raise
+
+
+def where_it_is(folder: Path) -> str:
+    """Where the student of a run that did not end is, and what can be done with it."""
+    return f"the student so far is {folder / runs.STUDENT}, make files of it with `ssdkd export {folder}`"
+
+
+@contextlib.contextmanager
+def batch_advice(batch: int, where: str) -> Iterator[None]:
+    """Turns running out of memory into an OutOfMemoryError with the batch size to try."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        smaller = f"try --batch-size {batch // 2}" if batch >= 2 * SMALLEST_BATCH else "choose a smaller --student"
+        raise OutOfMemoryError(f"out of memory with a batch of {batch} ({where})", smaller) from error
