@@ -177,8 +177,8 @@ def _read_export(path: Path, trust_pickle: bool, _shape: Shape | None) -> Checkp
     return _of_graph("torch.export", state, graph, {}, [])
 
 
-def _read_torchscript(path: Path, _trust_pickle: bool, shape: Shape | None) -> Checkpoint:
-    state, graph, notes = read_torchscript(path, shape)
+def _read_torchscript(path: Path, trust_pickle: bool, shape: Shape | None) -> Checkpoint:
+    state, graph, notes = read_torchscript(path, shape, trust_pickle=trust_pickle)
     return _of_graph("torchscript", state, graph, {}, notes)
 
 

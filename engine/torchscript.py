@@ -2,9 +2,14 @@
 
 A loaded ScriptModule's own layers take none. So the frozen graph is written out operation by operation; branches, which
 are decisions about sizes or about training, are taken as one example image takes them.
+
+Loading an archive runs its scripts. They are no Python, but they have operations on files (`torch.save` overwrites), so
+the scripts of a file that is not trusted are searched for these first.
 """
 
+import io
 import operator
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from engine.graphs import Graph, restore_batchnorm
 from engine.probing import FORWARD_ERRORS, TRIED_PIXELS, Shape, noise
+from engine.safe_archive import FILE_OPERATIONS, needs_trust, packed, read_members, without_folder
 from engine.safe_pickle import UNREADABLE, damaged
 from engine.unwrap import State
 
@@ -30,22 +36,40 @@ ON_NUMBERS: dict[str, Callable[..., Any]] = {
     **{"__and__": operator.and_, "__or__": operator.or_},
 }
 
+# Of the archive, without its top folder: what torch needs to load it, and the form of PyTorch before 1.4, in which any
+# member may be a script. To torch's reader, upper and lower case are one.
+SCRIPTS = re.compile(r"code/.*\.py", re.I)
+OBJECTS = re.compile(r"(data|constants)\.pkl", re.I)
+RAW = re.compile(r"(data|constants)/\d+|version|byteorder|\.\w+(/\w+)?", re.I)
+OLD = re.compile(r"model\.json", re.I)
 
-def read_torchscript(path: Path, input_shape: Shape | None = None) -> tuple[State, Graph, list[str]]:
+TEXT = re.compile(r'"((?:[^"\\\n]|\\.)*)"')
+ATTRIBUTE = re.compile(r"\bgetattr\(([\w.() ]*), \u2400(\d+)\u2400\)")
+NOT_COMPUTATION = re.compile(
+    rf"\b(?:{'|'.join(FILE_OPERATIONS)}|rpc_\w+|torch\.classes)\b"
+    r"|(?<![\w.])ops\b(?!\.(?:prim|aten|torchvision)\.)(?:\.\w+)*"
+)
+# Ways to write one of these so that it does not look like it; torch writes none of them.
+DISGUISE = re.compile(r"""["'#\\]|\bgetattr\b|\b(?:torch|__torch__)\b(?!\.\w)""")
+CUSTOM_CLASS = re.compile(rb"torch[.\s]classes")
+
+
+def read_torchscript(
+    path: Path, input_shape: Shape | None = None, *, trust_pickle: bool = False
+) -> tuple[State, Graph, list[str]]:
     """The state dict of a TorchScript archive, its graph, and warnings.
 
     `input_shape`: C, H, W if it is known; the archive does not say.
 
-    TorchScript is a language of its own without access to files or processes: loading an archive runs no Python.
-
     Raises:
-        SSDKDError: it is damaged.
+        SSDKDError: it is damaged, or it needs --trust-pickle.
     """
+    file = io.BytesIO(path.read_bytes()) if trust_pickle else _checked(path)
     try:
         # torch.jit is deprecated, and warns; the files are there nevertheless.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            script = torch.jit.load(str(path), map_location="cpu").eval()
+            script = torch.jit.load(file, map_location="cpu").eval()
             # Frozen, all methods become one graph and all weights constants; without optimizing, BatchNorm stays.
             trainable = any(True for _ in script.parameters()) or any(True for _ in script.buffers())
             frozen = torch.jit.freeze(script, optimize_numerics=False) if trainable else script
@@ -67,6 +91,52 @@ def read_torchscript(path: Path, input_shape: Shape | None = None) -> tuple[Stat
         except _NotPlainError as error:
             notes.append(f"The TorchScript graph has {error}, so its BatchNorm layers cannot be used.")
     return state, Graph(module, run, None, None), notes
+
+
+def _checked(path: Path) -> io.BytesIO:
+    """A copy of the archive in which everything was checked.
+
+    Raises:
+        SSDKDError: its scripts may do more than compute, or it is damaged.
+    """
+    kept: dict[str, bytes] = {}
+    for full_name, content in read_members(path).items():
+        name = without_folder(full_name)
+        found: str | None = None
+        if SCRIPTS.fullmatch(name):
+            found = _not_computation(content.decode("latin-1"))
+        elif OBJECTS.fullmatch(name):
+            found = "torch.classes" if CUSTOM_CLASS.search(content) else None
+        elif OLD.fullmatch(name):
+            found = "an archive of PyTorch before 1.4"
+        elif not RAW.fullmatch(name):
+            continue
+        if found:
+            raise needs_trust(path, "a TorchScript archive", "operations on tensors alone", f"{found} in {full_name}")
+        kept[full_name] = content
+    return packed(kept)
+
+
+def _not_computation(script: str) -> str | None:
+    """What in a script may reach files, other processes or unknown code; texts in it are not looked at."""
+    texts: list[str] = []
+
+    def put_aside(match: re.Match[str]) -> str:
+        texts.append(match.group(1))
+        return f"\u2400{len(texts) - 1}\u2400"  # no byte of the script is read as this
+
+    def attribute(match: re.Match[str]) -> str:
+        owner, name = match.group(1), texts[int(match.group(2))]
+        return match.group() if "\\" in name else f"{owner}.{name if name.isidentifier() else 'layer'}"
+
+    if '"""' in script:
+        return '"""'
+    script = TEXT.sub(put_aside, script)
+    # So torch writes layers whose names are no variables, as those of Sequential; `getattr` gets anything else too.
+    while (shorter := ATTRIBUTE.sub(attribute, script)) != script:
+        script = shorter
+    found = NOT_COMPUTATION.search(script) or DISGUISE.search(script)
+    return found.group() if found else None
 
 
 class Bare(nn.Module):

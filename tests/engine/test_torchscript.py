@@ -1,4 +1,6 @@
+import io
 import warnings
+import zipfile
 
 import pytest
 import torch
@@ -6,6 +8,8 @@ from torch import Tensor, nn
 
 from engine.errors import SSDKDError
 from engine.graphs import GraphBatchNorm, check_graph, relative_error
+from engine.safe_archive import FILE_OPERATIONS
+from engine.students import build_network
 from engine.torchscript import Bare, read_torchscript
 
 
@@ -89,3 +93,143 @@ def test_a_truncated_archive(tmp_path, kept):
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
     with pytest.raises(SSDKDError, match="damaged or cut short"):
         read_torchscript(path)
+
+
+class Saves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(x.mean([2, 3]))
+        torch.save(y, "VICTIM")
+        return y
+
+
+class SavesWhenLoaded(Awkward):
+    @torch.jit.export
+    def __getstate__(self) -> tuple[Tensor, bool]:
+        return self.head.weight, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[Tensor, bool]) -> None:
+        torch.save(state[0], "VICTIM")
+        self.training = state[1]
+
+
+def with_script(path, old, new):
+    """The archive with another text in the script of its network."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content.replace(old.encode(), new.encode()) if name.endswith(".py") else content)
+    return path
+
+
+def run_untrusted(path):
+    """All that happens to a teacher: loading, and a forward pass."""
+    state, graph, _ = read_torchscript(path, (3, 8, 8))
+    graph.reference(torch.zeros(1, 3, 8, 8))
+    return state
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "torch.save",
+        "ops.aten.save",
+        "ops.aten  .  save",
+        'getattr(torch, "save")',
+        'getattr(torch, "sa" "ve")',
+        'getattr(torch, "\\163ave")',
+        'getattr(torch, """save""")',
+        "getattr(torch, 'save')",
+        'getattr(getattr(ops, "aten"), "save")',
+        "torch.\\\n    save",
+        "torch.save # ",
+        "(torch).save",
+    ],
+)
+def test_a_script_that_writes_files_is_not_run(tmp_path, call):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    path = with_script(save(tmp_path / "a.pt", lambda: torch.jit.script(Saves().eval())), "VICTIM", str(victim))
+    with_script(path, "torch.save(", f"{call}(" if "#" not in call else f"{call}\n    (")
+    with pytest.raises(SSDKDError, match="a TorchScript archive that may do more than compute") as caught:
+        run_untrusted(path)
+    assert victim.read_text() == "precious"
+    assert "--trust-pickle" in caught.value.hint
+
+
+def test_a_script_that_writes_files_when_loaded_is_not_run(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    path = save(tmp_path / "a.pt", lambda: torch.jit.script(SavesWhenLoaded().eval()))
+    with pytest.raises(SSDKDError, match=r"save in .*code/"):
+        read_torchscript(with_script(path, "VICTIM", str(victim)), (3, 8, 8))
+    assert victim.read_text() == "precious"
+
+
+def test_a_trusted_script_is_run(tmp_path):
+    victim = tmp_path / "victim"
+    path = with_script(save(tmp_path / "a.pt", lambda: torch.jit.script(Saves().eval())), "VICTIM", str(victim))
+    _, graph, _ = read_torchscript(path, (3, 8, 8), trust_pickle=True)
+    graph.reference(torch.zeros(1, 3, 8, 8))
+    assert victim.exists()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        'ops.image.read_file("x")',
+        "__torch__.torch.classes.c10d.Work()",
+        'rpc_async("other", x)',
+        'torch.from_file("x")',
+    ],
+)
+def test_other_ways_out_of_memory_are_refused(tmp_path, call):
+    path = save(tmp_path / "a.pt", lambda: torch.jit.script(Saves().eval()))
+    with pytest.raises(SSDKDError, match="may do more than compute"):
+        read_torchscript(with_script(path, 'torch.save(y, "VICTIM")', f"z = {call}"), (3, 8, 8))
+
+
+def test_every_operation_of_torchs_on_files_is_known():
+    """What a script that passes can call: ATen's, prim's and torchvision's operations."""
+    named_like_files = {
+        schema.name.partition("::")[2]
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith(("aten::", "prim::", "torchvision::"))
+        for argument in schema.arguments
+        if "str" in str(argument.type) and any(word in argument.name for word in ("file", "path", "url", "dir"))
+    }
+    assert named_like_files == set(FILE_OPERATIONS)
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, lambda net: torch.jit.trace(net, torch.zeros(1, 3, 64, 64))])
+@pytest.mark.parametrize("name", ["googlenet", "mobilenet_v3_small", "shufflenet_v2_x0_5"])
+def test_published_networks_need_no_trust(tmp_path, make, name):
+    network = build_network(f"torchvision/{name}", classes=5, channels=3, pixels=64).eval()
+    path = save(tmp_path / "a.pt", lambda: make(network))
+    state, _, _ = read_torchscript(path, (3, 64, 64))
+    assert list(state) == list(network.state_dict())
+
+
+def test_texts_in_a_script_are_no_code(tmp_path):
+    class Message(Awkward):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.dim() != 4:
+                raise ValueError('torch can\'t save this # as it is: "ops" \\')
+            return self.head(torch.cat([x.mean([2, 3])] * 3, 1)[:, :8])
+
+    path = save(tmp_path / "a.pt", lambda: torch.jit.script(Message().eval()))
+    assert isinstance(read_torchscript(path, (3, 8, 8))[1].module, nn.Module)
+
+
+def test_the_archive_may_come_with_extra_files(tmp_path):
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(Awkward().eval()), file, _extra_files={"config.txt": "{}"})
+    (tmp_path / "a.pt").write_bytes(file.getvalue())
+    assert "head.weight" in read_torchscript(tmp_path / "a.pt")[0]
