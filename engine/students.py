@@ -61,6 +61,8 @@ def build_student(name: str, *, teacher: "Teacher", weights: Path | None = None,
         if weights is not None:
             _load_weights(student, name, weights)
         _try_forward(student.eval(), name, spec.input_shape, spec.classes)
+        in_training = copy.deepcopy(student).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        _try_forward(in_training, name, spec.input_shape, spec.classes)
     for layer in student.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.momentum is not None:
             layer.momentum = max(layer.momentum, STUDENT_BATCHNORM_MOMENTUM)
@@ -217,10 +219,14 @@ def _is_finite(weight: Tensor | None) -> bool:
 
 
 def _try_forward(student: nn.Module, name: str, input_shape: tuple[int, int, int], classes: int) -> None:
+    """Makes sure that it gives logits, in train mode for images as training has them: in channels_last."""
     size = "x".join(map(str, input_shape))
+    images = torch.zeros(2, *input_shape)
+    if student.training:
+        images = images.contiguous(memory_format=torch.channels_last)
     try:
         with torch.no_grad():
-            logits = student(torch.zeros(2, *input_shape))
+            logits = student(images)
     except (
         RuntimeError,
         ValueError,
@@ -228,14 +234,23 @@ def _try_forward(student: nn.Module, name: str, input_shape: tuple[int, int, int
         IndexError,
     ) as error:  # what layers raise at sizes they cannot take
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if student.training:
+            raise SSDKDError(
+                f"the student {name} cannot be trained on images of {size} in channels_last, the memory format of"
+                f" training: {reason}",
+                "use flatten(1) or reshape in place of view in its forward pass"
+                if "view" in reason
+                else "choose a student that can (`ssdkd students`)",
+            ) from error
         raise SSDKDError(
             f"the student {name} cannot take images of {size}: {reason}",
             "choose a student that can (`ssdkd students`), or correct --input if that is not the teacher's size",
         ) from error
     if not isinstance(logits, Tensor) or logits.shape != (2, classes):
         found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        mode = " in train mode" if student.training else ""
         raise SSDKDError(
-            f"the student {name} gives {found} for 2 images of {size}: expected logits of shape [2, {classes}]",
+            f"the student {name} gives {found}{mode} for 2 images of {size}: expected logits of shape [2, {classes}]",
             "choose a student for classification whose number of classes can be set",
         )
 

@@ -236,3 +236,42 @@ def ten(): return nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
         build_student("other_students:ten", teacher=teacher)
     ten = replace(teacher, spec=replace(teacher.spec, classes=10))
     assert build_student("other_students:ten", teacher=ten)(torch.zeros(3, 1, 16, 16)).shape == (3, 10)
+
+
+USERS_STUDENTS = """
+from torch import nn
+
+
+class LeNet(nn.Module):
+    def __init__(self, classes, flatten, heads):
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(1, 6, 4, stride=3), nn.BatchNorm2d(6), nn.Linear(6 * 5 * 5, classes)
+        self.flatten, self.heads = flatten, heads
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        x = self.fc(x.flatten(1) if self.flatten else x.view(x.size(0), -1))
+        return (x, x) if self.training and self.heads > 1 else x
+
+
+def view(classes): return LeNet(classes, False, 1)
+def flatten(classes): return LeNet(classes, True, 1)
+def two_heads(classes): return LeNet(classes, True, 2)
+"""
+
+
+def test_a_student_is_tried_as_it_will_be_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: Teacher
+) -> None:
+    (tmp_path / "users_students.py").write_text(USERS_STUDENTS)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SSDKDError, match=r"view cannot be trained on images of 1x16x16 in channels_last") as caught:
+        build_student("users_students:view", teacher=teacher)
+    assert "flatten(1)" in caught.value.hint
+    with pytest.raises(SSDKDError, match="two_heads gives tuple in train mode"):
+        build_student("users_students:two_heads", teacher=teacher)
+    student = build_student("users_students:flatten", teacher=teacher)
+    assert student.training
+    assert not student.norm.running_mean.any()  # type: ignore[union-attr, operator]
+    assert student.norm.num_batches_tracked == 0  # type: ignore[union-attr]
+    assert student.conv.weight.is_contiguous()  # type: ignore[union-attr, operator]
