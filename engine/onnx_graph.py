@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from engine.errors import SSDKDError
 from engine.graphs import Graph, batchnorm_layer, same_logits
-from engine.onnx_operations import OPERATIONS
+from engine.onnx_operations import OPERATIONS, constant_of_shape
 from engine.probing import Shape
 from engine.safe_pickle import damaged
 from engine.unwrap import State
@@ -54,7 +54,7 @@ class OnnxModule(nn.Module):
     ):
         super().__init__()
         self.input_name, self.output_name = ends
-        self.constants = dict(constants)
+        self.constants = {name: value for name, value in constants.items() if not isinstance(value, Tensor)}
         self.steps: list[Step] = []
         self.layers = nn.ModuleDict()
         for step in steps:
@@ -69,15 +69,23 @@ class OnnxModule(nn.Module):
         self.weight_keys = {name: str(index) for index, name in enumerate(name for name in weights if name in used)}
         for name, key in self.weight_keys.items():
             self.weights[key] = nn.Parameter(weights[name])
+        self.buffer_keys: dict[str, str] = {}
+        for name, value in constants.items():
+            if isinstance(value, Tensor) and name in used:
+                self.buffer_keys[name] = f"constant_{len(self.buffer_keys)}"
+                self.register_buffer(self.buffer_keys[name], value)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] -> what the graph computes."""
         values: dict[str, Any] = {self.input_name: images, "": None, **self.constants}
         values |= {name: self.weights[key] for name, key in self.weight_keys.items()}
+        values |= {name: self.get_buffer(key) for name, key in self.buffer_keys.items()}
         for index, step in enumerate(self.steps):
             arguments = [values[name] for name in step.inputs]
             if str(index) in self.layers:
                 result = self.layers[str(index)](*arguments)
+            elif step.operation == "ConstantOfShape":
+                result = constant_of_shape(*arguments, **step.attributes, device=images.device)
             else:
                 result = OPERATIONS[step.operation](*arguments, **step.attributes)
             results = result if isinstance(result, list) else [result]
@@ -158,7 +166,7 @@ def _refuse_unknown(model: Any, path: Path) -> None:
 
 
 def _numbers(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights as float32 tensors; lone numbers, sizes and axes as Python's own, which never leave the CPU."""
+    """Weights as float32 tensors, masks and tables too; lone numbers, sizes and axes as Python's own, on no device."""
     from onnx import numpy_helper
 
     found = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
@@ -171,7 +179,7 @@ def _numbers(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         array = np.asarray(value)
         if array.ndim and (array.dtype.kind == "f" or str(array.dtype) == "bfloat16"):
             weights[name] = torch.from_numpy(np.array(array, np.float32))
-        elif array.ndim < 2:
+        elif array.ndim < 2 and not (array.ndim and array.dtype.kind == "b"):
             constants[name] = tuple(array.tolist()) if array.ndim else array.astype(object).item()
         else:
             constants[name] = torch.from_numpy(np.array(array))

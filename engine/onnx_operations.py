@@ -1,8 +1,8 @@
 """ONNX operations as PyTorch functions with gradients: inputs by position, attributes by name.
 
 Sizes and axes are int64: constants arrive as tuples of Python ints, computed ones as tensors on the CPU, so that no
-operation waits for a GPU. What is not here, ssdkd says it cannot run; what is here is compared with ONNX Runtime on
-every file that is read.
+operation waits for a GPU. Where one of these meets the images, it moves to their device. What is not here, ssdkd says it
+cannot run; what is here is compared with ONNX Runtime on every file that is read.
 """
 
 import math
@@ -33,21 +33,29 @@ def ints(value: Sizes) -> list[int]:
 
 
 def tensor(value: Any, like: Any = None) -> Tensor:
-    """A constant as a tensor, on the device of `like`."""
-    if isinstance(value, Tensor):
-        return value
+    """A constant as a tensor, and what is on the CPU on the device of `like`; lone numbers mix with every device."""
     device = like.device if isinstance(like, Tensor) else None
+    if isinstance(value, Tensor):
+        stays = device is None or not value.is_cpu or not value.dim()
+        return value if stays else value.to(device)
     if isinstance(value, int | float):
         return torch.full((), value, device=device)
     return torch.tensor(value, device=device)
 
 
+def _together(*values: Any) -> list[Tensor]:
+    """Values of one operation as tensors on the device of the images, if one of them is there."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    like = next((found for found in tensors if not found.is_cpu), tensors[0] if tensors else None)
+    return [tensor(value, like) for value in values]
+
+
 def _pairwise(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Any], Tensor]:
-    return lambda a, b: function(tensor(a, b), tensor(b, a))
+    return lambda a, b: function(*_together(a, b))
 
 
 def _divide(a: Any, b: Any) -> Tensor:
-    a, b = tensor(a, b), tensor(b, a)
+    a, b = _together(a, b)
     return a / b if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
 
 
@@ -190,9 +198,15 @@ def expand(x: Any, shape: Sizes) -> Tensor:
     return whole.broadcast_to(np.broadcast_shapes(whole.shape, tuple(ints(shape))))
 
 
-def constant_of_shape(shape: Sizes, *, value: Any = 0.0) -> Tensor:
-    """A tensor of one number; sizes stay integers."""
-    return torch.full(ints(shape), value)
+def constant_of_shape(shape: Sizes, *, value: Any = 0.0, device: torch.device) -> Tensor:
+    """A tensor of one number on `device`; integers, which are mostly sizes, stay on the CPU."""
+    return torch.full(ints(shape), value, device="cpu" if type(value) is int else device)
+
+
+def where(condition: Any, a: Any, b: Any) -> Tensor:
+    """a where the condition holds, else b."""
+    chosen, a, b = _together(condition, a, b)
+    return torch.where(chosen.to(a.device if b.is_cpu else b.device), a, b)
 
 
 def shape_of(x: Tensor, *, start: int = 0, end: int | None = None) -> Tensor:
@@ -202,7 +216,7 @@ def shape_of(x: Tensor, *, start: int = 0, end: int | None = None) -> Tensor:
 
 def concat(*parts: Any, axis: int) -> Tensor:
     """Parts end to end; lone tuples are sizes."""
-    return torch.cat([tensor(part) for part in parts], axis)
+    return torch.cat(_together(*parts), axis)
 
 
 def cast(x: Any, *, to: int, saturate: int = 1) -> Tensor:
@@ -282,7 +296,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "MaxPool": max_pool,
     "Min": _pairwise(torch.minimum),
     "Mish": F.mish,
-    "Mod": lambda a, b, fmod=0: (torch.fmod if fmod else torch.remainder)(tensor(a, b), tensor(b, a)),
+    "Mod": lambda a, b, fmod=0: (torch.fmod if fmod else torch.remainder)(*_together(a, b)),
     "Mul": _pairwise(torch.mul),
     "Neg": torch.neg,
     "Not": torch.logical_not,
@@ -311,11 +325,11 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "Sqrt": torch.sqrt,
     "Squeeze": squeeze,
     "Sub": _pairwise(torch.sub),
-    "Sum": lambda *parts: sum(parts),
+    "Sum": lambda *parts: sum(_together(*parts)),
     "Swish": F.silu,
     "Tanh": torch.tanh,
     "Tile": lambda x, repeats: x.repeat(ints(repeats)),
     "Transpose": lambda x, perm=None: x.permute(perm if perm is not None else tuple(reversed(range(x.dim())))),
     "Unsqueeze": unsqueeze,
-    "Where": lambda condition, a, b: torch.where(tensor(condition, a), tensor(a, b), tensor(b, a)),
+    "Where": where,
 }

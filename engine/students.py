@@ -61,7 +61,7 @@ def build_student(name: str, *, teacher: "Teacher", weights: Path | None = None,
         if weights is not None:
             _load_weights(student, name, weights)
         _try_forward(student.eval(), name, spec.input_shape, spec.classes)
-        in_training = copy.deepcopy(student).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        in_training = copy.deepcopy(student).to(memory_format=torch.channels_last).train()
         _try_forward(in_training, name, spec.input_shape, spec.classes)
     for layer in student.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.momentum is not None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.errors import SSDKDError
 from engine.graphs import GraphBatchNorm, check_graph, relative_error
@@ -167,6 +168,91 @@ def test_sizes_that_are_computed_keep_the_batch_free(tmp_path):
     for batch in (1, 5):
         images = torch.from_numpy(floats(batch, *SHAPE))
         assert relative_error(graph.module(images), graph.reference(images)) < 1e-5
+
+
+MASK = np.arange(42).reshape(1, 1, 6, 7) % 3 == 0
+DEVICES = [
+    ([node("Where", "mask x zero", "y")], {"mask": MASK, "zero": np.float32(0)}),
+    ([node("Where", "mask x zero", "y")], {"mask": MASK[0, 0, 0], "zero": np.float32(0)}),
+    ([node("Where", "mask zero x", "y")], {"mask": MASK, "zero": np.float32(0)}),
+    (
+        [node("Greater", "x zero", "g"), node("And", "g mask", "both"), node("Where", "both x zero", "y")],
+        {"mask": MASK, "zero": np.float32(0)},
+    ),
+    (
+        [
+            node("Shape", "x", "shape"),
+            node("ConstantOfShape", "shape", "zeros"),
+            node("Concat", "x zeros", "y", axis=1),
+        ],
+        {},
+    ),
+    (
+        [
+            node("Shape", "x", "shape"),
+            node("ConstantOfShape", "shape", "ones", value=numpy_helper.from_array(sizes(1))),
+            node("Cast", "ones", "float", to=1),
+            node("Mul", "float x", "z"),
+            node("Sub", "z float", "y"),
+        ],
+        {},
+    ),
+    (
+        [node("Expand", "half some", "halves"), node("Sum", "x halves", "z"), node("Concat", "halves x", "y", axis=0)],
+        {"half": np.float32(0.5), "some": sizes(1, 4, 6, 7)},
+    ),
+    ([node("Cast", "table", "float", to=1), node("Add", "x float", "y")], {"table": np.arange(42).reshape(6, 7)}),
+    ([node("Gather", "x table", "y", axis=1)], {"table": np.array([[0, 1], [2, 3]])}),
+    (
+        [
+            node("Shape", "x", "shape"),
+            node("Gather", "shape three", "width", axis=0),
+            node("Cast", "width", "float", to=1),
+            node("Sqrt", "float", "root"),
+            node("Greater", "width three", "wide"),
+            node("Div", "x root", "z"),
+            node("Where", "wide z x", "y"),
+        ],
+        {"three": np.array(3, np.int64)},
+    ),
+]
+
+
+@pytest.mark.parametrize(("nodes", "constants"), DEVICES)
+def test_constants_follow_the_network_to_its_device(tmp_path, nodes, constants):
+    _, graph, _ = read_onnx(write(tmp_path / "m.onnx", nodes, constants))
+    images = torch.from_numpy(floats(2, *SHAPE))
+    found = graph.module(images)
+    torch.testing.assert_close(found, graph.reference(images))
+    elsewhere = graph.module.to("meta")(images.to("meta"))
+    assert (elsewhere.device.type, elsewhere.shape) == ("meta", found.shape)
+
+
+class Operations(TorchDispatchMode):
+    """Lists what is run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.seen.append(operation)
+        return operation(*args, **(kwargs or {}))
+
+
+def test_masks_and_zeros_are_not_copied_each_time(tmp_path):
+    """A copy from the CPU makes a GPU wait."""
+    nodes = [
+        *(node("Where", "mask x zero", "kept"), node("Shape", "x", "shape"), node("ConstantOfShape", "shape", "zeros")),
+        node("Concat", "kept zeros", "y", axis=1),
+    ]
+    _, graph, _ = read_onnx(write(tmp_path / "m.onnx", nodes, {"mask": MASK, "zero": np.float32(0)}))
+    assert [buffer.dtype for buffer in graph.module.buffers()] == [torch.bool]
+    module, images = graph.module.to("meta"), torch.empty(2, *SHAPE, device="meta")
+    with Operations() as operations:
+        module(images)
+    assert torch.ops.aten.where.self in operations.seen
+    assert torch.ops.aten._to_copy.default not in operations.seen
 
 
 def test_a_batch_written_into_a_reshaping_is_made_free(tmp_path):
