@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.losses import batchnorm_loss, batchnorm_prior, flat_statistics, recorded_statistics
-from engine.probing import NEVER_RUNS, Shape, noise
+from engine.probing import NEVER_RUNS, noise
+from engine.shapes import Shape
 
 
 def batchnorm_layers(module: nn.Module) -> list[nn.Module]:

@@ -15,7 +15,7 @@ from torchvision import models
 from engine.students import published_networks
 from engine.zoo import ZOO, Builder
 
-Shape = tuple[int, ...]
+TensorShape = tuple[int, ...]
 
 # Written by profilers or counting batches: no part of what a network computes.
 IGNORED_SUFFIXES = ("num_batches_tracked", "total_ops", "total_params", "_extra_state")
@@ -65,7 +65,7 @@ def without_memory() -> Iterator[None]:
         yield
 
 
-def skeleton(module: nn.Module) -> dict[str, Shape]:
+def skeleton(module: nn.Module) -> dict[str, TensorShape]:
     """The names and shapes that a state dict of `module` has, without those of IGNORED_SUFFIXES."""
     return {
         name: tuple(value.shape) for name, value in module.state_dict().items() if not name.endswith(IGNORED_SUFFIXES)

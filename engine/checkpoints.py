@@ -14,8 +14,8 @@ import safetensors
 from engine.errors import SSDKDError
 from engine.graphs import Graph
 from engine.onnx_graph import read_onnx
-from engine.probing import Shape
 from engine.safe_pickle import LEGACY_MAGIC, damaged, safe_load, trusted_load
+from engine.shapes import Shape
 from engine.torch_export import read_export
 from engine.torchscript import read_torchscript
 from engine.unwrap import State, Weights, metadata_beside, plain, strip_prefixes, unwrap

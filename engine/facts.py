@@ -5,8 +5,9 @@ Nothing is believed that does not fit the network.
 
 from collections.abc import Mapping, Sequence
 
+from engine.shapes import Shape
+
 Metadata = Mapping[str, object]
-Shape = tuple[int, int, int]
 
 ARCHITECTURE_KEYS = ("arch", "architecture", "model_name", "model_arch", "backbone_name", "model", "net", "student")
 SHAPE_KEYS = ("input_shape", "input_size", "image_size", "img_size", "imgsz", "crop_size", "resolution")

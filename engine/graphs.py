@@ -9,7 +9,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.errors import SSDKDError
-from engine.probing import FORWARD_ERRORS, Shape, first_line, noise, words
+from engine.probing import FORWARD_ERRORS, first_line, noise
+from engine.shapes import Shape, words
 
 aten = torch.ops.aten
 TOLERANCE = 1e-4  # relative to the largest logit

@@ -14,7 +14,7 @@ from engine.catalogue import (
     IGNORED_SUFFIXES,
     WITH_AUXILIARY_HEADS,
     Architecture,
-    Shape,
+    TensorShape,
     architectures,
     skeleton,
     timms_named_like,
@@ -52,7 +52,7 @@ class Layer:
     """The tensors of one layer, in the file's order: (suffix, shape), for example ("weight", (10, 64))."""
 
     path: str
-    shapes: tuple[tuple[str, Shape], ...]
+    shapes: tuple[tuple[str, TensorShape], ...]
 
 
 def fitting(state: State, *, keeps_order: bool, hint: Architecture | None = None, file_stem: str = "") -> list[Match]:
@@ -104,7 +104,7 @@ def identify(state: State, *, keeps_order: bool, hint: Architecture | None = Non
 
 
 def compare(
-    shapes: Mapping[str, Shape], architecture: Architecture, classes: int, channels: int, keeps_order: bool = True
+    shapes: Mapping[str, TensorShape], architecture: Architecture, classes: int, channels: int, keeps_order: bool = True
 ) -> Match | None:
     """A match by names, else by order, else None."""
     theirs = _skeleton_of(architecture, classes, channels)
@@ -114,13 +114,13 @@ def compare(
     return Match(architecture, classes, channels, ORDER_MATCHES, names) if names else None
 
 
-def shapes_of(state: State) -> dict[str, Shape]:
+def shapes_of(state: State) -> dict[str, TensorShape]:
     """Names and shapes of what counts: counters of batches and profilers' leftovers are left out."""
     return {name: tuple(value.shape) for name, value in state.items() if not name.endswith(IGNORED_SUFFIXES)}
 
 
 def map_in_order(
-    ours: Mapping[str, Shape], theirs: Mapping[str, Shape], *, check_blocks: bool = True
+    ours: Mapping[str, TensorShape], theirs: Mapping[str, TensorShape], *, check_blocks: bool = True
 ) -> dict[str, str] | None:
     """Names of `ours` -> names of `theirs` where layer after layer agrees in kind and shapes, and no blocks cross."""
     our_layers, their_layers = shortcuts_last(layers_of(ours)), shortcuts_last(layers_of(theirs))
@@ -135,9 +135,9 @@ def map_in_order(
     }
 
 
-def layers_of(shapes: Mapping[str, Shape]) -> list[Layer]:
+def layers_of(shapes: Mapping[str, TensorShape]) -> list[Layer]:
     """Groups the tensors by the layer that owns them, in order of first appearance."""
-    grouped: dict[str, list[tuple[str, Shape]]] = {}
+    grouped: dict[str, list[tuple[str, TensorShape]]] = {}
     for name, shape in shapes.items():
         path, _, suffix = name.rpartition(".")
         grouped.setdefault(path, []).append((suffix, shape))
@@ -171,7 +171,7 @@ def blocks_cross(our_paths: Sequence[str], their_paths: Sequence[str]) -> bool:
     return any(a < c < b < d or c < a < d < b for a, b in _blocks(our_paths) for c, d in theirs)
 
 
-def guess_heads(shapes: Mapping[str, Shape]) -> list[tuple[int, int]]:
+def guess_heads(shapes: Mapping[str, TensorShape]) -> list[tuple[int, int]]:
     """Likely (classes, channels), the likeliest first, read off the last and the first layers that have a matrix."""
     matrices = [(name, shape) for name, shape in shapes.items() if len(shape) >= 2]
     if not matrices:
@@ -184,7 +184,7 @@ def guess_heads(shapes: Mapping[str, Shape]) -> list[tuple[int, int]]:
     return [(a, b) for a in dict.fromkeys(classes) for b in dict.fromkeys([*first, *thin] or [3])]
 
 
-def differences(ours: Mapping[str, Shape], theirs: Mapping[str, Shape], shown: int = 2) -> str:
+def differences(ours: Mapping[str, TensorShape], theirs: Mapping[str, TensorShape], shown: int = 2) -> str:
     """What a file has and lacks against a network, in one line."""
     parts = {
         "missing from the file": [name for name in theirs if name not in ours],
@@ -202,19 +202,19 @@ def differences(ours: Mapping[str, Shape], theirs: Mapping[str, Shape], shown: i
     )
 
 
-def _skeleton_of(architecture: Architecture, classes: int, channels: int) -> dict[str, Shape]:
+def _skeleton_of(architecture: Architecture, classes: int, channels: int) -> dict[str, TensorShape]:
     with without_memory():
         return skeleton(architecture.build(classes, channels))
 
 
 def _candidates(
-    shapes: Mapping[str, Shape], guesses: Sequence[tuple[int, int]], hint: Architecture | None
+    shapes: Mapping[str, TensorShape], guesses: Sequence[tuple[int, int]], hint: Architecture | None
 ) -> list[Architecture]:
     near = [architecture for distance, architecture in _by_size(shapes, guesses) if distance < SIZE_TOLERANCE]
     return [*([hint] if hint else []), *near[:MAX_COMPARED]]
 
 
-def _by_size(shapes: Mapping[str, Shape], guesses: Sequence[tuple[int, int]]) -> list[tuple[float, Architecture]]:
+def _by_size(shapes: Mapping[str, TensorShape], guesses: Sequence[tuple[int, int]]) -> list[tuple[float, Architecture]]:
     """The known architectures and how far each is from the file's number of parameters, the nearest first."""
     if not guesses:
         return []
@@ -232,7 +232,7 @@ def _by_size(shapes: Mapping[str, Shape], guesses: Sequence[tuple[int, int]]) ->
     )
 
 
-def _no_match(shapes: Mapping[str, Shape], hint: Architecture | None, keeps_order: bool) -> SSDKDError:
+def _no_match(shapes: Mapping[str, TensorShape], hint: Architecture | None, keeps_order: bool) -> SSDKDError:
     guesses = guess_heads(shapes)
     nearest = [*([hint] if hint else []), *(architecture for _, architecture in _by_size(shapes, guesses))]
     lines = [

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from engine.errors import SSDKDError
 from engine.graphs import Graph, batchnorm_layer, same_logits
 from engine.onnx_operations import OPERATIONS, constant_of_shape
-from engine.probing import Shape
 from engine.safe_pickle import damaged
+from engine.shapes import Shape
 from engine.unwrap import State
 
 LAYER_NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)+")  # conv1.weight, but not onnx::Conv_123

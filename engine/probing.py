@@ -1,14 +1,12 @@
 """A first look at a network by running it: does it take the images, and are these logits that come out?"""
 
-from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from engine.errors import SSDKDError
-
-Shape = tuple[int, int, int]
+from engine.shapes import Shape, words
 
 TRIED_PIXELS = (32, 64, 96, 128, 224, 256, 299, 384, 28)
 # What layers raise at sizes that they cannot take.
@@ -96,11 +94,6 @@ def as_classifier(module: nn.Module, shape: Shape, name: str) -> tuple[nn.Module
 def noise(shape: Shape, images: int = 2) -> Tensor:
     """The same standard normal images [images, C, H, W] each time; nobody's random state is touched."""
     return torch.randn(images, *shape, generator=torch.Generator().manual_seed(0))
-
-
-def words(shape: Sequence[int]) -> str:
-    """(3, 32, 32) -> "3x32x32", as --input takes it."""
-    return "x".join(map(str, shape))
 
 
 def first_line(error: BaseException) -> str:

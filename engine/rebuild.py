@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from engine.catalogue import TORCHVISION, WITH_AUXILIARY_HEADS, Architecture, Shape, architecture_of, skeleton
+from engine.catalogue import TORCHVISION, WITH_AUXILIARY_HEADS, Architecture, TensorShape, architecture_of, skeleton
 from engine.errors import SSDKDError
 from engine.graphs import TOLERANCE, relative_error
 from engine.identify import (
@@ -228,7 +228,7 @@ def _build(name: str, pixels: int, classes: int, channels: int) -> nn.Module:
     return build_network(name, classes=classes, channels=channels, pixels=pixels)
 
 
-def _order_warnings(arch: str, ours: Mapping[str, Shape], theirs: Mapping[str, Shape]) -> tuple[str, ...]:
+def _order_warnings(arch: str, ours: Mapping[str, TensorShape], theirs: Mapping[str, TensorShape]) -> tuple[str, ...]:
     crossing = blocks_cross([layer.path for layer in layers_of(ours)], [layer.path for layer in layers_of(theirs)])
     doubt = (
         " The blocks in its names begin at other layers than this network's: it may be wired differently."

@@ -8,10 +8,11 @@ from torch import nn
 
 from engine.checkpoints import Checkpoint
 from engine.errors import SSDKDError
-from engine.facts import Shape, architecture_in, input_shape_in, is_our_student
+from engine.facts import architecture_in, input_shape_in, is_our_student
 from engine.graphs import Graph, check_graph, same_logits
 from engine.probing import FORWARD_ERRORS, TRIED_PIXELS, noise
 from engine.rebuild import Rebuilt, rebuild, rebuild_like, rebuild_stated
+from engine.shapes import Shape
 from engine.unwrap import State
 
 GRAPH = "graph"

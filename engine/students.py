@@ -20,6 +20,7 @@ from engine.checkpoints import read_checkpoint
 from engine.errors import SSDKDError
 from engine.layers import initialise_convolutions
 from engine.mobilenets import MobileNetV2
+from engine.shapes import Shape, words
 from engine.user_code import call_user_function
 from engine.zoo import VGG, ZOO, Builder, WideResNet, resnet_cifar
 
@@ -218,9 +219,9 @@ def _is_finite(weight: Tensor | None) -> bool:
     return weight is None or bool(torch.isfinite(weight).all())
 
 
-def _try_forward(student: nn.Module, name: str, input_shape: tuple[int, int, int], classes: int) -> None:
+def _try_forward(student: nn.Module, name: str, input_shape: Shape, classes: int) -> None:
     """Makes sure that it gives logits, in train mode for images as training has them: in channels_last."""
-    size = "x".join(map(str, input_shape))
+    size = words(input_shape)
     images = torch.zeros(2, *input_shape)
     if student.training:
         images = images.contiguous(memory_format=torch.channels_last)

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from engine.batchnorm import batchnorm_layers, statistics_misfit
 from engine.checkpoints import read_checkpoint, sha256_of
 from engine.errors import SSDKDError
-from engine.facts import Metadata, Shape, class_names_in, input_shape_in, normalisation_in
-from engine.probing import as_classifier, input_channels, words
+from engine.facts import Metadata, class_names_in, input_shape_in, normalisation_in
+from engine.probing import as_classifier, input_channels
 from engine.resolve import resolve_network
+from engine.shapes import Shape, words
 
 __all__ = ["Preprocessing", "Teacher", "TeacherSpec", "batchnorm_layers", "load_teacher"]
 

@@ -23,9 +23,9 @@ from torch import Tensor, fx
 
 from engine.errors import SSDKDError
 from engine.graphs import Graph, loosen_batch, restore_batchnorm
-from engine.probing import Shape
 from engine.safe_archive import FILE_OPERATIONS, needs_trust, packed, read_members, without_folder
 from engine.safe_pickle import UNREADABLE, damaged
+from engine.shapes import Shape
 from engine.unwrap import State
 
 # Of the archive, without its top folder. Anything else (compiled code, pickled objects) needs trust. To torch's reader,

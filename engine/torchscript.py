@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from engine.graphs import Graph, restore_batchnorm
-from engine.probing import FORWARD_ERRORS, TRIED_PIXELS, Shape, noise
+from engine.probing import FORWARD_ERRORS, TRIED_PIXELS, noise
 from engine.safe_archive import FILE_OPERATIONS, needs_trust, packed, read_members, without_folder
 from engine.safe_pickle import UNREADABLE, damaged
+from engine.shapes import Shape
 from engine.unwrap import State
 
 # TorchScript's own operations on numbers and lists, which PyTorch's dispatcher does not take from Python.
