@@ -17,6 +17,7 @@ from benchmarks.common import RESULTS, provenance, save, unfinished
 from engine.config import EFFORTS, settings_for
 from engine.device import choose_device
 from engine.distill import averaged_student, distill, start
+from engine.inheritance import inherit
 from engine.students import build_student
 from engine.task import Classification
 from engine.teacher import batchnorm_layers, load_teacher
@@ -33,6 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without the meta step": {"meta": False},
     "plain fast inversion: all off but the meta step, growing buffer": PLAIN,
     "all off, growing buffer": {**PLAIN, "meta": False},
+    "without inherited layers": {"inherit": False},
     "random noise instead of inversion": {"inversion": False},
 }
 
@@ -45,20 +47,22 @@ def run(settings: dict[str, Any], *, rounds: int, seed: int) -> dict[str, Any]:
         Path(str(DEMO_DEFAULTS["eval_data"])), input_shape=spec.input_shape, classes=spec.classes, class_names=None
     )
     student = build_student(str(DEMO_DEFAULTS["student"]), teacher=teacher, seed=seed)
+    sized = settings_for(
+        "quick",
+        image_shape=spec.input_shape,
+        **{"rounds": rounds, "samples": int(str(DEMO_DEFAULTS["samples"])), **settings},
+    )
     started = time.perf_counter()
     state = start(
         teacher.module,
         student,
+        inherited=inherit(student, teacher.module) if sized.inherit else frozenset(),
         task=Classification(spec.classes),
         image_shape=spec.input_shape,
         mean=spec.preprocessing.mean,
         std=spec.preprocessing.std,
         batchnorm_layers=batchnorm_layers(teacher.module),
-        settings=settings_for(
-            "quick",
-            image_shape=spec.input_shape,
-            **{"rounds": rounds, "samples": int(str(DEMO_DEFAULTS["samples"])), **settings},
-        ),
+        settings=sized,
         compute=choose_device("cpu"),
         seed=seed,
     )

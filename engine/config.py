@@ -34,10 +34,12 @@ class DistillationSettings:
 
     student_batch: int = 64
     student_steps: int = 80  # a round
-    student_rate: float = 0.4  # SGD with Nesterov momentum; a short rise, then a half cosine to 0
+    student_rate: float = 0.4  # peak; SGD with Nesterov momentum; a short rise, then a half cosine to 0
     student_momentum: float = 0.9
     student_decay: float = 5e-4
     temperature: float = 4.0
+    inherit: bool = True  # begin with the layers that the student shares with the teacher; off: all of it afresh
+    inherited_rate: float = 0.1  # peak of the learning rate of those layers
     average_decay: float = 0.99  # of the weight average that is kept, per step
     views: int = 8  # augmentations of each sample, of which the teacher's logits are kept
     shift: int = 4  # pixels, of the augmentations at 32 px; scaled with the image

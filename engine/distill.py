@@ -32,6 +32,7 @@ class State:
 
     teacher: nn.Module
     student: nn.Module
+    inherited: frozenset[str]  # names of the student's parameters that began as the teacher's
     average: nn.Module  # the weight average of the student: the one that is kept
     optimizer: torch.optim.Optimizer
     inverter: Inverter
@@ -83,11 +84,13 @@ def start(
     settings: DistillationSettings,
     compute: Compute,
     seed: int,
+    inherited: frozenset[str] = frozenset(),
 ) -> State:
     """The state before the first round. Moves both networks to the device and freezes the teacher.
 
     `image_shape` is (C, H, W), `mean` and `std` one value a channel for pixels in 0...1, `batchnorm_layers` those of
-    the teacher that serve as a prior (none: smooth, standardised images take their place).
+    the teacher that serve as a prior (none: smooth, standardised images take their place), `inherited` the names of the
+    student's parameters that begin as the teacher's: they learn at a rate of their own.
     """
     torch.manual_seed(seed)  # the generator's initial weights and the student's dropout, if it has any
     teacher.to(compute.device, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
@@ -96,14 +99,9 @@ def start(
     return State(
         teacher=teacher,
         student=student,
+        inherited=inherited,
         average=copy.deepcopy(student).eval().requires_grad_(False),
-        optimizer=torch.optim.SGD(
-            student.parameters(),
-            lr=settings.student_rate,
-            momentum=settings.student_momentum,
-            weight_decay=settings.student_decay,
-            nesterov=settings.student_momentum > 0,
-        ),
+        optimizer=new_optimizer(student, inherited, settings),
         inverter=new_inverter(image_shape, settings, compute),
         buffer=replay.empty_buffer(
             capacity, image_shape, views=settings.views, classes=task.classes, device=compute.device
@@ -117,6 +115,22 @@ def start(
         settings=settings,
         compute=compute,
         rng=torch.Generator(compute.device).manual_seed(seed),
+    )
+
+
+def new_optimizer(
+    student: nn.Module, inherited: frozenset[str], settings: DistillationSettings
+) -> torch.optim.Optimizer:
+    """SGD over two groups, new parameters and inherited ones; `initial_lr` of each is the peak of its rate."""
+    old = [parameter for name, parameter in student.named_parameters() if name in inherited]
+    new = [parameter for name, parameter in student.named_parameters() if name not in inherited]
+    rates = ((new, settings.student_rate), (old, settings.inherited_rate))
+    return torch.optim.SGD(
+        [{"params": parameters, "initial_lr": rate} for parameters, rate in rates if parameters],
+        lr=settings.student_rate,
+        momentum=settings.student_momentum,
+        weight_decay=settings.student_decay,
+        nesterov=settings.student_momentum > 0,
     )
 
 
@@ -253,7 +267,7 @@ def teach(state: State, progress: float) -> Tensor:
     """The student's steps of one round on samples drawn by priority; their losses, float32 [student_steps]."""
     settings, buffer, rng = state.settings, state.buffer, state.rng
     for group in state.optimizer.param_groups:
-        group["lr"] = settings.student_rate * rate_factor(progress)
+        group["lr"] = group["initial_lr"] * rate_factor(progress)
     state.student.train()
     losses = []
     for _ in range(settings.student_steps):

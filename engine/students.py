@@ -297,6 +297,7 @@ STUDENTS: dict[str, StudentEntry] = {
         "ResNet-18: large and accurate, plain convolutions that every runtime is good at",
         _by_size(ZOO["resnet18_cifar"], partial(_build_torchvision, "resnet18")),
     ),
+    "wrn10_1": StudentEntry("the smallest wide ResNet", _with_stem(partial(WideResNet, depth=10, widen=1))),
     "wrn16_1": StudentEntry("wide ResNet of depth 16, width 1", _with_stem(partial(WideResNet, depth=16, widen=1))),
     "wrn16_2": StudentEntry("wide ResNet of depth 16, width 2", _with_stem(partial(WideResNet, depth=16, widen=2))),
     "wrn40_1": StudentEntry("wide ResNet of depth 40, width 1", _with_stem(partial(WideResNet, depth=40, widen=1))),

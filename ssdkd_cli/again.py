@@ -17,7 +17,7 @@ from exporters.evaluate import accuracy, load_labelled
 from exporters.metadata import describe, preprocessing_of
 from exporters.runtimes import open_runtime, predictor
 from ssdkd_cli import console, runs
-from ssdkd_cli.artifacts import NAME, artifact, check_formats, export_and_prove, score_file, time_files
+from ssdkd_cli.artifacts import artifact, check_formats, export_and_prove, score_file, time_files
 from ssdkd_cli.files import check_writable
 from ssdkd_cli.report import Artifact, Percentiles, Report, read_report, recommend, write_report
 
@@ -112,7 +112,7 @@ def export(
     check_formats(formats)
     report = _report_of(material, folder)
     for name in formats:
-        path = folder / f"{NAME}{FORMATS[name].suffix}"
+        path = folder / f"{runs.MODEL}{FORMATS[name].suffix}"
         if material.run is None and path.resolve() == Path(material.card.teacher_path):
             raise SSDKDError(
                 f"{path} is the teacher itself: its export would replace it", "write beside it with --out DIR"
@@ -223,4 +223,4 @@ def bench(model: Path, *, input_shape: tuple[int, int, int] | None) -> list[File
 def files_of(folder: Path) -> list[Path]:
     """The exported files of a run that were not rejected."""
     suffixes = {format.suffix for format in FORMATS.values()}
-    return sorted(path for path in folder.glob(f"{NAME}*") if path.suffix in suffixes)
+    return sorted(path for path in folder.glob(f"{runs.MODEL}*") if path.suffix in suffixes)

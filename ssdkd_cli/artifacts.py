@@ -19,7 +19,7 @@ from exporters.evaluate import LabelledImages, accuracy
 from exporters.metadata import describe, metadata_for, preprocessing_of
 from exporters.runtimes import Runtime, open_runtime, to_input
 from exporters.verify import Verification, reject, verify
-from ssdkd_cli import console
+from ssdkd_cli import console, runs
 from ssdkd_cli.report import Artifact, Percentiles
 from ssdkd_cli.runs import StudentCard
 from ssdkd_cli.words import milliseconds, size
@@ -27,7 +27,6 @@ from ssdkd_cli.words import milliseconds, size
 BATCHES = (32, 16, 8, 4, 2, 1)  # of the throughput: the largest that stays below BATCH_SECONDS a call
 BATCH_SECONDS = 0.4
 BENCH_SECONDS = 0.5  # each file at each batch size is called for at least so long
-NAME = "model"  # files are called model.onnx, ...
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def try_export(module: nn.Module, formats: Sequence[str], input_shape: tuple[int
     """Raises SSDKDError where `module` cannot be exported: better now than after hours of distilling."""
     with tempfile.TemporaryDirectory(prefix="ssdkd-") as temporary:
         for name in formats:
-            FORMATS[name].write(module, Path(temporary) / NAME, input_shape=input_shape, metadata={})
+            FORMATS[name].write(module, Path(temporary) / runs.MODEL, input_shape=input_shape, metadata={})
 
 
 def export_and_prove(
@@ -101,7 +100,7 @@ def export_and_prove(
 
     Raises SSDKDError where the module cannot be exported; a file that fails its proof is renamed and returned.
     """
-    path = folder / f"{NAME}{FORMATS[name].suffix}"
+    path = folder / f"{runs.MODEL}{FORMATS[name].suffix}"
     with console.stage("export", f"writing {path.name}") as done:
         write_format(name, module, path, card, embed_preprocessing=embed_preprocessing)
         done(f"{path}, {size(path.stat().st_size)}")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import platform
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -74,6 +74,7 @@ def describe_run(
             size_bytes=student_bytes,
             accuracy=scores.student_accuracy,
             agreement=scores.agreement,
+            inherited=distilled.state.inherited,
         ),
         distillation=describe_distillation(distilled.state, held_out_samples=len(distilled.held_out), seed=seed),
         artifacts=artifacts,
@@ -131,8 +132,9 @@ def describe_student(
     size_bytes: int,
     accuracy: float | None,
     agreement: float,
+    inherited: frozenset[str],
 ) -> StudentReport:
-    """`size_bytes`: of its weights' file; `accuracy` and `agreement` are percent."""
+    """`size_bytes`: of its weights' file; `accuracy` and `agreement` are percent; `inherited`: names of parameters."""
     return StudentReport(
         arch=arch,
         parameters=count_parameters(module),
@@ -140,6 +142,7 @@ def describe_student(
         size_bytes=size_bytes,
         accuracy=accuracy,
         agreement=agreement,
+        inherited_parameters=count_parameters(module, inherited),
     )
 
 
@@ -177,6 +180,6 @@ def prior_warnings(histogram: Sequence[int]) -> list[str]:
     return []
 
 
-def count_parameters(module: nn.Module) -> int:
-    """Weights of a network; buffers are not counted."""
-    return sum(parameter.numel() for parameter in module.parameters())
+def count_parameters(module: nn.Module, names: Collection[str] | None = None) -> int:
+    """Weights of a network, all or those of these names; buffers are not counted."""
+    return sum(parameter.numel() for name, parameter in module.named_parameters() if names is None or name in names)

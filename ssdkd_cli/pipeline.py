@@ -20,10 +20,11 @@ from engine.config import DistillationSettings, settings_for
 from engine.device import choose_device
 from engine.distill import State, class_histogram
 from engine.errors import SSDKDError
+from engine.inheritance import inherit
 from engine.students import STUDENTS, build_student
 from engine.teacher import Teacher, load_teacher
 from exporters.evaluate import LabelledImages, accuracy, load_labelled
-from exporters.runtimes import predictor, to_input
+from exporters.runtimes import inference_batch, predictor, to_input
 from ssdkd_cli import console, runs
 from ssdkd_cli.artifacts import artifact, check_formats, export_and_prove, measure, try_export
 from ssdkd_cli.config_file import read_config, write_config
@@ -66,7 +67,7 @@ def compress(options: Options, *, command: str) -> Finished:
     with new_folder(folder):
         teacher = load(options)
         settings = settings_of(options, ablations, teacher)
-        student = build(options, teacher)
+        student, inherited = build(options, teacher, settings)
         labelled = read_labelled(options.eval_data, teacher)
         check_space(folder, needed_bytes(teacher, student, settings))
         runs.clear(folder)
@@ -81,6 +82,7 @@ def compress(options: Options, *, command: str) -> Finished:
                 compute,
                 folder,
                 card,
+                inherited=inherited,
                 seed=options.seed,
                 time_limit_seconds=options.time_limit,
             )
@@ -174,16 +176,27 @@ def load(options: Options) -> Teacher:
     return teacher
 
 
-def build(options: Options, teacher: Teacher) -> nn.Module:
-    """The student with its first weights; one that is not ours is exported once, so that it cannot fail at the end."""
+def build(options: Options, teacher: Teacher, settings: DistillationSettings) -> tuple[nn.Module, frozenset[str]]:
+    """The student with its first weights, and the names of those that are the teacher's.
+
+    A student that is not ours is exported once, so that it cannot fail at the end.
+    """
     with console.stage("student", f"building {options.student}") as done:
         student = build_student(options.student, teacher=teacher, weights=options.student_weights, seed=options.seed)
         if options.student not in STUDENTS:
             try_export(student, options.export, teacher.spec.input_shape)
         parameters = count_parameters(student)
         share = 100 * parameters / teacher.spec.parameters
-        done(f"{options.student}, {count(parameters)} parameters, {share:.0f} % of the teacher's")
-    return student
+        said = f"{options.student}, {count(parameters)} parameters, {share:.0f} % of the teacher's"
+        inherited: frozenset[str] = frozenset()
+        if settings.inherit and not options.student_weights:
+            inherited = inherit(student, teacher.module)
+        if inherited:
+            said += (
+                f"; {percent(100 * count_parameters(student, inherited) / parameters)} of them begin as the teacher's"
+            )
+        done(said)
+    return student, inherited
 
 
 def read_labelled(path: Path | None, teacher: Teacher) -> LabelledImages | None:
@@ -228,9 +241,9 @@ def compare(distilled: Distilled, teacher: Teacher, labelled: LabelledImages | N
     mean, std = preprocessing.mean, preprocessing.std
     networks = predictor(teacher.module), predictor(copy.deepcopy(distilled.student).to(device))
     of_teacher, of_student = (accuracy(run, labelled, mean=mean, std=std) if labelled else None for run in networks)
-    agreed = 0
-    for first in range(0, len(distilled.held_out), PROOF_SAMPLES):
-        images = to_input(distilled.held_out[first : first + PROOF_SAMPLES], mean, std)
+    agreed, batch = 0, inference_batch(teacher.spec.input_shape)
+    for first in range(0, len(distilled.held_out), batch):
+        images = to_input(distilled.held_out[first : first + batch], mean, std)
         teachers, students = (run(images).argmax(1) for run in networks)
         agreed += int((teachers == students).sum())
     return Scores(

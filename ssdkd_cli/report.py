@@ -65,7 +65,10 @@ class TeacherReport:
 
 @dataclass(frozen=True, config=STRICT)
 class StudentReport:
-    """The float student. `size_bytes` is that of student.safetensors, `agreement` with the teacher."""
+    """The float student. `size_bytes` is that of student.safetensors, `agreement` with the teacher.
+
+    `inherited_parameters` began as the teacher's.
+    """
 
     arch: str
     parameters: int
@@ -73,6 +76,7 @@ class StudentReport:
     size_bytes: int
     accuracy: float | None
     agreement: float
+    inherited_parameters: int = 0
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -243,7 +243,7 @@ def bench(
         )
         for item in timings
     ]
-    caption = f"{model}, one image and many, {timings[0].runtime}"
+    caption = f"{model}, latency at batch {timings[0].latency_batch}, {timings[0].runtime}"
     head = ("model", "p50", "p90", "p99", "images/s", "at batch")
     return _outcome(
         json, timings, functools.partial(console.print_table, head, rows, right=range(1, 6), caption=caption)

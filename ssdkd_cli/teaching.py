@@ -44,6 +44,7 @@ def teach(
     folder: Path,
     card: runs.StudentCard,
     *,
+    inherited: frozenset[str],
     seed: int,
     time_limit_seconds: float | None,
 ) -> Distilled:
@@ -70,6 +71,7 @@ def teach(
             settings=settings,
             compute=compute,
             seed=seed,
+            inherited=inherited,
         )
         try:
             run_rounds(state, folder / runs.METRICS, f"{spec.arch} to {card.student}", time_limit_seconds)

@@ -52,6 +52,7 @@ def begin(
     seed: int = AGREEING,
     teacher: nn.Module | None = None,
     image_shape: tuple[int, int, int] = (1, 16, 16),
+    inherited: frozenset[str] = frozenset(),
     **changed: Any,
 ) -> State:
     channels = image_shape[0]
@@ -67,6 +68,7 @@ def begin(
         settings=dataclasses.replace(SETTINGS, **changed),
         compute=Compute(torch.device("cpu"), None),
         seed=seed,
+        inherited=inherited,
     )
 
 
@@ -236,6 +238,21 @@ def rates(state: State, **limits: float) -> list[float]:
 def test_the_rate_of_each_round_follows_the_rounds() -> None:
     found = rates(begin(rounds=5, warmup_rounds=0, student_rate=0.1))
     assert found == pytest.approx([0.1 * rate_factor(done / 5) for done in range(5)])
+
+
+def test_inherited_layers_learn_at_their_own_rate() -> None:
+    state = begin(inherited=frozenset({"conv1.weight", "linear.bias"}), student_rate=0.4, inherited_rate=0.0)
+    before = copy_of(state.student)
+    list(distill(state))
+    unmoved = {
+        name
+        for name, _ in state.student.named_parameters()
+        if torch.equal(before[name], state.student.get_parameter(name))
+    }
+    assert unmoved == {"conv1.weight", "linear.bias"}
+    new, old = state.optimizer.param_groups
+    assert new["lr"] == pytest.approx(0.4 * rate_factor(3 / 4))
+    assert (old["lr"], len(old["params"])) == (0, 2)
 
 
 def test_a_time_limit_ends_the_run_and_takes_the_rate_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
