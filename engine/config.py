@@ -6,9 +6,9 @@ from typing import Any
 
 from engine.errors import SSDKDError
 
-EFFORTS: dict[str, int] = {"smoke": 8, "quick": 52, "full": 600}  # rounds
+EFFORTS: dict[str, int] = {"smoke": 16, "quick": 100, "full": 1200}  # rounds
 LOWEST = {"warmup_rounds": 0, "shift": 0, "held_out": 2, "temperature": 0.01}  # else 1 for integers, 0 for the rest
-SMALL_PIXELS = 64 * 64  # up to this many pixels a batch is whole; beyond, it shrinks with the area
+BATCH_PIXELS = 128 * 64 * 64  # a batch has no more pixels than this, so that memory stays level
 
 
 @dataclass(frozen=True)
@@ -20,26 +20,27 @@ class DistillationSettings:
     held_out: int = 256  # newest synthetic samples that are never trained on
     warmup_rounds: int = 10  # rounds of inversion before the student takes its first step
 
-    inversion_batch: int = 128  # samples a round
+    inversion_batch: int = 64  # samples a round
     inversion_steps: int = 10  # K
     generator_width: int = 16  # channels at full resolution
     generator_latent: int = 256
     generator_rate: float = 2e-2  # Adam
     latent_rate: float = 0.1  # Adam
-    batchnorm_weight: float = 30.0  # a_bn
-    class_weight: float = 1.0  # a_ce
+    meta_rate: float = 1.0  # epsilon, how far the generator follows its fast copy in a round
+    batchnorm_weight: float = 100.0  # a_bn
+    class_weight: float = 0.5  # a_ce
     adversarial_weight: float = 1.0  # a_adv
     gamma: float = 1.0  # exponent of the difficulty-aware part of phi
     beta: float = 0.4  # exponent of the importance weights
 
     student_batch: int = 64
-    student_steps: int = 80  # a round
+    student_steps: int = 20  # a round
     student_rate: float = 0.4  # peak; SGD with Nesterov momentum; a short rise, then a half cosine to 0
     student_momentum: float = 0.9
     student_decay: float = 5e-4
     temperature: float = 4.0
     inherit: bool = True  # begin with the layers that the student shares with the teacher; off: all of it afresh
-    inherited_rate: float = 0.1  # peak of the learning rate of those layers
+    inherited_rate: float = 0.05  # peak of the learning rate of those layers
     average_decay: float = 0.99  # of the weight average that is kept, per step
     views: int = 8  # augmentations of each sample, of which the teacher's logits are kept
     shift: int = 4  # pixels, of the augmentations at 32 px; scaled with the image
@@ -74,10 +75,10 @@ def settings_for(effort: str, *, image_shape: tuple[int, int, int], **overrides:
                 "correct the config file",
             )
     _, height, width = image_shape
-    batch = max(16, min(128, 128 * SMALL_PIXELS // (height * width)))
+    batch = max(16, min(DistillationSettings.inversion_batch, BATCH_PIXELS // (height * width)))
     rounds = EFFORTS[effort]
     sized = DistillationSettings(
-        rounds=rounds, inversion_batch=batch, student_batch=min(64, batch), warmup_rounds=min(10, max(1, rounds // 4))
+        rounds=rounds, inversion_batch=batch, student_batch=batch, warmup_rounds=min(10, max(1, rounds // 4))
     )
     settings = replace(sized, **overrides)
     _check_ranges(settings)

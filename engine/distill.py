@@ -48,6 +48,7 @@ class State:
     steps: int = 0
     images_seen: int = 0
     seconds: float = 0.0
+    hurried: bool = False  # the clock was ahead of the rounds once: the same seed may give another student
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def distill(state: State, *, time_limit_seconds: float | None = None) -> Iterato
     """Run the rounds that are left, one metrics a round; stop early when the time is spent.
 
     With a time limit the learning rate falls with the time as well, so that a run that is cut short has still cooled
-    down; it is then not repeatable bit for bit.
+    down; where the clock was ahead of the rounds it is not repeatable bit for bit, and `state.hurried` says so.
 
     Raises:
         NonFiniteLossError: a loss became NaN or infinite; names the round.
@@ -157,8 +158,8 @@ def distill(state: State, *, time_limit_seconds: float | None = None) -> Iterato
         now = time.perf_counter()
         state.seconds = now - started
         progress = state.round / settings.rounds
-        if time_limit_seconds is not None:
-            progress = max(progress, state.seconds / time_limit_seconds)
+        if time_limit_seconds is not None and state.seconds / time_limit_seconds > progress:
+            progress, state.hurried = state.seconds / time_limit_seconds, True
         taught = len(losses) if state.round > settings.warmup_rounds else 0
         yield RoundMetrics(
             round=state.round,

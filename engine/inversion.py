@@ -3,7 +3,8 @@
     L_inv(x) = a_bn L_bn(x) + a_ce CE(T(x), y) - a_adv phi(x) KL(T(x) || S(x)) 1[argmax T(x) = argmax S(x)]
 
 Per round, a copy of the generator and the latent vectors take K steps of Adam on L_inv; the generator itself then takes
-one first-order meta step along the sum of the gradients (Fang et al., AAAI 2022), so that the next round starts nearer.
+one first-order meta step towards that copy (Reptile, Nichol et al. 2018; meta-learned inversion: Fang et al., AAAI 2022),
+so that the next round starts nearer.
 """
 
 import contextlib
@@ -33,11 +34,10 @@ ADAM_BETAS = (0.5, 0.999)  # Radford et al. 2016
 
 @dataclass
 class Inverter:
-    """The generator, its fast copy, and the optimizer of the meta step."""
+    """The generator and its fast copy."""
 
     generator: Generator
     fast_generator: Generator
-    meta_optimizer: torch.optim.Optimizer
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,7 @@ def new_inverter(image_shape: tuple[int, int, int], settings: DistillationSettin
         generator = Generator(image_shape, latent=settings.generator_latent, width=settings.generator_width)
         return generator.to(compute.device).to(memory_format=torch.channels_last)
 
-    generator, fast_generator = build(), build()
-    meta_rate = settings.generator_rate * settings.inversion_steps
-    meta_optimizer = torch.optim.Adam(generator.parameters(), lr=meta_rate, betas=ADAM_BETAS)
-    return Inverter(generator, fast_generator, meta_optimizer)
+    return Inverter(build().requires_grad_(False), build())
 
 
 def invert(
@@ -105,7 +102,6 @@ def invert(
     variables = [*parameters, latent]
     rates: list[dict[str, Any]] = [{"params": parameters}, {"params": [latent], "lr": settings.latent_rate}]
     optimizer = torch.optim.Adam(rates, lr=settings.generator_rate, betas=ADAM_BETAS)
-    meta_gradients = [torch.zeros_like(parameter) for parameter in parameters]
     with evaluating(student), recorded_statistics(prior.layers if prior else ()) as recorded:
         for _ in range(settings.inversion_steps):
             with compute.autocast():
@@ -131,14 +127,12 @@ def invert(
             gradients = torch.autograd.grad(loss, variables)
             for variable, gradient in zip(variables, gradients, strict=True):
                 variable.grad = gradient
-            torch._foreach_add_(meta_gradients, list(gradients[:-1]))
             optimizer.step()
-    if settings.meta:
-        for parameter, gradient in zip(inverter.generator.parameters(), meta_gradients, strict=True):
-            parameter.grad = gradient
-        inverter.meta_optimizer.step()
-    with torch.no_grad(), compute.autocast():
-        images = to_bytes(fast(latent))
+    with torch.no_grad():
+        if settings.meta:
+            torch._foreach_lerp_([*inverter.generator.parameters()], parameters, settings.meta_rate)
+        with compute.autocast():
+            images = to_bytes(fast(latent))
     return images, InversionLosses(*(term.detach() for term in (loss, prior_loss, target_loss, adversarial_loss)))
 
 

@@ -16,8 +16,9 @@ DEMO_TEACHER = ASSETS / "demo_teacher.pt"
 
 # As they would be typed; the demo's help shows them.
 DEMO_DEFAULTS: dict[str, object] = {
-    "student": "resnet8",
+    "student": "wrn10_1",
     "effort": "quick",
+    "time_limit": "135s",
     "samples": "3000",
     "input": "1x28x28",
     "mean": "0.5",

@@ -29,6 +29,7 @@ from ssdkd_cli.report import (
 from ssdkd_cli.teaching import Distilled
 
 METHOD = "SSD-KD"
+NOT_REPEATABLE = "the time limit hurried the run: the same seed does not give the same student again"
 SAMPLES_A_CLASS = 5  # with fewer on average, the counts of classes say nothing
 UNBALANCED = 10  # times as many samples in the largest class as in the smallest
 
@@ -160,6 +161,11 @@ def describe_distillation(state: State, *, held_out_samples: int, seed: int) -> 
         class_histogram=tuple(class_histogram(state)),
         settings=dataclasses.asdict(state.settings),
     )
+
+
+def run_warnings(state: State) -> list[str]:
+    """What the user must know of a distillation that went through."""
+    return [*prior_warnings(class_histogram(state)), *([NOT_REPEATABLE] if state.hurried else [])]
 
 
 def prior_warnings(histogram: Sequence[int]) -> list[str]:

@@ -193,7 +193,7 @@ class Options:
         typer.Option(
             parser=parse_duration,
             metavar="TIME",
-            help="Stop distilling after 90s, 10m, 1h30m. The same seed then no longer gives the same student.",
+            help="Stop distilling after 90s, 10m, 1h30m. A run that the clock hurries cannot be repeated bit for bit.",
             rich_help_panel="Run",
         ),
     ] = None

@@ -18,7 +18,7 @@ from torch import nn
 
 from engine.config import DistillationSettings, settings_for
 from engine.device import choose_device
-from engine.distill import State, class_histogram
+from engine.distill import State
 from engine.errors import SSDKDError
 from engine.inheritance import inherit
 from engine.students import STUDENTS, build_student
@@ -28,7 +28,7 @@ from exporters.runtimes import inference_batch, predictor, to_input
 from ssdkd_cli import console, runs
 from ssdkd_cli.artifacts import artifact, check_formats, export_and_prove, measure, try_export
 from ssdkd_cli.config_file import read_config, write_config
-from ssdkd_cli.describe import Scores, count_parameters, describe_run, prior_warnings
+from ssdkd_cli.describe import Scores, count_parameters, describe_run, run_warnings
 from ssdkd_cli.files import check_space, check_writable, write_text
 from ssdkd_cli.labels import read_classes
 from ssdkd_cli.options import Options, as_typed
@@ -39,7 +39,6 @@ from ssdkd_cli.words import count, percent, shape
 
 SPARE_BYTES = 4_000_000  # report, picture, metrics
 CHANNELS, PIXELS = range(1, 5), range(16, 513)  # what the engine was made and tried for
-NOT_REPEATABLE = "--time-limit ends the run by the clock: the same seed does not give the same student again"
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def compress(options: Options, *, command: str) -> Finished:
         runs.clear(folder)
         with keeping_student(folder):
             write_text(folder / runs.CONFIG, write_config(as_typed(options), ablations, dataclasses.asdict(settings)))
-            warnings = [*teacher.spec.warnings, *warn_all([NOT_REPEATABLE] if options.time_limit else [])]
+            warnings = list(teacher.spec.warnings)
             card = runs.teacher_card(teacher.spec, options.student)
             distilled = teach(
                 teacher,
@@ -86,7 +85,7 @@ def compress(options: Options, *, command: str) -> Finished:
                 seed=options.seed,
                 time_limit_seconds=options.time_limit,
             )
-            warnings += warn_all(prior_warnings(class_histogram(distilled.state)))
+            warnings += warn_all(run_warnings(distilled.state))
             save_picture(folder, distilled.state, class_names(teacher))
             samples = distilled.held_out[:PROOF_SAMPLES]
             proofs = [

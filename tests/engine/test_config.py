@@ -31,8 +31,7 @@ def test_efforts_grow_and_each_has_rounds_left_after_its_warm_up() -> None:
 @pytest.mark.parametrize(
     ("image_shape", "batch"),
     [
-        ((1, 16, 16), 128),
-        ((3, 64, 64), 128),
+        ((1, 16, 16), 64),
         ((3, 64, 128), 64),
         ((3, 96, 96), 56),
         ((3, 128, 128), 32),
@@ -42,7 +41,7 @@ def test_efforts_grow_and_each_has_rounds_left_after_its_warm_up() -> None:
 )
 def test_batches_shrink_with_the_area_of_large_images(image_shape: tuple[int, int, int], batch: int) -> None:
     settings = settings_for("quick", image_shape=image_shape)
-    assert (settings.inversion_batch, settings.student_batch) == (batch, min(64, batch))
+    assert (settings.inversion_batch, settings.student_batch) == (batch, batch)
 
 
 def test_overrides_win_over_effort_and_size() -> None:
@@ -85,7 +84,7 @@ def test_settings_cannot_change_during_a_run() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"samples": 50}, "holds 50 samples, one round makes 128"),
+        ({"samples": 50}, "holds 50 samples, one round makes 64"),
         ({"rounds": 0}, "'rounds' is 0: expected 1 or more"),
         ({"samples": -3}, "'samples' is -3"),
         ({"held_out": 1}, "'held_out' is 1: expected 2 or more"),

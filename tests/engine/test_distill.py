@@ -261,6 +261,7 @@ def test_a_time_limit_ends_the_run_and_takes_the_rate_with_it(monkeypatch: pytes
     state = begin(rounds=1000, student_rate=0.1, warmup_rounds=0, student_steps=1)
     found = rates(state, time_limit_seconds=60.0)  # a round looks at the clock twice
     assert 28 <= state.round <= 32
+    assert state.hurried
     assert max(found) > 0.095
     assert found[-1] < 0.002
     assert found[4:] == sorted(found[4:], reverse=True)
@@ -269,6 +270,7 @@ def test_a_time_limit_ends_the_run_and_takes_the_rate_with_it(monkeypatch: pytes
 def test_a_time_limit_that_is_not_reached_changes_nothing(finished: tuple[State, list[RoundMetrics]]) -> None:
     state = begin()
     assert len(list(distill(state, time_limit_seconds=1e9))) == 4
+    assert not state.hurried
     assert same(copy_of(state.student), copy_of(finished[0].student))
 
 

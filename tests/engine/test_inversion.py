@@ -219,6 +219,16 @@ def test_the_meta_step_moves_the_generator_so_that_the_next_round_starts_nearer(
     assert starts[-1] < 0.8 * starts[0]
 
 
+def test_the_generator_follows_its_fast_copy_by_the_meta_rate(teacher: nn.Module, student: nn.Module) -> None:
+    inverter = inverter_of(SETTINGS)
+    before = state_of(inverter.generator)
+    run(teacher, student, inverter=inverter, meta_rate=0.25)
+    fast = dict(inverter.fast_generator.named_parameters())
+    for name, parameter in inverter.generator.named_parameters():
+        torch.testing.assert_close(parameter, before[name] + 0.25 * (fast[name] - before[name]), rtol=1e-4, atol=1e-6)
+    assert not same(before, state_of(inverter.generator))
+
+
 def test_without_the_meta_step_every_round_starts_from_the_first_generator(
     teacher: nn.Module, student: nn.Module
 ) -> None:

@@ -3,6 +3,7 @@ import itertools
 import json
 import shutil
 import tempfile
+import types
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine.config import DistillationSettings
 from engine.distill import distill
 from engine.errors import NonFiniteLossError
+from engine.students import build_student
+from engine.teacher import load_teacher
 from exporters.verify import Verification
 from ssdkd_cli import artifacts, console, files, pipeline, teaching
 
@@ -405,4 +409,19 @@ def test_the_demo_s_teacher_and_images_go_together(ssdkd: Any, tmp_path: Path) -
     assert teacher["accuracy_images"] == 2000
     assert teacher["class_names"][0] == "T-shirt/top"
     assert 2 * student["parameters"] <= teacher["parameters"]
+    assert student["inherited_parameters"] == student["parameters"]
     assert not [warning for warning in ran.json["warnings"] if "assumed" in warning]  # all that it needs is stated
+
+
+def test_a_student_inherits_unless_it_has_weights_or_is_told_not_to(shared: Path, tmp_path: Path) -> None:
+    teacher = load_teacher(shared / "teacher.pt", input_shape=(1, 16, 16))
+
+    def inherited(weights: Path | None, inherit: bool) -> frozenset[str]:
+        options: Any = types.SimpleNamespace(student="resnet14", student_weights=weights, seed=0, export=())
+        _, names = pipeline.build(options, teacher, DistillationSettings(inherit=inherit))
+        return names
+
+    stated = tmp_path / "student.pt"
+    torch.save(build_student("resnet14", teacher=teacher).state_dict(), stated)
+    assert inherited(None, True) == {name for name, _ in teacher.module.named_parameters()}
+    assert inherited(stated, True) == inherited(None, False) == frozenset()
