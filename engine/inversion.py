@@ -3,8 +3,8 @@
     L_inv(x) = a_bn L_bn(x) + a_ce CE(T(x), y) - a_adv phi(x) KL(T(x) || S(x)) 1[argmax T(x) = argmax S(x)]
 
 Per round, a copy of the generator and the latent vectors take K steps of Adam on L_inv; the generator itself then takes
-one first-order meta step towards that copy (Reptile, Nichol et al. 2018; meta-learned inversion: Fang et al., AAAI 2022),
-so that the next round starts nearer.
+one first-order meta step towards that copy, so that the next round starts nearer (fast meta-learned inversion: Fang et
+al., AAAI 2022; the step is that of Reptile, Nichol et al. 2018).
 """
 
 import contextlib
