@@ -6,7 +6,7 @@ from typing import Any
 
 from engine.errors import SSDKDError
 
-EFFORTS: dict[str, int] = {"smoke": 16, "quick": 100, "full": 1200}  # rounds
+EFFORTS: dict[str, int] = {"smoke": 16, "quick": 150, "full": 1200}  # rounds
 LOWEST = {"warmup_rounds": 0, "shift": 0, "held_out": 2, "temperature": 0.01}  # else 1 for integers, 0 for the rest
 BATCH_PIXELS = 128 * 64 * 64  # a batch has no more pixels than this, so that memory stays level
 
@@ -28,7 +28,7 @@ class DistillationSettings:
     latent_rate: float = 0.1  # Adam
     meta_rate: float = 1.0  # epsilon, how far the generator follows its fast copy in a round
     batchnorm_weight: float = 100.0  # a_bn
-    class_weight: float = 1.0  # a_ce
+    class_weight: float = 0.5  # a_ce
     adversarial_weight: float = 1.0  # a_adv
     gamma: float = 1.0  # exponent of the difficulty-aware part of phi
     beta: float = 0.4  # exponent of the importance weights

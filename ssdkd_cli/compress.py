@@ -18,7 +18,7 @@ DEMO_TEACHER = ASSETS / "demo_teacher.pt"
 DEMO_DEFAULTS: dict[str, object] = {
     "student": "wrn10_1",
     "effort": "quick",
-    "time_limit": "150s",
+    "time_limit": "135s",
     "samples": "3000",
     "input": "1x28x28",
     "mean": "0.5",
