@@ -21,10 +21,16 @@ def has_running_statistics(layer: nn.Module) -> bool:
 
 
 def is_trained(layer: nn.Module) -> bool:
-    """Whether the running statistics of a BatchNorm layer are finite, and no longer those of a new layer."""
+    """Whether the running statistics of a BatchNorm layer are possible ones, and no longer those of a new layer."""
     mean, variance = layer.get_buffer("running_mean"), layer.get_buffer("running_var")
     new = bool((mean == 0).all() and (variance == 1).all())
-    return not new and bool(mean.isfinite().all() and variance.isfinite().all())
+    return not new and bool(mean.isfinite().all() and variance.isfinite().all()) and has_possible_variances(layer)
+
+
+def has_possible_variances(layer: nn.Module) -> bool:
+    """Whether no running variance is negative, and not all are 0; a single 0 is that of a dead channel."""
+    variance = layer.get_buffer("running_var")
+    return not bool((variance < 0).any() or (variance == 0).all())
 
 
 def statistics_misfit(module: nn.Module, shape: Shape) -> float:

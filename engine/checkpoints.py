@@ -14,11 +14,11 @@ import safetensors
 from engine.errors import SSDKDError
 from engine.graphs import Graph
 from engine.onnx_graph import read_onnx
-from engine.safe_pickle import LEGACY_MAGIC, damaged, safe_load, trusted_load
+from engine.safe_pickle import ARCHIVE_MAGIC, LEGACY_MAGIC, UNREADABLE_ARCHIVE, damaged, safe_load, trusted_load
 from engine.shapes import Shape
 from engine.torch_export import read_export
 from engine.torchscript import read_torchscript
-from engine.unwrap import State, Weights, metadata_beside, plain, strip_prefixes, unwrap
+from engine.unwrap import State, Weights, metadata_beside, plain, refuse_unusual, strip_prefixes, unwrap
 
 ACCEPTED = "a PyTorch checkpoint, .safetensors, a torch.export program (.pt2), TorchScript or ONNX"
 
@@ -69,7 +69,7 @@ def check_readable(path: Path) -> None:
         hint = f"give one of its files, for example {path / inside[0]}" if inside else "give the checkpoint file itself"
         raise SSDKDError(f"{path} is a folder: expected {ACCEPTED}", hint)
     if not path.exists():
-        raise SSDKDError(f"there is no file {path}", "check the path of the teacher")
+        raise SSDKDError(f"there is no file {path}", "check the folder and the spelling of the file's name")
     try:
         with path.open("rb") as file:
             first = file.read(1)
@@ -87,7 +87,7 @@ def detect_format(path: Path) -> str:
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(4096)
-    if head.startswith(b"PK\x03\x04"):
+    if head.startswith(ARCHIVE_MAGIC):
         return _zip_format(path)
     for offset, magic, what, hint in STRANGERS:
         if head[offset:].startswith(magic):
@@ -107,13 +107,13 @@ def detect_format(path: Path) -> str:
             f"{path.name} is {kind}, not a network: expected {ACCEPTED}",
             "download the file itself, not the page that shows it"
             if kind != "text"
-            else "check the path of the teacher",
+            else "give the file that holds the network's weights",
         )
     if head[:1] == b"\x08":  # ONNX has no magic number: field 1 of ModelProto, ir_version, comes first
         return "onnx"
     raise SSDKDError(
         f"{path.name} is no checkpoint that ssdkd knows: expected {ACCEPTED}, found bytes {head[:4].hex(' ')}",
-        "save the network's weights with torch.save(model.state_dict(), 'teacher.pt') and give that file",
+        "save the network's weights with torch.save(model.state_dict(), 'network.pt') and give that file",
     )
 
 
@@ -129,6 +129,8 @@ def _zip_format(path: Path) -> str:
             names = archive.namelist()
     except zipfile.BadZipFile as error:
         raise damaged(path, ValueError("the archive's table of contents at its end is missing")) from error
+    except UNREADABLE_ARCHIVE as error:
+        raise damaged(path, error) from error
     members = {name.partition("/")[2] or name for name in names}
     if "constants.pkl" in members or any(name.startswith("code/") for name in members):
         return "torchscript"
@@ -168,6 +170,7 @@ def _read_safetensors(path: Path, _trust_pickle: bool, _shape: Shape | None) -> 
         raise damaged(path, error) from error
     metadata = _facts(header)
     stripped, notes = strip_prefixes(state)
+    refuse_unusual(stripped, path.name)
     # The format sorts its tensors by type and name.
     return Checkpoint("safetensors", Weights(stripped, None, metadata, tuple(notes)), None, keeps_order=False)
 

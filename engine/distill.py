@@ -325,6 +325,11 @@ def measure(state: State, inversion_losses: InversionLosses, losses: Tensor) -> 
     }
     values = dict(zip(measured, torch.stack(list(measured.values())).tolist(), strict=True))
     total, loss = values["inversion_loss"], values["distillation_loss"]
+    if not math.isfinite(total) and not state.steps:
+        raise NonFiniteLossError(
+            f"the images' loss is not finite in round {state.round}, before the student's first step: {total:.3g}",
+            "check --mean and --std, and look at the teacher with `ssdkd inspect`",
+        )
     if not math.isfinite(total) or (state.steps and not math.isfinite(loss)):
         raise NonFiniteLossError(
             f"a loss is not finite in round {state.round}: inversion {total:.3g}, distillation {loss:.3g}",

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.batchnorm import has_running_statistics, is_trained
+from engine.batchnorm import has_possible_variances, has_running_statistics, is_trained
+from engine.probing import noise
+from engine.shapes import words
 from engine.teacher import Teacher, TeacherSpec
 
 MAX_NAMED = 3
@@ -24,7 +26,7 @@ class Inspection:
     flops: int  # of one image: multiplications and additions counted apart
     layers: dict[str, int]  # class name -> how many, of the layers that have weights
     findings: tuple[str, ...]  # what is suspicious; empty if nothing is
-    command: str  # the `ssdkd compress` command to type
+    command: str | None  # the `ssdkd compress` command to type; None if it would refuse the teacher
 
 
 def inspect_teacher(teacher: Teacher) -> Inspection:
@@ -33,14 +35,26 @@ def inspect_teacher(teacher: Teacher) -> Inspection:
     kinds = Counter(
         type(layer).__name__ for layer in module.modules() if next(layer.parameters(recurse=False), None) is not None
     )
-    findings = [*_batchnorm_findings(module), *_weight_findings(module), *_class_findings(module, spec.classes)]
+    broken = _nonfinite_tensors(module)
+    findings = [
+        *_batchnorm_findings(module),
+        *([f"NaN or infinite numbers in {len(broken)} tensors: {_some(broken)}."] if broken else []),
+        *_constant_findings(module),
+        *_class_findings(module, spec.classes),
+    ]
+    with torch.no_grad():
+        finite = bool(module(noise(spec.input_shape)).isfinite().all())  # the images that load_teacher tries
+    if not finite and not broken:
+        findings.append(f"The logits are not finite for images of {words(spec.input_shape)}.")
     student = next(name for least, name in SUGGESTED_STUDENTS if spec.parameters >= least)
     return Inspection(
         spec=spec,
         flops=count_flops(module, spec.input_shape),
         layers=dict(kinds.most_common()),
         findings=tuple(findings),
-        command=shlex.join(["ssdkd", "compress", spec.path, "--student", student, *spec.flags]),
+        command=shlex.join(["ssdkd", "compress", spec.path, "--student", student, *spec.flags])
+        if finite and not broken
+        else None,
     )
 
 
@@ -61,33 +75,37 @@ def _batchnorm_findings(module: nn.Module) -> list[str]:
         return [
             "No BatchNorm layers: the images are made without their statistics, and a student's accuracy is unproven."
         ]
-    untrained = [name for name, layer in layers.items() if not is_trained(layer)]
-    if not untrained:
-        return []
+    impossible = [name for name, layer in layers.items() if not has_possible_variances(layer)]
+    untrained = [name for name, layer in layers.items() if name not in impossible and not is_trained(layer)]
+    kinds = {"variances that are not positive": impossible, "statistics never trained, or not finite,": untrained}
     return [
-        f"Running statistics never trained, or not finite, in {len(untrained)} of {len(layers)} BatchNorm layers: "
-        f"{_some(untrained)}."
+        f"Running {kind} in {len(names)} of {len(layers)} BatchNorm layers: {_some(names)}."
+        for kind, names in kinds.items()
+        if names
     ]
 
 
-def _weight_findings(module: nn.Module) -> list[str]:
-    findings = []
-    tensors = {
+def _nonfinite_tensors(module: nn.Module) -> list[str]:
+    return [name for name, value in _float_tensors(module).items() if not value.isfinite().all()]
+
+
+def _constant_findings(module: nn.Module) -> list[str]:
+    constant = [
+        name
+        for name, value in _float_tensors(module).items()
+        if value.dim() >= 2 and value.numel() > 1 and bool((value == value.flatten()[0]).all())
+    ]
+    if not constant:
+        return []
+    return [f"All weights are the same number in {_some(constant)}: these layers were never trained."]
+
+
+def _float_tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {
         name: value
         for name, value in module.state_dict().items()
         if isinstance(value, Tensor) and value.is_floating_point()
     }
-    broken = [name for name, value in tensors.items() if not value.isfinite().all()]
-    if broken:
-        findings.append(f"NaN or infinite numbers in {len(broken)} tensors: {_some(broken)}.")
-    constant = [
-        name
-        for name, value in tensors.items()
-        if value.dim() >= 2 and value.numel() > 1 and bool((value == value.flatten()[0]).all())
-    ]
-    if constant:
-        findings.append(f"All weights are the same number in {_some(constant)}: these layers were never trained.")
-    return findings
 
 
 def _class_findings(module: nn.Module, classes: int) -> list[str]:

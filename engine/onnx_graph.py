@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from engine.errors import SSDKDError
 from engine.graphs import Graph, batchnorm_layer, same_logits
 from engine.onnx_operations import OPERATIONS, constant_of_shape
+from engine.probing import first_line
 from engine.safe_pickle import damaged
 from engine.shapes import Shape
 from engine.unwrap import State
@@ -102,12 +103,14 @@ def read_onnx(path: Path) -> tuple[State, Graph, dict[str, str]]:
     """The weights that still belong to named layers (none where the exporter folded them), the graph, and its metadata.
 
     Raises:
-        SSDKDError: damaged, quantized, not one input of images, or operations that cannot be run with gradients.
+        SSDKDError: damaged, without its data file, quantized, not one input of images, or operations that cannot be
+            run with gradients.
     """
     import onnx
 
     try:
-        model = onnx.load(str(path))
+        model = onnx.load(str(path), load_external_data=False)
+        _add_external_data(model, path)
     except (ValueError, OSError, RuntimeError) as error:
         raise damaged(path, error) from error
     except Exception as error:
@@ -129,6 +132,33 @@ def read_onnx(path: Path) -> tuple[State, Graph, dict[str, str]]:
         if shape is None or free_batch is None or same_logits(graph.module, graph, shape):
             break
     return _layers_state(steps, weights), graph, {entry.key: entry.value for entry in model.metadata_props}
+
+
+def _add_external_data(model: Any, path: Path) -> None:
+    """Reads the weights that lie in files beside the .onnx.
+
+    Raises SSDKDError: one is missing, or it is no plain file in the same folder.
+    """
+    import onnx
+
+    files = [
+        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
+    ]
+    try:
+        onnx.load_external_data_for_model(model, str(path.parent))
+    except (onnx.checker.ValidationError, FileNotFoundError) as error:
+        missing = [name for name in dict.fromkeys(files) if not (path.parent / name).is_file()]
+        if missing:
+            raise SSDKDError(
+                f"{path.name} keeps its weights in {', '.join(missing[:3])}, which must lie beside it: "
+                f"expected that file in {path.parent}, found none",
+                "copy it there under that name, or export the network again with its weights inside the .onnx",
+            ) from error
+        raise SSDKDError(
+            f"{path.name} keeps its weights in {', '.join(dict.fromkeys(files)) or 'another file'}, which cannot be "
+            f"read: expected a plain file beside it, found: {first_line(error)}",
+            "copy both into one folder, or export the network again with its weights inside the .onnx",
+        ) from error
 
 
 def _channels_last(run: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:

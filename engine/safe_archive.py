@@ -6,13 +6,12 @@ lower case, or where a name is written twice. So torch gets an archive that is w
 
 import io
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 from engine.errors import SSDKDError
-from engine.safe_pickle import UNREADABLE, damaged
+from engine.safe_pickle import UNREADABLE_ARCHIVE, damaged
 
 # ATen's only operations outside memory, by name; a test compares them with what torch registers.
 FILE_OPERATIONS = ("from_file", "save")
@@ -27,7 +26,7 @@ def read_members(path: Path) -> dict[str, bytes]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = [(name, archive.read(name)) for name in archive.namelist()]
-    except (zipfile.BadZipFile, zlib.error, *UNREADABLE) as error:
+    except UNREADABLE_ARCHIVE as error:
         raise damaged(path, error) from error
     count = Counter(name.lower() for name, _ in members)
     repeated = next((name for name, _ in members if count[name.lower()] > 1), None)

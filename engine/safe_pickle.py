@@ -8,8 +8,10 @@ import io
 import pickle
 import pickletools
 import re
+import struct
 import warnings
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +25,9 @@ from engine.user_code import user_modules
 
 # Bytes that no reader understands end in one of these; which one depends on where the damage is.
 UNREADABLE = (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError)
+UNREADABLE_ARCHIVE = (zipfile.BadZipFile, zlib.error, struct.error, *UNREADABLE)
 
+ARCHIVE_MAGIC = b"PK\x03\x04"  # torch.save since 1.6: a zip archive
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before 1.6
 
 # Configuration objects of training frameworks: read as plain dictionaries, their own code is never imported.
@@ -101,6 +105,7 @@ def safe_load(path: Path) -> object:
 
 def safe_load_stream(file: BinaryIO, path: Path) -> object:
     """`safe_load` for an open, seekable file; `path` is for the messages."""
+    _check_archive(file, path)
     wanted = pickled_globals(file)
     stand_ins = [(Configuration, name) for name in wanted if name.partition(".")[0] in CONFIGURATION_PACKAGES]
     file.seek(0)
@@ -121,11 +126,13 @@ def trusted_load(path: Path) -> object:
 
     Raises SSDKDError where a module that the pickle names is not importable, or the file is damaged.
     """
+    with path.open("rb") as file:
+        _check_archive(file, path)
     try:
         with warnings.catch_warnings(), user_modules():
             warnings.simplefilter("ignore")
             with path.open("rb") as file:
-                is_torchs = file.read(len(LEGACY_MAGIC)).startswith((b"PK\x03\x04", LEGACY_MAGIC))
+                is_torchs = file.read(len(LEGACY_MAGIC)).startswith((ARCHIVE_MAGIC, LEGACY_MAGIC))
                 file.seek(0)
                 loaded: object = torch.load(file, "cpu", weights_only=False) if is_torchs else pickle.load(file)
     except (ImportError, AttributeError) as error:
@@ -140,15 +147,16 @@ def trusted_load(path: Path) -> object:
 
 
 def pickled_globals(file: BinaryIO) -> list[str]:
-    """Names of the functions and classes that a pickle would import; its opcodes are read, not run."""
+    """Names of the functions and classes that a pickle would import; its opcodes are read, not run.
+
+    An archive must be a whole one.
+    """
     names: list[str] = []
-    file.seek(0)
-    if zipfile.is_zipfile(file):
+    if _is_archive(file):
         with zipfile.ZipFile(file) as archive:
             members = [name for name in archive.namelist() if name.endswith("/data.pkl") or name == "data.pkl"]
             streams: list[BinaryIO] = [io.BytesIO(archive.read(name)) for name in members]
     else:
-        file.seek(0)
         streams = [file]
     for stream in streams:
         try:
@@ -165,6 +173,30 @@ def pickled_globals(file: BinaryIO) -> list[str]:
         except (*UNREADABLE, pickle.UnpicklingError):
             continue
     return list(dict.fromkeys(names))
+
+
+def _is_archive(file: BinaryIO) -> bool:
+    """Whether torch takes it for a zip archive; the file is left at its beginning."""
+    file.seek(0)
+    magic = file.read(len(ARCHIVE_MAGIC))
+    file.seek(0)
+    return magic == ARCHIVE_MAGIC
+
+
+def _check_archive(file: BinaryIO, path: Path) -> None:
+    """Compares an archive's members with their checksums, which torch does not read; other files pass.
+
+    Raises SSDKDError: it is damaged.
+    """
+    if not _is_archive(file):
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            broken = archive.testzip()
+    except UNREADABLE_ARCHIVE as error:
+        raise damaged(path, error) from error
+    if broken is not None:
+        raise damaged(path, ValueError(f"the content of {broken} has another checksum than was written"))
 
 
 def damaged(path: Path, error: BaseException) -> SSDKDError:

@@ -30,6 +30,15 @@ if TYPE_CHECKING:
 SMALL_PIXELS = 64
 STUDENT_BATCHNORM_MOMENTUM = 0.1  # at least: some published networks have 0.01, too slow for a few hundred steps
 
+# torchvision's packages of networks that are no float classifiers of images.
+OTHER_TASKS = {
+    "detection": "a network for object detection",
+    "optical_flow": "a network for optical flow",
+    "quantization": "a quantized network",
+    "segmentation": "a network for segmentation",
+    "video": "a network for video",
+}
+
 
 @dataclass(frozen=True)
 class StudentEntry:
@@ -77,7 +86,7 @@ def build_network(name: str, *, classes: int, channels: int, pixels: int) -> nn.
     Only STUDENTS depend on `pixels`: published networks are built as they were published.
 
     Raises:
-        SSDKDError: no network of that name (the hint has the nearest), or an error in the user's function.
+        SSDKDError: no classifier of that name (the hint has the nearest), or an error in the user's function.
     """
     if ":" in name:
         return call_user_function(name, classes=classes, channels=channels)
@@ -85,6 +94,7 @@ def build_network(name: str, *, classes: int, channels: int, pixels: int) -> nn.
         return STUDENTS[name].build(classes, channels, pixels)
     published = published_networks(name)
     if not published:
+        _refuse_other_tasks(name)
         near = dict.fromkeys(
             difflib.get_close_matches(name.lower(), STUDENTS, n=2)
             + difflib.get_close_matches(name.lower(), network_names())
@@ -94,6 +104,21 @@ def build_network(name: str, *, classes: int, channels: int, pixels: int) -> nn.
             f"did you mean {' or '.join(near)}?" if near else "`ssdkd students` lists ours",
         )
     return next(iter(published.values()))(classes, channels)
+
+
+def _refuse_other_tasks(name: str) -> None:
+    """Raises SSDKDError where torchvision has a network of that name that is no classifier of images."""
+    import torchvision.models as torchvision_models
+
+    source, _, bare = name.rpartition("/")
+    if source not in ("", "torchvision") or bare not in torchvision_models.list_models():
+        return
+    package = torchvision_models.get_model_builder(bare).__module__.split(".")[2]
+    if package in OTHER_TASKS:
+        raise SSDKDError(
+            f"torchvision's {bare} is {OTHER_TASKS[package]}: expected a float classifier of images",
+            "name a classifier; `ssdkd students` lists ours",
+        )
 
 
 def published_networks(name: str) -> dict[str, Builder]:

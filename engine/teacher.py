@@ -19,6 +19,7 @@ __all__ = ["Preprocessing", "Teacher", "TeacherSpec", "batchnorm_layers", "load_
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FALLBACK_PIXELS = 32
 GREY_PIXELS = 28
+MAX_CHANNELS, MAX_PIXELS = 64, 4096  # beyond, --input is a slip, and would take all of the machine's memory
 # Published ResNet-20, -56 and EfficientNet-lite0 have 0.8 to 1.1; a ResNet without some of its ReLUs 1e5 and more.
 LARGEST_MISFIT = 1e3
 MISFIT = (
@@ -88,6 +89,8 @@ def load_teacher(
     Raises:
         SSDKDError: everything that makes the file unusable as it is, with the flag that would help.
     """
+    if input_shape is not None:
+        _check_stated_size(input_shape)
     checkpoint = read_checkpoint(path, trust_pickle=trust_pickle, input_shape=input_shape)
     metadata = checkpoint.weights.metadata
     if not allow_nonfinite:
@@ -135,6 +138,15 @@ def load_teacher(
             flags=_flags(arch, input_shape, mean, std, trust_pickle),
         ),
     )
+
+
+def _check_stated_size(shape: Shape) -> None:
+    channels, height, width = shape
+    if not (1 <= channels <= MAX_CHANNELS and min(height, width) >= 1 and max(height, width) <= MAX_PIXELS):
+        raise SSDKDError(
+            f"--input {words(shape)}: expected 1 to {MAX_CHANNELS} channels and sides of 1 to {MAX_PIXELS} pixels",
+            "give the channels, height and width that the network was trained at, for example --input 3x224x224",
+        )
 
 
 def _refuse_nonfinite(state: Mapping[str, object], path: Path) -> None:

@@ -41,13 +41,13 @@ class Weights:
 def unwrap(loaded: object, file_name: str) -> Weights:
     """Finds the network in whatever torch.load returned.
 
-    Raises SSDKDError if there are no weights in it.
+    Raises SSDKDError if there are no weights in it, or none that are dense real numbers.
     """
     found = list(_networks(loaded, (), 0))
     if not found:
         raise SSDKDError(
             f"{file_name} holds no network: expected a state dict (names with tensors), found {_describe(loaded)}",
-            "save the network's weights with torch.save(model.state_dict(), 'teacher.pt') and give that file",
+            "save the network's weights with torch.save(model.state_dict(), 'network.pt') and give that file",
         )
     found.sort(key=lambda item: _rank(item[0]))
     path, network = found[0]
@@ -61,6 +61,7 @@ def unwrap(loaded: object, file_name: str) -> Weights:
     if isinstance(network, nn.Module):
         return Weights({}, bare_module(network), metadata, tuple(notes))
     state, prefix_notes = strip_prefixes({name: value for name, value in network.items() if isinstance(value, Tensor)})
+    refuse_unusual(state, file_name)
     return Weights(state, None, metadata, (*notes, *prefix_notes))
 
 
@@ -84,6 +85,28 @@ def strip_prefixes(state: State) -> tuple[State, list[str]]:
                 break
         else:
             return state, notes
+
+
+def refuse_unusual(state: State, file_name: str) -> None:
+    """Raises SSDKDError for a tensor that holds anything else than dense real numbers."""
+    for name, value in state.items():
+        if kind := _unusual_kind(value):
+            raise SSDKDError(
+                f"the tensor {name} in {file_name} is {kind}: expected dense tensors of real numbers",
+                "make it dense and real once its numbers are loaded (sparse ones with .to_dense()), "
+                "save the weights again and give that file",
+            )
+
+
+def _unusual_kind(value: Tensor) -> str | None:
+    """What a tensor is, in words, if it is something else than dense real numbers."""
+    if value.is_meta:
+        return "a shape without numbers, on the meta device"
+    if value.is_nested:
+        return "nested"
+    if value.layout != torch.strided:
+        return str(value.layout).removeprefix("torch.").replace("_", " ")  # "sparse coo"
+    return f"complex ({str(value.dtype).removeprefix('torch.')})" if value.is_complex() else None
 
 
 def bare_module(module: nn.Module) -> nn.Module:
@@ -113,11 +136,11 @@ def metadata_beside(loaded: object) -> dict[str, object]:
 
 
 def plain(value: object) -> object:
-    """Tensors and arrays as lists, JSON in strings as its value; all else as it is."""
+    """Tensors and arrays as lists (unusual tensors as None), JSON in strings as its value; all else as it is."""
     if isinstance(value, NumpyArray):
         return value.value.tolist()
     if isinstance(value, Tensor):
-        return value.tolist()
+        return None if _unusual_kind(value) else value.tolist()
     if isinstance(value, str) and value[:1] in "[{":
         try:
             return json.loads(value)

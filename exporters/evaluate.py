@@ -20,6 +20,8 @@ from exporters.runtimes import Predict, available_threads, inference_batch, to_i
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})  # as torchvision's
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's name
 LAYOUT_HINT = "give one folder a class with images in it, or an .npz with `images` (uint8) and `labels` (int)"
+NPZ_HINT = "write it with numpy.savez('test.npz', images=images, labels=labels): images uint8, labels int"
+NPY_MAGIC = b"\x93NUMPY"
 
 
 @dataclass(frozen=True)
@@ -167,21 +169,19 @@ def _fitted(image: Image.Image, input_shape: tuple[int, int, int]) -> NDArray[np
 def _load_npz(
     path: Path, input_shape: tuple[int, int, int], classes: int, class_names: tuple[str, ...] | None
 ) -> LabelledImages:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:  # np.load leaks a bad file open
-            arrays: dict[str, NDArray[Any]] = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise SSDKDError(f"{path} cannot be read: {error}", LAYOUT_HINT) from error
-    missing = {"images", "labels"} - arrays.keys()
-    if missing:
-        raise SSDKDError(f"{path} lacks {' and '.join(sorted(missing))}; found {', '.join(arrays)}", LAYOUT_HINT)
+    arrays = _read_arrays(path)
     images, labels = arrays["images"], arrays["labels"]
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in MODES):
         raise SSDKDError(
             f"{path}: expected images uint8 [N, H, W] or [N, H, W, C], found {images.dtype} {list(images.shape)}",
             LAYOUT_HINT,
         )
-    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or not len(labels):
+    if not images.size:
+        raise SSDKDError(
+            f"{path}: expected at least one image, of at least one pixel, found images of shape {list(images.shape)}",
+            LAYOUT_HINT,
+        )
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
         raise SSDKDError(
             f"{path}: expected {len(images)} integer labels, found {labels.dtype} {list(labels.shape)}", LAYOUT_HINT
         )
@@ -198,6 +198,42 @@ def _load_npz(
         np.asarray(numbers, dtype=np.int64)[labels],
         ordered_names,
     )
+
+
+def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """`images`, `labels` and, where there are any, `class_names` of an .npz.
+
+    Raises SSDKDError: no archive, a damaged one, one without these, or one whose arrays are objects of Python's.
+    """
+    arrays: dict[str, NDArray[Any]] = {}
+    name: str | None = None
+    try:
+        with path.open("rb") as file:  # np.load leaks a bad file open
+            head = file.read(len(NPY_MAGIC))
+            if not head.startswith(b"PK"):
+                found = "a single array (.npy)" if head == NPY_MAGIC else "another file" if head else "0 bytes"
+                raise SSDKDError(f"{path} cannot be read: expected an .npz archive, found {found}", NPZ_HINT)
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as archive:
+                missing = [wanted for wanted in ("images", "labels") if wanted not in archive.files]
+                if missing:
+                    held = ", ".join(archive.files) or "nothing"
+                    raise SSDKDError(f"{path} lacks {' and '.join(missing)}; found {held}", LAYOUT_HINT)
+                for name in ("images", "labels", "class_names"):
+                    if name in archive.files:
+                        arrays[name] = archive[name]
+                        if not isinstance(arrays[name], np.ndarray):  # numpy hands what is no array on as bytes
+                            raise SSDKDError(f"{path} cannot be read: its {name} is no NumPy array", NPZ_HINT)
+    except OSError as error:
+        raise SSDKDError(f"{path} cannot be read: {error.strerror or error}", LAYOUT_HINT) from error
+    except (ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        if "Object arrays" in str(error):  # numpy goes on to advise an argument that is no option of ours
+            raise SSDKDError(
+                f"{path} cannot be read: expected {name} as a plain array, found one of Python objects", NPZ_HINT
+            ) from error
+        what = f"its {name} is damaged or cut short" if name else "the archive is damaged or cut short"
+        raise SSDKDError(f"{path} cannot be read: {what}", "copy or write the file again") from error
+    return arrays
 
 
 def _fit_array(images: NDArray[np.uint8], input_shape: tuple[int, int, int]) -> NDArray[np.uint8]:

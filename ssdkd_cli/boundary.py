@@ -7,8 +7,11 @@ import contextlib
 import errno
 import functools
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 import typer
 
@@ -20,7 +23,7 @@ KNOWN_ERROR, VERIFICATION_FAILED, INTERRUPTED = 1, 3, 130
 
 OTHER_DISK = "free some space, or choose another disk with --out DIR"
 OTHER_FOLDER = "choose a folder that you may write with --out DIR"
-NO_FOLDER = "a part of the path is a file: choose another folder with --out DIR"
+NO_FOLDER = "a part of the path is a file or a broken link: choose another folder with --out DIR"
 DISK_HINTS = {
     errno.ENOSPC: OTHER_DISK,
     errno.EDQUOT: OTHER_DISK,
@@ -30,11 +33,18 @@ DISK_HINTS = {
     errno.EPERM: OTHER_FOLDER,
     errno.ENOTDIR: NO_FOLDER,
     errno.EEXIST: NO_FOLDER,
-    errno.ENAMETOOLONG: "choose a shorter path with --out DIR",
+    errno.ENAMETOOLONG: "use a shorter path",
 }
 
 # How PyTorch, CUDA and the C++ library say it where the exception's type does not.
-OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory")
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "bad_alloc",
+    "out of memory",
+    "failed to map segment",
+    "Cannot allocate memory",
+)
+ENDING = ("SIGTERM", "SIGHUP")  # what `docker stop`, a batch system and a closed terminal send; Windows has one of them
 
 
 def within_boundary(command: Callable[..., Outcome]) -> Callable[..., None]:
@@ -50,7 +60,7 @@ def within_boundary(command: Callable[..., Outcome]) -> Callable[..., None]:
 def exit_code_of(command: Callable[[], Outcome]) -> int:
     """Run a command, print its result on stdout or its error on stderr, and return the exit code."""
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # users' own code and libraries print, too
+        with interruptible(), contextlib.redirect_stdout(sys.stderr):  # users' own code and libraries print, too
             outcome = command()
         outcome.show()
         sys.stdout.flush()
@@ -68,15 +78,36 @@ def exit_code_of(command: Callable[[], Outcome]) -> int:
             raise
         where = f": {error.filename}" if error.filename else ""
         console.error(f"{os.strerror(error.errno)}{where}", DISK_HINTS[error.errno])
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ImportError) as error:
         if not is_out_of_memory(error):
             raise
         console.error("out of memory", "close what else uses the memory, or take a machine that has more")
     return KNOWN_ERROR
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Within the context a signal that ends the process is a Ctrl-C: what was learned is saved."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    numbers = [number for name in ENDING if (number := getattr(signal, name, None))]
+    taken = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]  # `nohup` ignores a hangup
+    for number in taken:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this is Python's, PyTorch's or CUDA's way to say that memory ran out."""
     if isinstance(error, MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError | ImportError) and any(words in str(error) for words in OUT_OF_MEMORY)

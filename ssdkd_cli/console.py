@@ -3,10 +3,12 @@
 On a terminal the show is a live view; anywhere else it is plain lines, one every few seconds.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -31,6 +33,10 @@ PIPE_WIDTH = 140  # columns of a table that goes to a file or another program
 SPARK_WIDTH = 40
 MARKS: dict[bool | None, tuple[str, str]] = {True: ("✓", GOOD), False: ("✗", BAD), None: ("?", CAUTION)}
 SPARKS = "▁▂▃▄▅▆▇█"
+
+for _name in ("stdout", "stderr"):
+    if getattr(sys, _name) is None:  # closed by who started us
+        setattr(sys, _name, Path(os.devnull).open("w"))  # noqa: SIM115  open to the end
 
 show = Console(stderr=True, highlight=False)
 result = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)

@@ -1,6 +1,7 @@
 """Texts that are there whole or not at all, and the folder that a run may write to."""
 
 import shutil
+import tempfile
 from pathlib import Path
 
 from engine.errors import SSDKDError
@@ -8,8 +9,8 @@ from exporters.files import write_atomically
 
 
 def write_text(path: Path, content: str) -> None:
-    """`write_atomically` of UTF-8."""
-    write_atomically(path, content.encode())
+    """`write_atomically` of UTF-8; what is no text, in a file's name, is escaped."""
+    write_atomically(path, content.encode(errors="backslashreplace"))
 
 
 def check_writable(folder: Path) -> None:
@@ -21,9 +22,12 @@ def check_writable(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise SSDKDError(f"--out {folder} is a file: expected a folder", "choose another with --out DIR")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / ".ssdkd-write-test", b"1" * 4096)
-    (folder / ".ssdkd-write-test").unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:
+        raise SSDKDError(f"{folder} cannot be made", "choose another folder with --out DIR") from None
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"1" * 4096)
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:

@@ -23,7 +23,7 @@ from ssdkd_cli.words import shape
 
 def parse_shape(text: str) -> tuple[int, int, int]:
     """'3x32x32' -> (3, 32, 32): channels, height, width. Raises typer.BadParameter."""
-    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip().lower())
+    found = re.fullmatch(r"(\d{1,6})x(\d{1,6})x(\d{1,6})", text.strip().lower())
     shape = tuple(int(number) for number in found.groups()) if found else ()
     if len(shape) != 3 or min(shape) < 1:
         raise typer.BadParameter(f"expected channels x height x width, for example 3x32x32; found {text!r}")
@@ -56,6 +56,13 @@ def parse_duration(text: str) -> float:
     if hours + minutes + seconds == 0:
         raise typer.BadParameter(f"expected a time such as 90s, 10m or 1h30m; found {text!r}")
     return 3600.0 * hours + 60.0 * minutes + seconds
+
+
+def parse_folder(text: str) -> Path:
+    """A folder. Raises typer.BadParameter for no text: an unset variable of a script would mean the current folder."""
+    if not text.strip():
+        raise typer.BadParameter("expected a folder; found nothing")
+    return Path(text)
 
 
 def parse_effort(text: str) -> str:
@@ -202,6 +209,7 @@ class Options:
         int,
         typer.Option(
             min=0,
+            max=2**63 - 1,
             metavar="N",
             help="The same seed on a CPU gives the same student, bit for bit.",
             rich_help_panel="Run",
@@ -231,7 +239,10 @@ class Options:
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Folder of the run. Default: runs/<teacher>-<student>.", rich_help_panel="Result"
+            parser=parse_folder,
+            metavar="DIR",
+            help="Folder of the run. Default: runs/<teacher>-<student>.",
+            rich_help_panel="Result",
         ),
     ] = None
     overwrite: Annotated[bool, OVERWRITE] = False

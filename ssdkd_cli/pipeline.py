@@ -60,7 +60,7 @@ def compress(options: Options, *, command: str) -> Finished:
     check_formats(options.export)
     compute = choose_device(options.device)
     folder = options.out or runs.default_folder(options.teacher, options.student)
-    read = (options.teacher, options.student_weights, options.classes, options.eval_data)
+    read = (options.teacher, options.student_weights, options.classes, options.eval_data, options.config)
     runs.check_free(folder, options.overwrite, inputs=[path for path in read if isinstance(path, Path)])
     ablations = read_config(options.config)["distillation"] if options.config else {}
     with new_folder(folder):
@@ -69,7 +69,6 @@ def compress(options: Options, *, command: str) -> Finished:
         student, inherited = build(options, teacher, settings)
         labelled = read_labelled(options.eval_data, teacher)
         check_space(folder, needed_bytes(teacher, student, settings))
-        runs.clear(folder)
         with keeping_student(folder):
             write_text(folder / runs.CONFIG, write_config(as_typed(options), ablations, dataclasses.asdict(settings)))
             warnings = list(teacher.spec.warnings)
@@ -120,13 +119,15 @@ def compress(options: Options, *, command: str) -> Finished:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[None]:
-    """The folder, tried for writing; what fails inside takes it away again if it is still empty."""
-    check_writable(folder)
+    """The folder, tried for writing; what fails inside takes it and new parents away again if they are still empty."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
+        check_writable(folder)
         yield
     except BaseException:
         with contextlib.suppress(OSError):  # it holds something
-            folder.rmdir()
+            for path in new:
+                path.rmdir()
         raise
 
 
@@ -148,6 +149,7 @@ def settings_of(options: Options, ablations: Mapping[str, Any], teacher: Teacher
 
 def load(options: Options) -> Teacher:
     """The teacher, as the options describe it; what is doubtful is said."""
+    check_input_shape(options.input)
     classes, names = read_classes(options.classes)
     with console.stage("teacher", f"reading {options.teacher}") as done:
         teacher = load_teacher(
@@ -166,13 +168,19 @@ def load(options: Options) -> Teacher:
             f"{shape(spec.input_shape)}, {spec.classes} classes"
         )
     warn_all(spec.warnings)
-    channels, *sides = spec.input_shape
+    check_input_shape(spec.input_shape)
+    return teacher
+
+
+def check_input_shape(input_shape: tuple[int, int, int] | None) -> None:
+    """Raises SSDKDError for a size that the engine was not made for; None is not known yet."""
+    channels, *sides = input_shape or (CHANNELS[0], PIXELS[0])
     if channels not in CHANNELS or min(sides) not in PIXELS or max(sides) not in PIXELS:
         raise SSDKDError(
-            f"the teacher takes images of {shape(spec.input_shape)}: expected 1 to 4 channels, 16 to 512 pixels a side",
+            f"the teacher takes images of {shape((channels, *sides))}: "
+            "expected 1 to 4 channels, 16 to 512 pixels a side",
             "correct --input if that is not the teacher's size",
         )
-    return teacher
 
 
 def build(options: Options, teacher: Teacher, settings: DistillationSettings) -> tuple[nn.Module, frozenset[str]]:

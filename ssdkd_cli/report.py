@@ -4,9 +4,9 @@ What is not known is null. Paths of artifacts are relative to the run's folder. 
 """
 
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from engine.errors import SSDKDError
@@ -91,7 +91,7 @@ class DistillationReport:
     seconds: float
     images_seen: int
     seed: int
-    class_histogram: tuple[int, ...]
+    class_histogram: Annotated[tuple[int, ...], Field(min_length=1)]
     settings: dict[str, Any]
 
 
@@ -177,9 +177,10 @@ def read_report(folder: Path) -> Report:
     path = folder / "report.json"
     try:
         content = path.read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise SSDKDError(
-            f"{path} cannot be read: {error.strerror}", "give the folder of a finished run: ssdkd report runs/NAME"
+            f"{path} cannot be read: {error.strerror if isinstance(error, OSError) else 'it is no text'}",
+            "give the folder of a finished run: ssdkd report runs/NAME",
         ) from None
     try:
         return SCHEMA.validate_json(content)

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from engine.errors import SSDKDError
 from exporters import FORMATS
@@ -24,11 +25,16 @@ if TYPE_CHECKING:
 
     from engine.teacher import TeacherSpec
 
+Positive = Annotated[int, Field(gt=0)]
 STUDENT, REPORT, METRICS, CONFIG = "student.safetensors", "report.json", "metrics.jsonl", "config.toml"
 REPORT_TEXT, SAMPLES_PICTURE, SAMPLES = "report.md", "samples.png", "samples.npz"
 MODEL = "model"  # exported files are called model.onnx, ...
 EXPORTED = tuple(f"{MODEL}{format.suffix}{failed}" for format in FORMATS.values() for failed in ("", ".rejected"))
 OUTPUTS = (STUDENT, REPORT, REPORT_TEXT, METRICS, CONFIG, SAMPLES_PICTURE, SAMPLES, *EXPORTED)
+PREVIOUS = (
+    ".ssdkd-previous"  # folder in a run's folder, for the run that --overwrite replaces, until the new one is there
+)
+OTHER_OUT = "choose another folder with --out DIR"
 CARD_KEY = "ssdkd"
 SAME = "same"  # --student same: the teacher's own architecture
 KNOWN_LOGITS = 10
@@ -41,9 +47,9 @@ class StudentCard:
     """What stands in student.safetensors beside the weights: enough to build the network again."""
 
     student: str  # as --student names it
-    classes: int
+    classes: Positive
     class_names: tuple[str, ...] | None
-    input_shape: tuple[int, int, int]  # C, H, W
+    input_shape: tuple[Positive, Positive, Positive]  # C, H, W
     mean: tuple[float, ...]
     std: tuple[float, ...]
     teacher_path: str
@@ -89,12 +95,12 @@ def default_folder(teacher: Path, student: str) -> Path:
 def check_free(folder: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
     """Raises SSDKDError where a run in `folder` would replace one of its `inputs`, or, without --overwrite, any."""
     found = [name for name in OUTPUTS if (folder / name).exists()]
+    for name in found:
+        if (folder / name).is_dir():
+            raise SSDKDError(f"{folder / name} is a folder: a run writes a file of that name", OTHER_OUT)
     for path in inputs:
         if path.exists() and any(path.samefile(folder / name) for name in found):
-            raise SSDKDError(
-                f"{path} is needed for the run, and a run in {folder} would replace it",
-                "choose another folder with --out DIR",
-            )
+            raise SSDKDError(f"{path} is needed for the run, and a run in {folder} would replace it", OTHER_OUT)
     if found and not overwrite:
         what = "another run" if {STUDENT, REPORT} & set(found) else "files that a run would replace"
         raise SSDKDError(
@@ -104,9 +110,36 @@ def check_free(folder: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> No
 
 
 def clear(folder: Path) -> None:
-    """Delete what an earlier run left in `folder`; files that ssdkd does not write stay."""
+    """Delete what a run left in `folder`; files that ssdkd does not write stay."""
     for name in OUTPUTS:
         (folder / name).unlink(missing_ok=True)
+
+
+def set_aside(folder: Path) -> None:
+    """Move what an earlier run left in `folder` into PREVIOUS, where it waits for the new run to succeed."""
+    found = [name for name in OUTPUTS if (folder / name).exists()]
+    if {STUDENT, REPORT} & set(found) or not (folder / PREVIOUS).exists():
+        drop_previous(folder)
+        for name in found:
+            (folder / PREVIOUS).mkdir(exist_ok=True)
+            (folder / name).replace(folder / PREVIOUS / name)
+    clear(folder)  # else it was killed before it had a student: the run before that one is worth more
+
+
+def put_back(folder: Path) -> None:
+    """Undo `set_aside`: the run that failed has left nothing, the earlier one is there again."""
+    clear(folder)
+    for name in OUTPUTS:
+        with contextlib.suppress(FileNotFoundError):
+            (folder / PREVIOUS / name).replace(folder / name)
+    drop_previous(folder)
+
+
+def drop_previous(folder: Path) -> None:
+    """Delete what `set_aside` has moved."""
+    clear(folder / PREVIOUS)
+    with contextlib.suppress(OSError):  # it is not there, or a user's file is in it
+        (folder / PREVIOUS).rmdir()
 
 
 def save_student(folder: Path, module: "nn.Module", card: StudentCard) -> None:
@@ -133,6 +166,7 @@ def read_card(folder: Path) -> StudentCard:
     Raises:
         SSDKDError: no run there, or one whose student cannot be read.
     """
+    from pydantic import TypeAdapter, ValidationError
     from safetensors import SafetensorError, safe_open
 
     path = folder / STUDENT
@@ -140,13 +174,19 @@ def read_card(folder: Path) -> StudentCard:
         raise SSDKDError(f"{folder} is no run: it holds no {STUDENT}", "give the folder that `ssdkd compress` wrote")
     try:
         with safe_open(path, framework="numpy") as file:
-            values = json.loads((file.metadata() or {})[CARD_KEY])
-        values |= {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
-        return StudentCard(**values)
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise SSDKDError(
-            f"{path} cannot be read as a student: {error}", "run `ssdkd compress` again, or copy the whole run folder"
-        ) from None
+            content = (file.metadata() or {})[CARD_KEY]
+        card = TypeAdapter(StudentCard).validate_json(content)
+        if len(card.mean) != card.input_shape[0] or len(card.std) != card.input_shape[0]:
+            raise ValueError("mean and std have not one value a channel")
+        return card
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except (SafetensorError, KeyError, ValueError) as error:
+        reason = str(error)
+    raise SSDKDError(
+        f"{path} cannot be read as a student: {reason}", "run `ssdkd compress` again, or copy the whole run folder"
+    )
 
 
 def open_run(folder: Path, *, trust_pickle: bool = False) -> Run:
@@ -178,6 +218,12 @@ def _builders(card: StudentCard, trust_pickle: bool) -> "list[Callable[[], nn.Mo
     from engine.students import build_network
 
     channels, pixels = card.input_shape[0], min(card.input_shape[1:])
+    code = [name for name in (card.student, *_stated(card, "--arch")) if ":" in name]
+    if code and not trust_pickle:
+        raise SSDKDError(
+            f"the network of this run is code, {code[0]}, which would be imported and run",
+            "add --trust-pickle if you know that code",
+        )
     if card.student != SAME:
         return [partial(build_network, card.student, classes=card.classes, channels=channels, pixels=pixels)]
     builders: list[Callable[[], nn.Module]] = [partial(_of_teacher_file, card, trust_pickle)]
@@ -186,13 +232,19 @@ def _builders(card: StudentCard, trust_pickle: bool) -> "list[Callable[[], nn.Mo
     return builders
 
 
+def _stated(card: StudentCard, flag: str) -> tuple[str, ...]:
+    """What load_teacher was told with `flag`, if it was."""
+    flags = card.teacher_flags
+    return flags[flags.index(flag) + 1 :][:1] if flag in flags else ()
+
+
 def _of_teacher_file(card: StudentCard, trust_pickle: bool) -> "nn.Module":
     from engine.teacher import load_teacher
 
-    path, flags = Path(card.teacher_path), card.teacher_flags
+    path = Path(card.teacher_path)
     if not path.exists():
         raise SSDKDError(f"its teacher {path} is gone", "put the teacher's file back there")
-    arch = flags[flags.index("--arch") + 1] if "--arch" in flags else None
+    arch = next(iter(_stated(card, "--arch")), None)
     return load_teacher(path, arch=arch, input_shape=card.input_shape, trust_pickle=trust_pickle).module
 
 
@@ -215,7 +267,10 @@ def _checked(module: "nn.Module", weights: "Mapping[str, Tensor]", card: Student
         raise SSDKDError(f"the weights do not fit the student {name}: {first}", hint) from None
     if card.known_logits:
         expected, found = np.array(card.known_logits), np.array(known_logits(module, card.input_shape))
-        if not np.abs(found - expected).max() <= LOGITS_TOLERANCE * np.abs(expected).max():
+        if (
+            expected.shape != found.shape
+            or not np.abs(found - expected).max() <= LOGITS_TOLERANCE * np.abs(expected).max()
+        ):
             raise SSDKDError(f"the network {name} is not the one that was distilled: it computes other logits", hint)
     return module
 
@@ -235,7 +290,10 @@ def read_samples(folder: Path) -> NDArray[np.uint8]:
     """
     try:
         with (folder / SAMPLES).open("rb") as file, np.load(file) as arrays:
-            return np.asarray(arrays["images"], dtype=np.uint8)
+            images = np.asarray(arrays["images"], dtype=np.uint8)
+        if images.ndim != 4 or not images.size:
+            raise ValueError(f"expected images [N, H, W, C], found shape {list(images.shape)}")
+        return images
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise SSDKDError(
             f"{folder / SAMPLES} cannot be read: {error}",

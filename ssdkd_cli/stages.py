@@ -20,6 +20,7 @@ from ssdkd_cli.options import (
     OVERWRITE,
     STD,
     TRUST_PICKLE,
+    parse_folder,
 )
 from ssdkd_cli.outcome import Outcome, as_json
 from ssdkd_cli.words import count, milliseconds, percent, shape, size
@@ -76,10 +77,9 @@ def inspect(
         "file": f"{size(spec.size_bytes)}, sha256 {spec.sha256}",
     }
     findings = [*spec.warnings, *found.findings]
+    closing = found.command or "ssdkd compress refuses such a teacher: take an earlier checkpoint of the training"
     return _outcome(
-        json,
-        found,
-        functools.partial(console.print_facts, spec.path, facts, findings=findings, closing=found.command),
+        json, found, functools.partial(console.print_facts, spec.path, facts, findings=findings, closing=closing)
     )
 
 
@@ -135,8 +135,9 @@ def export(
     export: Annotated[list[str], EXPORT] = ["onnx"],  # noqa: B006  Typer copies it
     embed_preprocessing: Annotated[bool, EMBED_PREPROCESSING] = False,
     out: Annotated[
-        Path | None,
+        Any,
         typer.Option(
+            parser=parse_folder,
             metavar="DIR",
             help="Where the file goes. Default: the run's folder, or runs/<teacher>.",
             rich_help_panel="Result",

@@ -146,15 +146,22 @@ def rescue(folder: Path, distilled: Distilled, card: runs.StudentCard) -> None:
 
 @contextlib.contextmanager
 def keeping_student(folder: Path) -> Iterator[None]:
-    """Where what is inside fails: says where the student is, or takes away what a run without one has left."""
+    """Where what is inside fails: says where the student is, or leaves the folder as it was before the run.
+
+    An earlier run in `folder` is deleted only when what is inside has succeeded.
+    """
+    runs.set_aside(folder)
     try:
         yield
     except BaseException:
         if (folder / runs.STUDENT).exists():
             console.warn(f"{where_it_is(folder)}, the metrics are {folder / runs.METRICS}; --overwrite runs it again")
+            if (folder / runs.PREVIOUS).exists():
+                console.warn(f"the run that was to be replaced is {folder / runs.PREVIOUS}")
         else:
-            runs.clear(folder)
+            runs.put_back(folder)
         raise
+    runs.drop_previous(folder)
 
 
 def where_it_is(folder: Path) -> str:

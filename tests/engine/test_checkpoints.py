@@ -222,9 +222,69 @@ def test_a_truncated_legacy_file(tmp_path):
             read_checkpoint(tmp_path / "teacher.pt")
 
 
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize(("place", "count", "flip"), [(20, 40, 0x55), (None, 8, 0xFF), (-30, 10, 0xFF)])
+def test_a_damaged_archive(tmp_path, place, count, flip, trust):
+    """In its first header, in the numbers of a tensor, in the table of contents at its end."""
+    content = bytearray(saved(weights()))
+    if place is None:
+        place = content.index(weights()["0.weight"].numpy().tobytes())
+    for index in range(len(content))[place : place + count]:
+        content[index] ^= flip
+    (tmp_path / "teacher.pt").write_bytes(content)
+    with pytest.raises(SSDKDError, match="is damaged or cut short") as caught:
+        read_checkpoint(tmp_path / "teacher.pt", trust_pickle=trust)
+    assert "checksum" in caught.value.hint
+
+
+def test_an_archive_behind_a_pickle_is_not_looked_at(tmp_path):
+    torch.save(weights(), tmp_path / "teacher.pt", _use_new_zipfile_serialization=False)
+    with (tmp_path / "teacher.pt").open("ab") as file:
+        file.write(zip_without_network())
+    assert_same(read_checkpoint(tmp_path / "teacher.pt").weights.state)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("name", ["0.weight", "3.bias"])
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda value: value.to("meta"), "a shape without numbers, on the meta device"),
+        (lambda value: value.to_sparse(), "sparse coo"),
+        (lambda value: value.to(torch.complex64), r"complex \(complex64\)"),
+    ],
+)
+def test_tensors_that_are_no_dense_real_numbers(tmp_path, change, what, name, wrapped):
+    state = weights()
+    state[name] = change(state[name])
+    torch.save({"state_dict": state} if wrapped else state, tmp_path / "teacher.pt")
+    with pytest.raises(SSDKDError, match=f"the tensor {name} in teacher.pt is {what}: expected dense") as caught:
+        read_checkpoint(tmp_path / "teacher.pt")
+    assert ".to_dense()" in caught.value.hint
+
+
+def test_complex_safetensors(tmp_path):
+    safetensors.torch.save_file({**weights(), "3.bias": torch.zeros(2, dtype=torch.complex64)}, tmp_path / "teacher.st")
+    with pytest.raises(SSDKDError, match=r"the tensor 3\.bias in teacher\.st is complex"):
+        read_checkpoint(tmp_path / "teacher.st")
+
+
+def test_a_tensor_beside_the_network_may_be_anything(tmp_path):
+    content = {"state_dict": weights(), "mask": torch.eye(2).to_sparse(), "shape": torch.empty(3, device="meta")}
+    torch.save(content, tmp_path / "teacher.pt")
+    found = read_checkpoint(tmp_path / "teacher.pt").weights
+    assert_same(found.state)
+    assert (found.metadata["mask"], found.metadata["shape"]) == (None, None)
+
+
 def test_missing_files_and_folders(tmp_path):
-    with pytest.raises(SSDKDError, match="there is no file"):
+    with pytest.raises(SSDKDError, match="there is no file") as missing:
         read_checkpoint(tmp_path / "nowhere.pt")
+    (tmp_path / "text.pt").write_text("hello\n")
+    with pytest.raises(SSDKDError, match="is text") as text:
+        read_checkpoint(tmp_path / "text.pt")
+    for found in (missing, text):  # it may be a student's weights as well
+        assert "teacher" not in found.value.hint
     (tmp_path / "model.safetensors").write_bytes(b"x")
     with pytest.raises(SSDKDError, match="is a folder") as caught:
         read_checkpoint(tmp_path)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from engine.errors import SSDKDError
 from engine.inspection import count_flops, inspect_teacher
 from engine.teacher import load_teacher
 from engine.zoo import ZOO
@@ -81,6 +82,24 @@ def with_a_new_batchnorm(network):
     network.layer1[0].bn1.running_var.fill_(1)
 
 
+def with_a_negative_variance(network):
+    network.layer1[0].bn1.running_var[3] = -1
+
+
+def with_variances_of_zero(network):
+    network.layer1[0].bn1.running_var.zero_()
+
+
+def with_huge_weights(network):
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.weight.fill_(1e20)
+
+
+def with_dead_channels(network):
+    network.layer1[0].bn1.running_var[:3] = 0
+
+
 @pytest.mark.parametrize(
     ("damage", "finding"),
     [
@@ -101,7 +120,37 @@ def test_what_is_suspicious_is_said(tmp_path, damage, finding):
     network = trained(ZOO["resnet8"](10, 3))
     with torch.no_grad():
         damage(network)
-    assert inspected(tmp_path, network).findings == (finding,)
+    inspection = inspected(tmp_path, network)
+    assert inspection.findings == (finding,)
+    assert (inspection.command is None) == (damage is with_nan)
+
+
+VARIANCES = "Running variances that are not positive in 1 of 7 BatchNorm layers: layer1.0.bn1."
+LOGITS = "The logits are not finite for images of 3x32x32."
+
+
+@pytest.mark.parametrize(
+    ("damage", "findings", "is_refused"),
+    [
+        (with_a_negative_variance, (VARIANCES, LOGITS), True),
+        (with_variances_of_zero, (VARIANCES,), False),
+        (with_huge_weights, (LOGITS,), True),
+        (with_dead_channels, (), False),
+    ],
+)
+def test_a_command_that_would_fail_is_not_proposed(tmp_path, damage, findings, is_refused):
+    network = trained(ZOO["resnet8"](10, 3))
+    with torch.no_grad():
+        damage(network)
+    inspection = inspected(tmp_path, network)
+    assert inspection.findings == findings
+    assert (inspection.command is None) == is_refused
+    if is_refused:
+        with pytest.raises(SSDKDError, match="computes logits that are not finite"):
+            load_teacher(tmp_path / "teacher.pt")
+    else:
+        # A layer without a usable variance is no prior: its statistics would be divided by 0.
+        assert load_teacher(tmp_path / "teacher.pt").spec.batchnorm_layers == (7 if damage is with_dead_channels else 6)
 
 
 def test_a_teacher_without_batchnorm(tmp_path):

@@ -348,3 +348,48 @@ def test_a_whole_network_of_torchs_exporter(tmp_path):
     assert (graph.batch, graph.input_shape) == (2, SHAPE)
     with torch.no_grad():
         torch.testing.assert_close(graph.module(images), network(images), rtol=1e-4, atol=1e-5)
+
+
+def with_external_data(path):
+    """A network of one Gemm whose weights lie in weights.bin."""
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "head.weight", "head.bias"], ["y"], transB=1),
+    ]
+    write(path, nodes, {"head.weight": floats(3, 4 * 6 * 7), "head.bias": floats(3)})
+    model = onnx.load(str(path))
+    onnx.save(model, str(path), save_as_external_data=True, location="weights.bin", size_threshold=0)
+    return path
+
+
+def test_weights_in_a_file_beside(tmp_path):
+    path = with_external_data(tmp_path / "teacher.onnx")
+    state, graph, _ = read_onnx(path)
+    assert [list(value.shape) for value in state.values()] == [[3, 168], [3]]
+    images = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    assert relative_error(graph.module(images).detach(), graph.reference(images)) < 1e-5
+
+
+def test_a_missing_file_of_weights_is_named(tmp_path):
+    path = with_external_data(tmp_path / "teacher.onnx")
+    (tmp_path / "weights.bin").unlink()
+    with pytest.raises(SSDKDError, match=r"teacher\.onnx keeps its weights in weights\.bin, which must lie") as caught:
+        read_onnx(path)
+    assert str(tmp_path) in caught.value.message
+    assert "copy it there" in caught.value.hint
+
+
+def test_a_file_of_weights_that_is_elsewhere_is_not_read(tmp_path):
+    path = with_external_data(tmp_path / "teacher.onnx")
+    (tmp_path / "weights.bin").rename(tmp_path / "elsewhere.bin")
+    (tmp_path / "weights.bin").symlink_to(tmp_path / "elsewhere.bin")
+    with pytest.raises(SSDKDError, match=r"weights\.bin, which cannot be read: expected a plain file beside it"):
+        read_onnx(path)
+
+
+def test_a_file_of_weights_that_is_cut_short(tmp_path):
+    path = with_external_data(tmp_path / "teacher.onnx")
+    content = (tmp_path / "weights.bin").read_bytes()
+    (tmp_path / "weights.bin").write_bytes(content[: len(content) // 2])
+    with pytest.raises(SSDKDError, match="damaged or cut short"):
+        read_onnx(path)

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision import models
 
 from engine.errors import SSDKDError
-from engine.students import STUDENTS, build_network, build_student, network_names, published_networks
+from engine.students import OTHER_TASKS, STUDENTS, build_network, build_student, network_names, published_networks
 from engine.teacher import Preprocessing, Teacher, TeacherSpec
 from engine.zoo import resnet_cifar
 
@@ -174,6 +175,30 @@ def test_an_unknown_name_gets_the_nearest(typed: str, meant: str) -> None:
     with pytest.raises(SSDKDError, match=f"no network called '{typed}'") as caught:
         build_network(typed, classes=5, channels=3, pixels=32)
     assert f"did you mean {meant}" in caught.value.hint or f" {meant}" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("fasterrcnn_resnet50_fpn", "a network for object detection"),
+        ("torchvision/deeplabv3_resnet50", "a network for segmentation"),
+        ("raft_large", "a network for optical flow"),
+        ("r3d_18", "a network for video"),
+        ("quantized_resnet18", "a quantized network"),
+    ],
+)
+def test_torchvisions_networks_for_other_tasks_are_called_what_they_are(name: str, what: str) -> None:
+    with pytest.raises(SSDKDError, match=f"{name.removeprefix('torchvision/')} is {what}: expected a") as caught:
+        build_network(name, classes=5, channels=3, pixels=32)
+    assert "ssdkd students" in caught.value.hint
+
+
+def test_every_network_of_torchvisions_is_a_classifier_or_is_called_what_it_is() -> None:
+    packages = {models.get_model_builder(name).__module__.split(".")[2] for name in models.list_models()}
+    classifiers = {
+        models.get_model_builder(name).__module__.split(".")[2] for name in models.list_models(module=models)
+    }
+    assert packages - classifiers == set(OTHER_TASKS)
 
 
 def test_a_name_like_no_other_gets_the_list() -> None:

@@ -496,6 +496,13 @@ def test_what_contradicts_the_network_stops(tmp_path, keywords, message):
     assert caught.value.hint
 
 
+@pytest.mark.parametrize("shape", [(3, 100_000, 32), (3, 32, 4097), (65, 32, 32), (0, 32, 32), (3, -1, 32), (3, 32, 0)])
+def test_a_size_far_out_of_range_stops_before_anything_is_read(tmp_path, shape):
+    with pytest.raises(SSDKDError, match=rf"--input {'x'.join(map(str, shape))}: expected 1 to 64 channels") as caught:
+        load_teacher(tmp_path / "nowhere.pt", input_shape=shape)
+    assert "--input 3x224x224" in caught.value.hint
+
+
 def test_a_size_that_the_network_cannot_take(tmp_path):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 62 * 62, 5))
     torch.save(trained(network), tmp_path / "teacher.pt")

@@ -1,3 +1,4 @@
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -189,14 +190,15 @@ def test_archive_of_another_size_and_with_names_in_another_order(tmp_path: Path)
         ({"images": values(2, 3, 16, 16), "labels": [0, 1]}, r"found uint8 \[2, 3, 16, 16\]"),
         ({"images": values(2, 4, 4), "labels": [0, 1, 1]}, r"expected 2 integer labels, found int64 \[3\]"),
         ({"images": values(2, 4, 4), "labels": [0.0, 1.0]}, "expected 2 integer labels, found float64"),
-        ({"images": values(0, 4, 4), "labels": np.zeros(0, dtype=int)}, "expected 0 integer labels"),
+        ({"images": values(0, 4, 4), "labels": np.zeros(0, dtype=int)}, r"at least one image.* \[0, 4, 4\]"),
+        ({"images": values(2, 0, 4), "labels": [0, 1]}, r"of at least one pixel, .* shape \[2, 0, 4\]"),
         ({"images": values(2, 4, 4), "labels": [0, 2]}, "expected labels 0 to 1, found 0 to 2"),
         ({"images": values(2, 4, 4), "labels": [-1, 1]}, "found -1 to 1"),
         (
             {"images": values(2, 4, 4), "labels": [0, 1], "class_names": ["a"]},
             "expected the model's 2 classes, found 1",
         ),
-        ({"images": values(2, 4, 4), "labels": np.array([0, "b"], dtype=object)}, "cannot be read"),
+        ({"images": values(2, 4, 4), "labels": np.array([0, "b"], dtype=object)}, "expected labels as a plain array"),
     ],
 )
 def test_archive_is_checked(arrays: dict[str, Any], message: str | None, tmp_path: Path) -> None:
@@ -204,8 +206,14 @@ def test_archive_is_checked(arrays: dict[str, Any], message: str | None, tmp_pat
     if message is None:
         assert load_labelled(path, input_shape=(4, 3, 4), classes=2, class_names=None).images.shape == (2, 3, 4, 4)
         return
-    with pytest.raises(SSDKDError, match=message):
+    with pytest.raises(SSDKDError, match=message) as caught:
         load_labelled(path, input_shape=GREY, classes=2, class_names=None)
+    assert "allow_pickle" not in caught.value.message
+
+
+def test_what_else_is_in_an_archive_is_not_read(tmp_path: Path) -> None:
+    path = archive(tmp_path, images=values(2, 4, 4), labels=[0, 1], notes=np.array([{"made": "today"}], dtype=object))
+    assert load_labelled(path, input_shape=GREY, classes=2, class_names=None).labels.tolist() == [0, 1]
 
 
 def test_archive_with_one_name_that_is_no_list(tmp_path: Path) -> None:
@@ -220,18 +228,40 @@ def test_channels_that_no_picture_has(tmp_path: Path) -> None:
         load_labelled(path, input_shape=(5, 4, 4), classes=2, class_names=None)
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04"])
-def test_archive_that_is_none(content: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "expected an .npz archive, found 0 bytes"),
+        (b"no archive", "expected an .npz archive, found another file"),
+        (b"PK\x03\x04", "the archive is damaged or cut short"),
+    ],
+)
+def test_archive_that_is_none(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "test.npz").write_bytes(content)
-    with pytest.raises(SSDKDError, match=r"test\.npz cannot be read"):
+    with pytest.raises(SSDKDError, match=rf"test\.npz cannot be read: {message}$"):
         load_labelled(tmp_path / "test.npz", input_shape=GREY, classes=2, class_names=None)
 
 
 def test_array_that_is_no_archive(tmp_path: Path) -> None:
     with (tmp_path / "test.npz").open("wb") as file:
         np.save(file, values(2, 4, 4))
-    with pytest.raises(SSDKDError, match=r"test\.npz cannot be read"):
+    with pytest.raises(SSDKDError, match=r"test\.npz cannot be read: .* found a single array \(\.npy\)$") as caught:
         load_labelled(tmp_path / "test.npz", input_shape=GREY, classes=2, class_names=None)
+    assert "numpy.savez" in caught.value.hint
+
+
+def test_archive_with_a_member_that_is_damaged_or_no_array(tmp_path: Path) -> None:
+    path = archive(tmp_path, images=values(3, 4, 4), labels=[0, 1, 1])
+    content = bytearray(path.read_bytes())
+    content[content.index(values(3, 4, 4).tobytes())] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(SSDKDError, match=r"test\.npz cannot be read: its images is damaged"):
+        load_labelled(path, input_shape=GREY, classes=2, class_names=None)
+    with zipfile.ZipFile(path, "w") as members:
+        members.writestr("images", "no array")
+        members.writestr("labels", "none either")
+    with pytest.raises(SSDKDError, match="its images is no NumPy array"):
+        load_labelled(path, input_shape=GREY, classes=2, class_names=None)
 
 
 def brightness(*greys: int, labels: list[int]) -> LabelledImages:

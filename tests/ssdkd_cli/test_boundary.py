@@ -1,6 +1,10 @@
+import os
+import signal
+
 import pytest
 
 from ssdkd_cli.boundary import exit_code_of
+from ssdkd_cli.outcome import Outcome
 
 
 def test_out_of_memory_advises_nothing_that_a_command_may_lack(capsys: pytest.CaptureFixture[str]) -> None:
@@ -11,3 +15,39 @@ def test_out_of_memory_advises_nothing_that_a_command_may_lack(capsys: pytest.Ca
     said = capsys.readouterr().err
     assert "out of memory" in said
     assert "--" not in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_ends_the_process_is_an_interruption(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, saved = signal.getsignal(number), []
+
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), number)
+        except BaseException as error:
+            saved.append(type(error))
+            raise
+
+    assert exit_code_of(work) == 130  # type: ignore[arg-type]
+    assert saved == [KeyboardInterrupt]
+    assert "interrupted" in capsys.readouterr().err
+    assert signal.getsignal(number) is before
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    """As under `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert exit_code_of(lambda: os.kill(os.getpid(), signal.SIGHUP) or Outcome(lambda: None)) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_libraries_that_memory_is_too_small_for(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise ImportError("libtorch_cpu.so: failed to map segment from shared object")
+
+    assert exit_code_of(fail) == 1  # type: ignore[arg-type]
+    assert "out of memory" in capsys.readouterr().err

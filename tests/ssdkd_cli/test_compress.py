@@ -19,7 +19,7 @@ from engine.errors import NonFiniteLossError
 from engine.students import build_student
 from engine.teacher import load_teacher
 from exporters.verify import Verification
-from ssdkd_cli import artifacts, console, files, pipeline, teaching
+from ssdkd_cli import artifacts, console, files, pipeline, runs, teaching
 
 
 def arguments(shared: Path, out: Path, *more: object) -> list[object]:
@@ -98,7 +98,7 @@ def test_json_is_the_report_and_nothing_else(ssdkd: Any, shared: Path, tmp_path:
     assert ran.json == json.loads((tmp_path / "run/report.json").read_text())
     assert "a user's own code prints" in ran.err
     assert ran.json["teacher"]["accuracy"] is None
-    assert any("--time-limit" in warning for warning in ran.json["warnings"])
+    assert not any("time limit" in warning for warning in ran.json["warnings"])  # it hurried nothing
 
 
 def test_embedded_preprocessing_is_proven_too(ssdkd: Any, shared: Path, tmp_path: Path) -> None:
@@ -295,6 +295,45 @@ def test_overwrite_replaces_the_run_and_nothing_else(
     assert (folder / "model_v2.onnx").read_text() == "mine"
     assert not (folder / "model.onnx.rejected").exists()
     assert json.loads((folder / "report.json").read_text())["distillation"]["seed"] == 1
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_run_that_fails_loses_no_earlier_run(
+    learned: bool, ssdkd: Any, shared: Path, compressed: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(compressed, folder)
+    before = contents(folder)
+    monkeypatch.setattr(teaching, "distill", fail_after(2 if learned else 1, KeyboardInterrupt()))
+    assert ssdkd(*arguments(shared, folder, "--overwrite")).code == 130
+    if learned:  # both are kept
+        assert contents(folder / runs.PREVIOUS) == before
+        assert (folder / runs.STUDENT).read_bytes() != before[runs.STUDENT]
+    else:
+        assert contents(folder) == before
+    assert (folder / runs.PREVIOUS).exists() is learned
+
+
+def test_a_run_is_not_repeated_over_its_own_config(ssdkd: Any, compressed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(compressed, folder)
+    before = contents(folder)
+    ran = ssdkd("compress", "--config", folder / "config.toml", "--out", folder, "--overwrite")
+    assert ran.code == 1
+    assert "config.toml is needed for the run" in ran.err
+    assert contents(folder) == before
+
+
+def test_folders_that_were_there_stay_and_new_ones_go(ssdkd: Any, shared: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/.ssdkd-write-test").write_text("mine")
+    for out in ("mine", "mine/new/run"):
+        assert ssdkd(*arguments(shared, tmp_path / out, "--student", "resnet9")).code == 1
+    assert [path.name for path in (tmp_path / "mine").rglob("*")] == [".ssdkd-write-test"]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])

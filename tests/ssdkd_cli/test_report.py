@@ -1,12 +1,15 @@
 import dataclasses
 import json
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.errors import SSDKDError
-from ssdkd_cli.describe import prior_warnings
+from engine.task import Classification
+from ssdkd_cli.describe import prior_warnings, run_warnings
 from ssdkd_cli.report import Percentiles, Report, read_report, recommend, to_json, to_markdown, write_report
 from ssdkd_cli.summary import comparison
 
@@ -52,6 +55,7 @@ def test_what_is_written_is_what_is_read(report: Report, tmp_path: Path) -> None
         (lambda found: found.update(schema_version=2), "schema_version"),
         (lambda found: found.update(extra=1), "extra"),
         (lambda found: found["teacher"].pop("sha256"), "teacher.sha256"),
+        (lambda found: found["distillation"].update(class_histogram=[]), "distillation.class_histogram"),
         (lambda found: found["student"].update(agreement="high"), "student.agreement"),
         (lambda found: found["artifacts"][0].update(bytes=1), "artifacts.0.bytes"),
     ],
@@ -140,3 +144,17 @@ def test_a_collapsed_or_unbalanced_prior_is_said() -> None:
     assert "2 of 4 classes" in collapsed
     (unbalanced,) = prior_warnings([500, 40, 300, 200])
     assert "500 of the largest class, 40 of the smallest" in unbalanced
+
+
+def test_a_run_that_the_clock_hurried_says_so() -> None:
+    buffer = types.SimpleNamespace(size=2, classes=torch.tensor([0, 1]))
+    state: Any = types.SimpleNamespace(buffer=buffer, task=Classification(2), hurried=False)
+    assert run_warnings(state) == []
+    state.hurried = True
+    assert ["time limit" in warning for warning in run_warnings(state)] == [True]
+
+
+def test_a_report_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_bytes(b"\xff\xfe\x80")
+    with pytest.raises(SSDKDError, match="it is no text"):
+        read_report(tmp_path)

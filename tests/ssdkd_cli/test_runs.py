@@ -53,7 +53,7 @@ def test_a_student_is_built_again_without_the_teacher(
     card = runs.teacher_card(teacher.spec, name)
     card = runs.StudentCard(**{**vars(card), "teacher_path": "gone.pt"})
     runs.save_student(tmp_path, student, card)
-    again = runs.open_run(tmp_path)
+    again = runs.open_run(tmp_path, trust_pickle=":" in name)
     assert replace(again.card, known_logits=()) == card
     assert len(again.card.known_logits) == 4
     assert (again.card.mean, again.card.std, again.card.input_shape) == ((0.5,), (0.25,), (1, 16, 16))
@@ -74,7 +74,7 @@ def same_as(teacher: Teacher, folder: Path) -> nn.Module:
 def assert_opens_as(student: nn.Module, teacher: Teacher, folder: Path) -> None:
     images = torch.randn(2, *teacher.spec.input_shape, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        assert torch.equal(runs.open_run(folder).module(images), student.eval()(images))
+        assert torch.equal(runs.open_run(folder, trust_pickle=True).module(images), student.eval()(images))
 
 
 @pytest.mark.parametrize("has_file", [True, False])
@@ -132,7 +132,7 @@ def test_code_that_now_computes_something_else_is_noticed(
     (tmp_path / "users.py").write_text(USERS_CODE.replace("nn.ReLU", "nn.Hardtanh"))
     monkeypatch.delitem(sys.modules, "users")
     with pytest.raises(SSDKDError, match=r"users:small is not the one that was distilled: it computes other logits"):
-        runs.open_run(tmp_path)
+        runs.open_run(tmp_path, trust_pickle=True)
 
 
 @pytest.mark.parametrize("name", ["resnet8", "same"])
@@ -165,6 +165,71 @@ def test_what_a_run_would_replace_needs_overwrite(name: str, tmp_path: Path) -> 
     assert not (tmp_path / name).exists()
 
 
+def test_a_folder_called_like_a_file_of_a_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").mkdir()
+    with pytest.raises(SSDKDError, match=r"model\.onnx is a folder"):
+        runs.check_free(tmp_path, overwrite=True)
+
+
+def test_what_is_set_aside_comes_back_or_goes(tmp_path: Path) -> None:
+    for name in (runs.STUDENT, runs.CONFIG):
+        (tmp_path / name).write_text("first")
+    runs.set_aside(tmp_path)
+    (tmp_path / runs.CONFIG).write_text("killed before it had a student")
+    runs.set_aside(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [runs.PREVIOUS]
+    (tmp_path / runs.METRICS).write_text("third")
+    runs.put_back(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {runs.STUDENT: "first", runs.CONFIG: "first"}
+    runs.set_aside(tmp_path)
+    runs.drop_previous(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["student", "teacher"])
+def test_code_that_a_run_names_does_not_run_by_itself(
+    where: str, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "evil", raising=False)
+    (tmp_path / "evil.py").write_text("from pathlib import Path; Path('ran').touch()")
+    card = runs.teacher_card(teacher.spec, "evil:build" if where == "student" else "same")
+    card = replace(card, teacher_flags=("--arch", "evil:build")) if where == "teacher" else card
+    runs.save_student(tmp_path, build_student("resnet8", teacher=teacher), card)
+    with pytest.raises(SSDKDError, match="evil:build, which would be imported") as caught:
+        runs.open_run(tmp_path)
+    assert "--trust-pickle" in caught.value.hint
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"classes": "x"},
+        {"classes": -1},
+        {"input_shape": None},
+        {"input_shape": [1, -28, 28]},
+        {"known_logits": ["a"]},
+        {"mean": []},
+        {"mean": ["a"]},
+    ],
+)
+def test_a_card_that_makes_no_sense_is_refused(change: dict[str, object], teacher: Teacher, tmp_path: Path) -> None:
+    card = {**vars(runs.teacher_card(teacher.spec, "resnet8")), **change}
+    student = build_student("resnet8", teacher=teacher)
+    save_file(student.state_dict(), tmp_path / "student.safetensors", {"ssdkd": json.dumps(card)})
+    with pytest.raises(SSDKDError, match="cannot be read as a student"):
+        runs.open_run(tmp_path)
+
+
+def test_known_logits_of_another_number_of_classes_do_not_fit(teacher: Teacher, tmp_path: Path) -> None:
+    card = {**vars(runs.teacher_card(teacher.spec, "resnet8")), "known_logits": [1.0, 2.0]}
+    student = build_student("resnet8", teacher=teacher)
+    save_file(student.state_dict(), tmp_path / "student.safetensors", {"ssdkd": json.dumps(card)})
+    with pytest.raises(SSDKDError, match="other logits"):
+        runs.open_run(tmp_path)
+
+
 def test_another_network_of_the_same_name_is_noticed(
     teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,7 +240,7 @@ def test_another_network_of_the_same_name_is_noticed(
         tmp_path, build_student("resnet8", teacher=teacher), runs.teacher_card(teacher.spec, "users:small")
     )
     with pytest.raises(SSDKDError, match="do not fit the student users:small"):
-        runs.open_run(tmp_path)
+        runs.open_run(tmp_path, trust_pickle=True)
 
 
 def test_where_a_run_goes_by_itself() -> None:
@@ -188,6 +253,9 @@ def test_samples_are_kept(tmp_path: Path) -> None:
     images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
     runs.save_samples(tmp_path, images)
     assert np.array_equal(runs.read_samples(tmp_path), images)
+    np.savez(tmp_path / runs.SAMPLES, images=np.uint8(1))
+    with pytest.raises(SSDKDError, match=r"expected images \[N, H, W, C\]"):
+        runs.read_samples(tmp_path)
     (tmp_path / runs.SAMPLES).write_bytes(b"broken")
     with pytest.raises(SSDKDError, match=r"samples\.npz cannot be read"):
         runs.read_samples(tmp_path)
