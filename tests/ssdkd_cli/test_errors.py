@@ -111,7 +111,7 @@ DEMO = ("demo", "--config", "{in}/bad.toml")
 CONFIGURED = (*COMPRESS, "--config", "{in}/bad.toml")
 # (name, what to prepare, arguments, exit code, part of the message, part of the hint)
 ROWS: list[tuple[str, Callable[[Path], None], tuple[str, ...], int, str, str]] = [
-    ("no file", nothing, ("compress", "{in}/gone.pt", *RUN), 1, "no file", "path"),
+    ("no file", nothing, ("compress", "{in}/gone.pt", *RUN), 1, "no file", "folder"),
     ("no checkpoint", no_checkpoint, ("compress", "{in}/teacher.txt", *RUN), 1, "teacher.txt", ""),
     ("truncated", truncated, ("compress", "{in}/half.pt", *RUN), 1, "half.pt", ""),
     ("code in pickle", code_in_pickle, ("compress", "{in}/code.pt", *RUN), 1, "code.pt", "--trust-pickle"),
