@@ -60,11 +60,16 @@ def lines(screen: pyte.Screen) -> list[Text]:
         line = Text()
         for column in range(screen.columns):
             cell = screen.buffer[row][column]
-            style = Style(color=COLOURS.get(cell.fg, cell.fg), bold=cell.bold, dim=False)
+            style = Style(color=colour(cell.fg), bold=cell.bold)
             line.append(cell.data, style)
         line.rstrip()
         shown.append(line)
     return shown
+
+
+def colour(name: str) -> str | None:
+    """rich's name for pyte's, which is a word or six hexadecimal digits."""
+    return f"#{name}" if re.fullmatch("[0-9a-f]{6}", name) else COLOURS.get(name, name)
 
 
 def svg(frames: list[list[Text]], title: str) -> str:
