@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from engine.errors import SSDKDError
-from ssdkd_cli import __version__, compress, console, stages
+from ssdkd_cli import __version__, compress, console, profile_commands, stages
 from ssdkd_cli.boundary import KNOWN_ERROR, within_boundary
 from ssdkd_cli.outcome import Outcome
 
@@ -77,6 +77,7 @@ for _group, _commands in GROUPS.items():
     for _name, _command in _commands.items():
         _settings = {"default_map": DEFAULTS[_name]} if _name in DEFAULTS else {}
         app.command(_name, rich_help_panel=_group, context_settings=_settings)(within_boundary(_command))
+app.add_typer(profile_commands.app, name="profiles", rich_help_panel="Look")
 
 if __name__ == "__main__":
     sys.exit(main())

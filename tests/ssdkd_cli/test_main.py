@@ -13,7 +13,7 @@ import ssdkd_cli
 from ssdkd_cli.main import app
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("compress", "demo", "inspect", "students", "eval", "bench", "export", "report", "doctor")
+COMMANDS = ("compress", "demo", "inspect", "students", "eval", "bench", "export", "report", "doctor", "profiles")
 
 
 def python(code: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -89,6 +89,8 @@ def test_who_may_import_whom() -> None:
         assert not names & {"ssdkd_cli", "exporters", "rich", "typer"}, name
     for name, names in imports_of("exporters").items():
         assert not names & {"ssdkd_cli", "rich", "typer"}, name
+    for name, names in imports_of("profiles").items():
+        assert not names & {"ssdkd_cli", "exporters", "rich", "typer"}, name
     for name, names in imports_of("ssdkd_cli").items():
         assert "rich" not in names or name == "console.py", name
 
