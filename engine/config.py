@@ -17,7 +17,7 @@ class DistillationSettings:
 
     rounds: int = EFFORTS["full"]
     samples: int = 5000  # |B|, slots of the replay buffer
-    held_out: int = 256  # newest synthetic samples that are never trained on
+    held_out: int = 1024  # newest synthetic samples that are never trained on
     warmup_rounds: int = 10  # rounds of inversion before the student takes its first step
 
     inversion_batch: int = 64  # samples a round
@@ -35,7 +35,7 @@ class DistillationSettings:
 
     student_batch: int = 64
     student_steps: int = 20  # a round
-    student_rate: float = 0.4  # peak; SGD with Nesterov momentum; a short rise, then a half cosine to 0
+    student_rate: float = 0.1  # peak; SGD with Nesterov momentum; a short rise, then a half cosine to 0
     student_momentum: float = 0.9
     student_decay: float = 5e-4
     temperature: float = 4.0

@@ -151,7 +151,7 @@ def _open_onnx(path: Path, input_shape: Shape | None) -> Runtime:
         return logits
 
     return Runtime(
-        name=f"onnxruntime {onnxruntime.__version__} {ONNX_PROVIDER}",
+        name=f"onnxruntime {onnxruntime.__version__} {ONNX_PROVIDER}, {available_threads()} threads",
         path=path,
         input_shape=shape,
         classes=classes,
@@ -219,4 +219,14 @@ def _in_parts(run: Predict, images: NDArray[np.float32], size: int) -> NDArray[n
     return np.concatenate([run(filled[start : start + size]) for start in range(0, len(filled), size)])[:count]
 
 
-OPENERS: dict[str, Callable[[Path, Shape | None], Runtime]] = {".onnx": _open_onnx}
+def _open_plan(path: Path, input_shape: Shape | None) -> Runtime:
+    from exporters.tensorrt_runtime import open_plan
+
+    runtime = open_plan(path)
+    if input_shape is not None and input_shape != runtime.input_shape:
+        declared, stated = ("x".join(map(str, sizes)) for sizes in (runtime.input_shape, input_shape))
+        raise SSDKDError(f"{path} takes images of {declared}, found --input {stated}", "leave --input out")
+    return runtime
+
+
+OPENERS: dict[str, Callable[[Path, Shape | None], Runtime]] = {".onnx": _open_onnx, ".engine": _open_plan}

@@ -1,11 +1,7 @@
 """A module as one ONNX file: torch's dynamo exporter, kept quiet, its result checked and cleaned."""
 
 import copy
-import io
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
@@ -15,6 +11,7 @@ from torch import Tensor, nn
 from engine.errors import SSDKDError
 from exporters.files import write_atomically
 from exporters.metadata import ssdkd_version
+from exporters.quiet import quiet
 
 INPUT_NAME = "images"
 OUTPUT_NAME = "logits"
@@ -56,10 +53,15 @@ def write_onnx(
     Raises SSDKDError where the network cannot be exported, OSError where the file cannot be written; neither leaves
     a file behind.
     """
+    write_atomically(path, to_onnx(module, input_shape=input_shape, metadata=metadata).SerializeToString())
+
+
+def to_onnx(module: nn.Module, *, input_shape: tuple[int, int, int], metadata: Mapping[str, str]) -> onnx.ModelProto:
+    """`module` as a checked ONNX model; as `write_onnx`, without the file."""
     proto = _to_proto(module, input_shape)
     for name, value in metadata.items():
         proto.metadata_props.add(key=name, value=value)
-    write_atomically(path, proto.SerializeToString())
+    return proto
 
 
 def _to_proto(module: nn.Module, input_shape: tuple[int, int, int]) -> onnx.ModelProto:
@@ -77,7 +79,7 @@ def _to_proto(module: nn.Module, input_shape: tuple[int, int, int]) -> onnx.Mode
             "state the network that it was made from with --arch, so that it is rebuilt as a module",
         )
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():  # where it fails it prints whole graphs, past `verbose=False`
             program = torch.onnx.export(
                 copy.deepcopy(module).to(device="cpu", dtype=torch.float32).eval(),
                 (torch.zeros(2, *input_shape),),  # 2: torch.export takes a batch of 1 for a constant
@@ -125,22 +127,6 @@ def _interface_problem(proto: onnx.ModelProto) -> str | None:
             size = dimensions[0].dim_value if dimensions else "none"
             return f"it works for one batch size only ({value.name}: {size}), expected any"
     return None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what torch's exporter says off the terminal; exceptions pass.
-
-    Where it fails it prints whole graphs, past `verbose=False`; and a network of the user's own may print, too.
-    """
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def _root_cause(error: BaseException) -> str:

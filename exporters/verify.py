@@ -1,6 +1,7 @@
 """Does a model file compute what the student computes? On held-out synthetic samples, by the file alone."""
 
 import copy
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,12 +20,29 @@ Images = NDArray[np.uint8]  # [N, H, W, C]
 Logits = NDArray[np.float32]  # [N, classes]
 Constants = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, of images in 0...1
 
-# Two float32 programs of one network differ by rounding alone: folded BatchNorm, another order of the same sums.
+ERROR_OF_SIZE = 1e-6  # of the largest logit: rounding that does not shrink with the spread (2**-23 is 1.2e-7)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far a file may be from the student, by its precision."""
+
+    error_of_spread: float  # of the spread: how far the images move a logit
+    error_of_size: float  # of the largest logit
+    min_agreement: float  # percent of equal predictions
+
+
+# fp32: two float32 programs of one network differ by rounding alone: folded BatchNorm, another order of the same sums.
 # Measured over twelve networks, 8 to 110 layers, 32 and 224 px: at most 4.5e-5 of the spread (1.2e-6 once trained),
 # while 1 % of noise on one convolution's weights makes 7e-3 or more, one weight of the last one off by 10 % 1e-3.
-ERROR_OF_SPREAD = 5e-4  # of the spread: how far the images move a logit
-ERROR_OF_SIZE = 1e-6  # of the largest logit: rounding that does not shrink with the spread (2**-23 is 1.2e-7)
-MIN_AGREEMENT = 99.5  # percent of equal predictions; more than this apart are no longer near ties
+# More than 0.5 % of predictions apart are no longer near ties.
+# fp16: a rounding is 2**13 times as coarse; measured on ResNet-56: 2.5e-3 of the spread.
+# int8: single logits may move far; what counts is that the predictions stay (docs/quantization.md).
+LIMITS = {
+    "fp32": Limits(5e-4, ERROR_OF_SIZE, 99.5),
+    "fp16": Limits(3e-2, 2e-3, 98.0),
+    "int8": Limits(math.inf, math.inf, 90.0),
+}
 UNCHANGED: Constants = (0.0,), (1.0,)
 BATCHES = (1, 7)  # the first batches: one image, and an odd number that no exporter would choose by itself
 BATCH = 32  # the batches after them, smaller ones for large images
@@ -32,9 +50,12 @@ BATCH = 32  # the batches after them, smaller ones for large images
 
 @dataclass(frozen=True)
 class Verification:
-    """Whether a file passed, and why; `max_abs_error` of logits and `agreement` in percent are None if it never ran."""
+    """Whether a file passed, and why; `max_abs_error` of logits and `agreement` in percent are None if it never ran.
 
-    verified: bool
+    `verified` is None for a file that cannot run on this machine.
+    """
+
+    verified: bool | None
     reason: str
     max_abs_error: float | None
     agreement: float | None
@@ -47,8 +68,11 @@ def verify(
     *,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    precision: str = "fp32",
 ) -> Verification:
     """Compare the file at `path` with `module` on held-out synthetic samples, uint8 [N, H, W, C].
+
+    It must compute in `precision`, and be as near to the module as that allows (LIMITS).
 
     The reference is the module in float32 on the CPU, fed images normalised by `mean` and `std`; the file is fed as
     its own metadata asks. So the weights, the graph and what the file says of its input are all proven. A bad file
@@ -56,23 +80,28 @@ def verify(
     """
     if len(images) < 2 or not (images != images[0]).any():
         return _failed("there are fewer than two different samples: a comparison on them proves nothing")
+    limits = LIMITS[precision]
     reference = _run_all(predictor(copy.deepcopy(module).float().cpu()), images, (mean, std))
     try:
         runtime = open_runtime(path)
-        problem = _reference_problem(reference) or _interface_problem(runtime, images, reference, mean, std)
+        problem = (
+            _reference_problem(reference)
+            or _interface_problem(runtime, images, reference, mean, std)
+            or _precision_problem(path, precision)
+        )
         if problem:
             return _failed(problem)
         embedded = describe(runtime.metadata).input_range == UNIT
         fed, not_fed = (UNCHANGED, (mean, std)) if embedded else ((mean, std), UNCHANGED)
         logits = _run_all(runtime.run, images, fed)
-        verdict = _compare(reference, logits)
-        if verdict.verified or _matches(reference, logits):
+        verdict = _compare(reference, logits, limits)
+        if verdict.verified or _matches(reference, logits, limits):
             return verdict
         cause = (
             _broken_weights(path)
-            or _wrong_normalisation(reference, _run_all(runtime.run, images, not_fed), embedded)
-            or _swapped_classes(reference, logits)
-            or _wrong_batch(reference, logits, runtime.run, images, fed)
+            or _wrong_normalisation(reference, _run_all(runtime.run, images, not_fed), embedded, limits)
+            or _swapped_classes(reference, logits, limits)
+            or _wrong_batch(reference, logits, runtime.run, images, fed, limits)
         )
     except SSDKDError as error:
         return _failed(error.message)
@@ -136,26 +165,25 @@ def _spread(reference: Logits) -> float:
     return float(reference.std(axis=0, dtype=np.float64).mean())
 
 
-def _tolerance(reference: Logits) -> float:
-    return ERROR_OF_SPREAD * _spread(reference) + ERROR_OF_SIZE * float(np.abs(reference).max())
+def _tolerance(reference: Logits, limits: Limits) -> float:
+    return limits.error_of_spread * _spread(reference) + limits.error_of_size * float(np.abs(reference).max())
 
 
-def _matches(reference: Logits, logits: Logits) -> bool:
-    return bool((np.abs(reference - logits) <= _tolerance(reference)).all())
+def _matches(reference: Logits, logits: Logits, limits: Limits) -> bool:
+    return bool((np.abs(reference - logits) <= _tolerance(reference, limits)).all())
 
 
-def _compare(reference: Logits, logits: Logits) -> Verification:
+def _compare(reference: Logits, logits: Logits, limits: Limits) -> Verification:
     finite = np.isfinite(logits).all(axis=1)  # [N]
     if not finite.all():
         return _failed(f"NaN or infinite logits for {int((~finite).sum())} of {len(logits)} samples")
-    error, tolerance = float(np.abs(reference - logits).max()), _tolerance(reference)
+    error, tolerance = float(np.abs(reference - logits).max()), _tolerance(reference, limits)
     agreement = _agreement(reference, logits)
-    measured = (
-        f"max abs error {error:.2g} (tolerance {tolerance:.2g}), agreement {agreement:.2f} % on {len(logits)} samples"
-    )
+    allowed = f" (tolerance {tolerance:.2g})" if math.isfinite(tolerance) else ""
+    measured = f"max abs error {error:.2g}{allowed}, agreement {agreement:.2f} % on {len(logits)} samples"
     if error > tolerance:
         return Verification(False, f"the logits are not the student's, {measured}", error, agreement)
-    if agreement < MIN_AGREEMENT:
+    if agreement < limits.min_agreement:
         return Verification(False, f"the predictions are not the student's, {measured}", error, agreement)
     return Verification(True, measured, error, agreement)
 
@@ -165,6 +193,15 @@ def _agreement(reference: Logits, logits: Logits) -> float:
     chosen = np.take_along_axis(reference, logits.argmax(axis=1)[:, None], axis=1)[:, 0]  # [N]
     rounding = ERROR_OF_SIZE * float(np.abs(reference).max())
     return 100.0 * float((chosen >= reference.max(axis=1) - rounding).mean())
+
+
+def _precision_problem(path: Path, precision: str) -> str | None:
+    """Return how an ONNX file differs from the precision that was asked for, or None."""
+    import onnx
+
+    from exporters.precision import precision_problem
+
+    return precision_problem(onnx.load(path), precision) if path.suffix == ".onnx" else None
 
 
 def _broken_weights(path: Path) -> str | None:
@@ -181,17 +218,17 @@ def _broken_weights(path: Path) -> str | None:
     return f"the file holds NaN or infinity in {', '.join(names[:3])}" if names else None
 
 
-def _wrong_normalisation(reference: Logits, other: Logits, embedded: bool) -> str | None:
+def _wrong_normalisation(reference: Logits, other: Logits, embedded: bool, limits: Limits) -> str | None:
     """Name a file that is right on the input that its metadata does not ask for."""
-    if not _matches(reference, other):
+    if not _matches(reference, other, limits):
         return None
     found, stated = (NORMALISED, UNIT) if embedded else (UNIT, NORMALISED)
     return f"its normalisation is wrong, it takes images {found} and its metadata says {stated}"
 
 
-def _swapped_classes(reference: Logits, logits: Logits) -> str | None:
+def _swapped_classes(reference: Logits, logits: Logits, limits: Limits) -> str | None:
     """Name the classes whose logits stand in another class's place."""
-    tolerance = _tolerance(reference)
+    tolerance = _tolerance(reference, limits)
     wrong = np.flatnonzero(~(np.abs(reference - logits) <= tolerance).all(axis=0))  # classes
     holds: dict[int, int] = {}
     for here in wrong:
@@ -204,10 +241,12 @@ def _swapped_classes(reference: Logits, logits: Logits) -> str | None:
     return f"classes have changed places ({shown})"
 
 
-def _wrong_batch(reference: Logits, logits: Logits, run: Predict, images: Images, constants: Constants) -> str | None:
+def _wrong_batch(
+    reference: Logits, logits: Logits, run: Predict, images: Images, constants: Constants, limits: Limits
+) -> str | None:
     """Name a file that is right for each image alone and wrong for several at once."""
     worst = np.abs(reference - logits).max(axis=1).argsort()[-4:]  # samples
     alone = np.concatenate([run(to_input(images[index : index + 1], *constants)) for index in worst])
-    if (np.abs(reference[worst] - alone) <= _tolerance(reference)).all():
+    if (np.abs(reference[worst] - alone) <= _tolerance(reference, limits)).all():
         return "it is right for one image and wrong for several at once"
     return None

@@ -1,43 +1,59 @@
 """What can be done with a finished run, or with a single model file: export, evaluate and bench it again."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import nn
 
+from engine.config import settings_for
+from engine.device import Compute
 from engine.errors import SSDKDError
-from engine.teacher import load_teacher
+from engine.sampling import synthesize
+from engine.task import Classification
+from engine.teacher import Teacher, batchnorm_layers, load_teacher
 from exporters import FORMATS
-from exporters.evaluate import accuracy, load_labelled
+from exporters.evaluate import LabelledImages, accuracy, load_labelled
 from exporters.metadata import describe, preprocessing_of
-from exporters.runtimes import open_runtime, predictor
+from exporters.runtimes import inference_batch, open_runtime, predictor, to_input
 from ssdkd_cli import console, runs
-from ssdkd_cli.artifacts import artifact, check_formats, export_and_prove, score_file, time_files
+from ssdkd_cli.artifacts import artifact, file_names, make_files, score_file, time_files, usual_batch
 from ssdkd_cli.files import check_writable
-from ssdkd_cli.report import Artifact, Percentiles, Report, read_report, recommend, write_report
+from ssdkd_cli.gates import Limits, decide, recommend
+from ssdkd_cli.precisions import Subject
+from ssdkd_cli.report import Artifact, Gate, Percentiles, Report, read_report, write_report
+from ssdkd_cli.target import Target
 
+SYNTHETIC_SAMPLES = 512  # of a teacher that is exported as it is, to calibrate on, and as many to prove on
+SYNTHETIC_PIXELS = 128 * 224 * 224  # of them together: fewer where they are large
 NOISE_SAMPLES = 64
 ON_NOISE = "proven on smooth random images: a teacher that was not distilled has no synthetic samples"
 
 
 @dataclass(frozen=True)
 class Material:
-    """What an export is made of. `samples`: uint8 [N, H, W, C]; `folder`: where the files go unless --out says.
+    """What an export is made of. `folder`: where the files go unless --out says.
 
     `run`: the folder of the run that the network was taken from, None for a teacher.
     """
 
-    module: nn.Module
-    card: runs.StudentCard
-    samples: NDArray[np.uint8]
+    subject: Subject
     folder: Path
     run: Path | None
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export made, and the limits that were set for it."""
+
+    artifacts: tuple[Artifact, ...]
+    gates: tuple[Gate, ...]
 
 
 @dataclass(frozen=True)
@@ -61,24 +77,75 @@ class FileTiming:
     runtime: str
 
 
-def from_run(folder: Path, *, trust_pickle: bool) -> Material:
+def from_run(folder: Path, *, trust_pickle: bool, embed_preprocessing: bool) -> Material:
     """The student of a run. Raises SSDKDError where it cannot be built again."""
     with console.stage("student", f"reading {folder}") as done:
         run = runs.open_run(folder, trust_pickle=trust_pickle)
         done(run.card.student)
-    return Material(run.module, run.card, runs.read_samples(folder), folder, folder, ())
+    return Material(Subject(run.module, run.card, runs.read_samples(folder), embed_preprocessing), folder, folder, ())
 
 
-def from_teacher(path: Path, **stated: Any) -> Material:
-    """A teacher's network as it is; `stated` are the arguments of engine.teacher.load_teacher."""
+def from_teacher(
+    path: Path, *, needs_samples: bool, seed: int, compute: Compute, embed_preprocessing: bool, **stated: Any
+) -> Material:
+    """A teacher's network as it is; `stated` are the arguments of engine.teacher.load_teacher.
+
+    `needs_samples`: ranges are to be taken, so synthetic samples are made of it; else noise is enough for the proof.
+    """
     with console.stage("teacher", f"reading {path}") as done:
         teacher = load_teacher(path, **stated)
         done(teacher.spec.arch)
     for sentence in teacher.spec.warnings:
         console.warn(sentence)
     card = runs.teacher_card(teacher.spec, runs.SAME)
-    samples = smooth_noise(NOISE_SAMPLES, card.input_shape)
-    return Material(teacher.module, card, samples, Path("runs") / path.stem, None, (ON_NOISE,))
+    if needs_samples:
+        samples = inverted(teacher, compute=compute, seed=seed)
+    else:
+        noise = smooth_noise(NOISE_SAMPLES, card.input_shape)
+        logits = logits_of(teacher, noise)
+        samples = runs.Samples(noise, logits, noise, logits)
+    subject = Subject(teacher.module, card, samples, embed_preprocessing)
+    return Material(subject, Path("runs") / path.stem, None, () if needs_samples else (ON_NOISE,))
+
+
+def inverted(teacher: Teacher, *, compute: Compute, seed: int) -> runs.Samples:
+    """Synthetic samples of a teacher that is not distilled, half of them to calibrate on and half to prove on."""
+    spec = teacher.spec
+    settings = settings_for("full", image_shape=spec.input_shape)
+    number = 2 * min(
+        SYNTHETIC_SAMPLES, max(settings.inversion_batch, SYNTHETIC_PIXELS // math.prod(spec.input_shape[1:]))
+    )
+    parts: list[torch.Tensor] = []
+    prior = 0.0
+    with console.stage("samples", f"{number} synthetic samples of the teacher") as done:
+        for progress, made in synthesize(
+            teacher.module,
+            number,
+            task=Classification(spec.classes),
+            image_shape=spec.input_shape,
+            mean=spec.preprocessing.mean,
+            std=spec.preprocessing.std,
+            batchnorm_layers=batchnorm_layers(teacher.module),
+            settings=settings,
+            compute=compute,
+            seed=seed,
+        ):
+            parts.append(made.cpu())
+            prior = progress.prior_loss
+        done(f"{number} synthetic samples, prior loss {prior:.2g}")
+    teacher.module.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    images: NDArray[np.uint8] = torch.cat(parts).numpy()[:number]
+    logits = logits_of(teacher, images)
+    half = number // 2
+    return runs.Samples(images[half:], logits[half:], images[:half], logits[:half])
+
+
+def logits_of(teacher: Teacher, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """What the teacher says of images uint8 [N, H, W, C]: float32 [N, classes]."""
+    run, preprocessing = predictor(teacher.module), teacher.spec.preprocessing
+    batch = inference_batch(teacher.spec.input_shape)
+    parts = [images[first : first + batch] for first in range(0, len(images), batch)]
+    return np.concatenate([run(to_input(part, preprocessing.mean, preprocessing.std)) for part in parts])
 
 
 def smooth_noise(number: int, input_shape: tuple[int, int, int]) -> NDArray[np.uint8]:
@@ -101,38 +168,55 @@ def _smooth_image(rng: np.random.Generator, input_shape: tuple[int, int, int]) -
 
 
 def export(
-    material: Material, formats: Sequence[str], folder: Path, *, overwrite: bool, embed_preprocessing: bool
-) -> list[Artifact]:
+    material: Material,
+    target: Target,
+    folder: Path,
+    *,
+    limits: Limits,
+    eval_data: Path | None,
+    overwrite: bool,
+    compute: Compute,
+    seed: int,
+) -> Exported:
     """Write, prove and time the files; where `folder` is the run that they are of, its report is brought up to date.
 
     Raises:
-        SSDKDError: unknown format, a file that is there already, a folder that is another run, or a network that
-            cannot be exported.
+        SSDKDError: a file that is there already, a folder that is another run, or a network that cannot be exported.
     """
-    check_formats(formats)
     report = _report_of(material, folder)
-    for name in formats:
-        path = folder / f"{runs.MODEL}{FORMATS[name].suffix}"
-        if material.run is None and path.resolve() == Path(material.card.teacher_path):
+    subject, card = material.subject, material.subject.card
+    for name in file_names(target):
+        path = folder / name
+        if material.run is None and path.resolve() == Path(card.teacher_path):
             raise SSDKDError(
                 f"{path} is the teacher itself: its export would replace it", "write beside it with --out DIR"
             )
         if path.exists() and not overwrite:
             raise SSDKDError(f"{path} is there already", "write beside it with --out DIR, or add --overwrite")
+    labelled = (
+        load_labelled(eval_data, input_shape=card.input_shape, classes=card.classes, class_names=card.class_names)
+        if eval_data
+        else None
+    )
     check_writable(folder)
-    proofs = [
-        export_and_prove(
-            name, material.module, folder, material.samples, material.card, embed_preprocessing=embed_preprocessing
-        )
-        for name in formats
-    ]
-    paths = [proof.path for proof in proofs if proof.verification.verified]
+    proofs = make_files(subject, target, folder, compute=compute, seed=seed)
+    paths = [proof.path for proof in proofs if proof.verification.verified and proof.format == "onnx"]
     runtimes = [open_runtime(path) for path in paths]
-    timings = dict(zip(paths, time_files(runtimes, material.samples), strict=True)) if paths else {}
-    artifacts = [artifact(proof, folder, timings, None, material.notes) for proof in proofs]
+    timed = time_files(runtimes, subject.samples.held_out, batch=usual_batch(target)) if paths else []
+    timings = dict(zip(paths, timed, strict=True))
+    artifacts = tuple(artifact(proof, folder, timings, subject, target, labelled, material.notes) for proof in proofs)
+    _, gates = decide(limits, artifacts, target.asked, _teacher_accuracy(material, report, labelled))
     if report:
-        write_report(_with_artifacts(report, artifacts), folder)
-    return artifacts
+        write_report(_with_artifacts(report, artifacts, gates), folder)
+    return Exported(artifacts, gates)
+
+
+def _teacher_accuracy(material: Material, report: Report | None, labelled: LabelledImages | None) -> float | None:
+    """Percent, what --max-drop compares with: measured for a teacher, as its report says for a run's."""
+    if material.run is not None:
+        return report.teacher.accuracy if report else None
+    card = material.subject.card
+    return accuracy(predictor(material.subject.module), labelled, mean=card.mean, std=card.std) if labelled else None
 
 
 def _report_of(material: Material, folder: Path) -> Report | None:
@@ -152,12 +236,17 @@ def _report_of(material: Material, folder: Path) -> Report | None:
     return None
 
 
-def _with_artifacts(report: Report, artifacts: Sequence[Artifact]) -> Report:
-    """The report with these artifacts, in place of those of the same files."""
+def _with_artifacts(report: Report, artifacts: Sequence[Artifact], gates: Sequence[Gate]) -> Report:
+    """The report with these artifacts and what was judged of them, in place of those of the same files."""
     changed = {item.path.removesuffix(".rejected") for item in artifacts}
     kept = [item for item in report.artifacts if item.path.removesuffix(".rejected") not in changed]
     together = (*kept, *artifacts)
-    return dataclasses.replace(report, artifacts=together, recommendation=recommend(together, report.teacher))
+    latency = report.teacher.latency_ms
+    passing, _ = decide(Limits(), together, (), report.teacher.accuracy)
+    failed = {gate.artifact for gate in gates if not gate.passed}
+    recommendation = recommend([item for item in passing if item.path not in failed], latency.p50 if latency else None)
+    kept_gates = [gate for gate in report.gates if (gate.artifact or "").removesuffix(".rejected") not in changed]
+    return dataclasses.replace(report, artifacts=together, recommendation=recommendation, gates=(*kept_gates, *gates))
 
 
 def evaluate(

@@ -40,7 +40,9 @@ def run_compress(context: typer.Context, options: Options) -> Outcome:
     from ssdkd_cli.summary import show_report
 
     finished = pipeline.compress(options, command=shlex.join(["ssdkd", *context.obj]))
-    failed = any(artifact.verified is False for artifact in finished.report.artifacts)
+    failed = any(artifact.verified is False for artifact in finished.report.artifacts) or not all(
+        gate.passed for gate in finished.report.gates
+    )
     show = (
         functools.partial(console.print_json, report.to_json(finished.report))
         if options.json

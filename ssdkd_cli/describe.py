@@ -16,6 +16,7 @@ from engine.teacher import Teacher
 from ssdkd_cli import __version__
 from ssdkd_cli.artifacts import Timing
 from ssdkd_cli.environment import cpu_name, gpu_names
+from ssdkd_cli.gates import Limits, decide, recommend
 from ssdkd_cli.report import (
     SCHEMA_VERSION,
     Artifact,
@@ -24,7 +25,6 @@ from ssdkd_cli.report import (
     Report,
     StudentReport,
     TeacherReport,
-    recommend,
 )
 from ssdkd_cli.teaching import Distilled
 
@@ -55,12 +55,15 @@ def describe_run(
     arch: str,
     seed: int,
     student_bytes: int,
+    limits: Limits,
+    asked: Sequence[str],
     warnings: Sequence[str],
     command: str,
     seconds: float,
 ) -> Report:
-    """The whole report. `arch`: the student's, as it was asked for; `seconds`: of the run so far."""
+    """The whole report. `arch`: the student's, as asked for; `asked`: precisions; `seconds`: of the run so far."""
     described = describe_teacher(teacher, accuracy=scores.teacher_accuracy, images=scores.images, timing=teacher_timing)
+    passing, gates = decide(limits, artifacts, asked, scores.teacher_accuracy)
     return Report(
         schema_version=SCHEMA_VERSION,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -77,10 +80,12 @@ def describe_run(
             agreement=scores.agreement,
             inherited=distilled.state.inherited,
         ),
-        distillation=describe_distillation(distilled.state, held_out_samples=len(distilled.held_out), seed=seed),
+        distillation=describe_distillation(
+            distilled.state, held_out_samples=len(distilled.samples.held_out), seed=seed
+        ),
         artifacts=artifacts,
-        recommendation=recommend(artifacts, described),
-        gates=(),
+        recommendation=recommend(passing, teacher_timing.latency_ms.p50 if teacher_timing else None),
+        gates=gates,
         warnings=tuple(warnings),
     )
 

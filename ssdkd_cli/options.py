@@ -20,6 +20,8 @@ from ssdkd_cli.config_file import apply_config
 from ssdkd_cli.outcome import Outcome
 from ssdkd_cli.words import shape
 
+QAT_CHOICES = ("auto", "on", "off")
+
 
 def parse_shape(text: str) -> tuple[int, int, int]:
     """'3x32x32' -> (3, 32, 32): channels, height, width. Raises typer.BadParameter."""
@@ -69,6 +71,13 @@ def parse_effort(text: str) -> str:
     """One of `EFFORTS`. Raises typer.BadParameter."""
     if text not in EFFORTS:
         raise typer.BadParameter(f"expected one of {', '.join(EFFORTS)}; found {text!r}")
+    return text
+
+
+def parse_qat(text: str) -> str:
+    """'auto', 'on' or 'off'. Raises typer.BadParameter."""
+    if text not in QAT_CHOICES:
+        raise typer.BadParameter(f"expected one of {', '.join(QAT_CHOICES)}; found {text!r}")
     return text
 
 
@@ -124,11 +133,69 @@ TRUST_PICKLE = typer.Option(
     rich_help_panel="Teacher",
 )
 DEVICE = typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:1.", rich_help_panel="Run")
+SEED = typer.Option(
+    min=0,
+    max=2**63 - 1,
+    metavar="N",
+    help="The same seed on a CPU gives the same student, bit for bit.",
+    rich_help_panel="Run",
+)
 EXPORT = typer.Option(
     callback=without_repeats,
     metavar="FORMAT",
-    help="File format of the student; can be given more than once.",
+    help="onnx or trt; can be given more than once. Default: the profile's, else onnx.",
     rich_help_panel="Result",
+)
+PRECISION = typer.Option(
+    callback=without_repeats,
+    metavar="NAME",
+    help="fp32, fp16 or int8; can be given more than once. Default: the profile's; without a profile all are measured "
+    "and the fastest that is proven is recommended.",
+    rich_help_panel="Result",
+)
+PROFILE = typer.Option(
+    metavar="NAME|FILE",
+    help="The device: `ssdkd profiles` lists them. Sets what is not typed.",
+    rich_help_panel="Result",
+)
+QAT = typer.Option(
+    parser=parse_qat,
+    metavar="auto|on|off",
+    help="Quantization-aware distillation of an INT8 file: auto does it where too much is lost without.",
+    rich_help_panel="Result",
+)
+NO_FALLBACK = typer.Option(
+    "--no-fallback",
+    help="All layers of an INT8 file in integers, or exit code 3: none is left in float32.",
+    rich_help_panel="Result",
+)
+EVAL_DATA = typer.Option(
+    metavar="DIR",
+    help="Labelled images (a folder a class, or an .npz) for the accuracy in the report; "
+    "the distillation never sees them.",
+    rich_help_panel="Result",
+)
+MAX_DROP = typer.Option(
+    min=0.0,
+    metavar="POINTS",
+    help="Exit code 3 where a file's accuracy is further below the teacher's; needs --eval-data.",
+    rich_help_panel="Limits",
+)
+MAX_LATENCY = typer.Option(
+    min=0.0,
+    metavar="MS",
+    help="Exit code 3 where a file takes longer for one image, in the median.",
+    rich_help_panel="Limits",
+)
+MAX_SIZE = typer.Option(
+    min=0.0, metavar="MB", help="Exit code 3 where a file is larger (10^6 bytes).", rich_help_panel="Limits"
+)
+MIN_AGREEMENT = typer.Option(
+    min=0.0,
+    max=100.0,
+    metavar="PERCENT",
+    help="Exit code 3 where a file predicts the teacher's class less often, on held-out synthetic samples.",
+    rich_help_panel="Limits",
 )
 EMBED_PREPROCESSING = typer.Option(
     "--embed-preprocessing",
@@ -205,16 +272,7 @@ class Options:
         ),
     ] = None
     device: Annotated[str, DEVICE] = "auto"
-    seed: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            max=2**63 - 1,
-            metavar="N",
-            help="The same seed on a CPU gives the same student, bit for bit.",
-            rich_help_panel="Run",
-        ),
-    ] = 0
+    seed: Annotated[int, SEED] = 0
     config: Annotated[
         Path | None,
         typer.Option(
@@ -225,17 +283,17 @@ class Options:
             rich_help_panel="Run",
         ),
     ] = None
-    export: Annotated[list[str], EXPORT] = field(default_factory=lambda: ["onnx"])
+    export: Annotated[list[str], EXPORT] = field(default_factory=list)
+    precision: Annotated[list[str], PRECISION] = field(default_factory=list)
+    profile: Annotated[str | None, PROFILE] = None
+    qat: Annotated[str, QAT] = "auto"
+    no_fallback: Annotated[bool, NO_FALLBACK] = False
     embed_preprocessing: Annotated[bool, EMBED_PREPROCESSING] = False
-    eval_data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Labelled images (a folder a class, or an .npz) for the accuracy in the report; "
-            "the distillation never sees them.",
-            rich_help_panel="Result",
-        ),
-    ] = None
+    eval_data: Annotated[Path | None, EVAL_DATA] = None
+    max_drop: Annotated[float | None, MAX_DROP] = None
+    max_latency_ms: Annotated[float | None, MAX_LATENCY] = None
+    max_size_mb: Annotated[float | None, MAX_SIZE] = None
+    min_agreement: Annotated[float | None, MIN_AGREEMENT] = None
     out: Annotated[
         Path | None,
         typer.Option(
@@ -255,7 +313,9 @@ NOT_IN_CONFIG = ("config", "out", "overwrite", "json")
 
 def as_typed(options: Options) -> dict[str, object]:
     """The options as config.toml holds them: the words that the command line takes, files by their full path."""
-    values = {name: value for name, value in vars(options).items() if name not in NOT_IN_CONFIG and value is not None}
+    values = {
+        name: value for name, value in vars(options).items() if name not in NOT_IN_CONFIG and value not in (None, [])
+    }
     words: dict[str, Callable[[Any], str]] = {"input": shape, "time_limit": lambda seconds: f"{seconds:.0f}s"}
     return {
         name: str(value.resolve()) if isinstance(value, Path) else words[name](value) if name in words else value

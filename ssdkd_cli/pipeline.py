@@ -9,7 +9,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,25 @@ from engine.teacher import Teacher, load_teacher
 from exporters.evaluate import LabelledImages, accuracy, load_labelled
 from exporters.runtimes import inference_batch, predictor, to_input
 from ssdkd_cli import console, runs
-from ssdkd_cli.artifacts import artifact, check_formats, export_and_prove, measure, try_export
+from ssdkd_cli.artifacts import artifact, make_files, measure, runs_here, try_target, usual_batch
 from ssdkd_cli.config_file import read_config, write_config
 from ssdkd_cli.describe import Scores, count_parameters, describe_run, run_warnings
 from ssdkd_cli.files import check_space, check_writable, write_text
+from ssdkd_cli.gates import Limits, check_limits
 from ssdkd_cli.labels import read_classes
 from ssdkd_cli.options import Options, as_typed
+from ssdkd_cli.precisions import Subject
 from ssdkd_cli.report import Report, write_report
 from ssdkd_cli.samples import write_samples
-from ssdkd_cli.teaching import PROOF_SAMPLES, SMALLEST_BATCH, Distilled, keeping_student, teach
+from ssdkd_cli.target import Target, resolve_target
+from ssdkd_cli.teaching import (
+    CALIBRATION_BYTES,
+    CALIBRATION_SAMPLES,
+    SMALLEST_BATCH,
+    Distilled,
+    keeping_student,
+    teach,
+)
 from ssdkd_cli.words import count, percent, shape
 
 SPARE_BYTES = 4_000_000  # report, picture, metrics
@@ -57,7 +67,9 @@ def compress(options: Options, *, command: str) -> Finished:
         KeyboardInterrupt: from the user; the student so far is then in the run's folder.
     """
     started = time.perf_counter()
-    check_formats(options.export)
+    target = target_of(options)
+    limits = limits_of(options)
+    check_limits(limits, has_labels=options.eval_data is not None, runs_here=runs_here(target))
     compute = choose_device(options.device)
     folder = options.out or runs.default_folder(options.teacher, options.student)
     read = (options.teacher, options.student_weights, options.classes, options.eval_data, options.config)
@@ -66,7 +78,7 @@ def compress(options: Options, *, command: str) -> Finished:
     with new_folder(folder):
         teacher = load(options)
         settings = settings_of(options, ablations, teacher)
-        student, inherited = build(options, teacher, settings)
+        student, inherited = build(options, teacher, settings, target)
         labelled = read_labelled(options.eval_data, teacher)
         check_space(folder, needed_bytes(teacher, student, settings))
         with keeping_student(folder):
@@ -86,17 +98,13 @@ def compress(options: Options, *, command: str) -> Finished:
             )
             warnings += warn_all(run_warnings(distilled.state))
             save_picture(folder, distilled.state, class_names(teacher))
-            samples = distilled.held_out[:PROOF_SAMPLES]
-            proofs = [
-                export_and_prove(
-                    name, distilled.student, folder, samples, card, embed_preprocessing=options.embed_preprocessing
-                )
-                for name in options.export
-            ]
-            teacher_timing, timings = measure(teacher.module, proofs, folder, samples, card)
+            subject = Subject(distilled.student, card, distilled.samples, options.embed_preprocessing)
+            proofs = make_files(subject, target, folder, compute=compute, seed=options.seed)
+            of_teacher = replace(subject, module=teacher.module.cpu(), embed_preprocessing=False)
+            teacher_timing, timings = measure(of_teacher, proofs, folder, batch=usual_batch(target))
             with console.stage("score", "comparing student and teacher") as done:
                 scores = compare(distilled, teacher, labelled, compute.device)
-                artifacts = tuple(artifact(proof, folder, timings, labelled) for proof in proofs)
+                artifacts = tuple(artifact(proof, folder, timings, subject, target, labelled) for proof in proofs)
                 correct = f", accuracy {percent(scores.student_accuracy)}" if labelled else ""
                 done(f"agreement {percent(scores.agreement)}{correct}")
             report = describe_run(
@@ -109,6 +117,8 @@ def compress(options: Options, *, command: str) -> Finished:
                 arch=options.student,
                 seed=options.seed,
                 student_bytes=(folder / runs.STUDENT).stat().st_size,
+                limits=limits,
+                asked=target.asked,
                 warnings=warnings,
                 command=command,
                 seconds=time.perf_counter() - started,
@@ -183,15 +193,33 @@ def check_input_shape(input_shape: tuple[int, int, int] | None) -> None:
         )
 
 
-def build(options: Options, teacher: Teacher, settings: DistillationSettings) -> tuple[nn.Module, frozenset[str]]:
+def target_of(options: Options) -> Target:
+    """The files to make. Raises SSDKDError for what does not exist, does not fit or is not installed."""
+    return resolve_target(
+        formats=options.export,
+        precisions=options.precision,
+        profile=options.profile,
+        qat=options.qat,
+        fallback=not options.no_fallback,
+    )
+
+
+def limits_of(options: Options) -> Limits:
+    """What the files must keep to."""
+    return Limits(options.max_drop, options.max_latency_ms, options.max_size_mb, options.min_agreement)
+
+
+def build(
+    options: Options, teacher: Teacher, settings: DistillationSettings, target: Target
+) -> tuple[nn.Module, frozenset[str]]:
     """The student with its first weights, and the names of those that are the teacher's.
 
-    A student that is not ours is exported once, so that it cannot fail at the end.
+    What is not ours, or goes beyond float32 ONNX, is exported once, so that it cannot fail at the end.
     """
     with console.stage("student", f"building {options.student}") as done:
         student = build_student(options.student, teacher=teacher, weights=options.student_weights, seed=options.seed)
-        if options.student not in STUDENTS:
-            try_export(student, options.export, teacher.spec.input_shape)
+        if options.student not in STUDENTS or target.flavour or set(target.asked) - {"fp32"}:
+            try_target(student, target, teacher.spec.input_shape)
         parameters = count_parameters(student)
         share = 100 * parameters / teacher.spec.parameters
         said = f"{options.student}, {count(parameters)} parameters, {share:.0f} % of the teacher's"
@@ -218,9 +246,10 @@ def read_labelled(path: Path | None, teacher: Teacher) -> LabelledImages | None:
 
 
 def needed_bytes(teacher: Teacher, student: nn.Module, settings: DistillationSettings) -> int:
-    """What a run writes at most: the teacher as ONNX for the timing, the student twice, samples, report."""
-    samples = min(settings.held_out, PROOF_SAMPLES) * math.prod(teacher.spec.input_shape)
-    return 4 * (teacher.spec.parameters + 3 * count_parameters(student)) + samples + SPARE_BYTES
+    """What a run writes at most: the teacher as ONNX for the timing, the student in each precision, samples, report."""
+    image_bytes = math.prod(teacher.spec.input_shape)
+    samples = settings.held_out * image_bytes + min(CALIBRATION_SAMPLES * image_bytes, CALIBRATION_BYTES)
+    return 4 * (teacher.spec.parameters + 5 * count_parameters(student)) + samples + SPARE_BYTES
 
 
 def warn_all(sentences: Sequence[str]) -> list[str]:
@@ -248,13 +277,13 @@ def compare(distilled: Distilled, teacher: Teacher, labelled: LabelledImages | N
     mean, std = preprocessing.mean, preprocessing.std
     networks = predictor(teacher.module), predictor(copy.deepcopy(distilled.student).to(device))
     of_teacher, of_student = (accuracy(run, labelled, mean=mean, std=std) if labelled else None for run in networks)
-    agreed, batch = 0, inference_batch(teacher.spec.input_shape)
-    for first in range(0, len(distilled.held_out), batch):
-        images = to_input(distilled.held_out[first : first + batch], mean, std)
+    agreed, batch, held_out = 0, inference_batch(teacher.spec.input_shape), distilled.samples.held_out
+    for first in range(0, len(held_out), batch):
+        images = to_input(held_out[first : first + batch], mean, std)
         teachers, students = (run(images).argmax(1) for run in networks)
         agreed += int((teachers == students).sum())
     return Scores(
-        agreement=100 * agreed / len(distilled.held_out),
+        agreement=100 * agreed / len(held_out),
         teacher_accuracy=of_teacher,
         student_accuracy=of_student,
         images=len(labelled.labels) if labelled else None,

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from engine.errors import SSDKDError
 from ssdkd_cli.files import write_text
-from ssdkd_cli.words import count, duration, markdown_table, percent, shape, size, times
+from ssdkd_cli.words import count, duration, markdown_table, percent, shape, size
 
 SCHEMA_VERSION: Final = 1
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -97,7 +97,11 @@ class DistillationReport:
 
 @dataclass(frozen=True, config=STRICT)
 class Artifact:
-    """One exported file. `agreement` is with the float student; latency at batch 1, throughput at `batch`."""
+    """One exported file. `agreement` is with the float student; latency at batch 1, throughput at `batch`.
+
+    `teacher_agreement` is with the teacher. `integer_share` is the percentage of multiply-accumulates in integers,
+    `float_layers` those of an INT8 file that stayed in float32.
+    """
 
     path: str
     sha256: str
@@ -116,6 +120,9 @@ class Artifact:
     verified: bool | None
     verified_reason: str
     notes: tuple[str, ...]
+    teacher_agreement: float | None = None
+    integer_share: float = 0.0
+    float_layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -128,12 +135,13 @@ class Recommendation:
 
 @dataclass(frozen=True, config=STRICT)
 class Gate:
-    """A limit that the user set."""
+    """A limit that the user set, judged on one file; `value` is None where it could not be measured."""
 
     name: str
     limit: float
     value: float | None
     passed: bool
+    artifact: str | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -193,18 +201,6 @@ def read_report(folder: Path) -> Report:
         ) from None
 
 
-def recommend(artifacts: tuple[Artifact, ...], teacher: TeacherReport) -> Recommendation | None:
-    """The fastest artifact that is verified, or None where none is."""
-    verified = [artifact for artifact in artifacts if artifact.verified and artifact.latency_ms]
-    if not verified:
-        return None
-    best = min(verified, key=lambda artifact: artifact.latency_ms.p50 if artifact.latency_ms else 0.0)
-    why = "the only verified artifact" if len(verified) == 1 else f"the fastest of {len(verified)} verified artifacts"
-    if best.latency_ms and teacher.latency_ms:
-        why += f": {times(teacher.latency_ms.p50, best.latency_ms.p50)} the teacher's speed on this machine"
-    return Recommendation(best.path, why)
-
-
 def to_markdown(report: Report) -> str:
     """report.md: the same facts, for reading."""
     teacher, student, distillation = report.teacher, report.student, report.distillation
@@ -246,7 +242,18 @@ def to_markdown(report: Report) -> str:
         "## Artifacts",
         "",
         *markdown_table(
-            ("file", "format", "precision", "size", "p50 ms", "max error", "agreement", "accuracy", "verified"),
+            (
+                "file",
+                "format",
+                "precision",
+                "size",
+                "p50 ms",
+                "images/s",
+                "max error",
+                "agreement",
+                "accuracy",
+                "verified",
+            ),
             [artifact_row(item) for item in report.artifacts],
         ),
         "",
@@ -254,8 +261,9 @@ def to_markdown(report: Report) -> str:
         "",
         f"Recommended: `{report.recommendation.artifact}`, {report.recommendation.why}."
         if report.recommendation
-        else "No artifact is recommended: none is verified.",
+        else "No artifact is recommended: none is verified and passes every limit.",
         "",
+        *gate_lines(report.gates),
         "## Distillation",
         "",
         f"{distillation.method}; {distillation.rounds} rounds, {distillation.steps:,} steps, "
@@ -276,6 +284,23 @@ def to_markdown(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
+def gate_lines(gates: tuple[Gate, ...]) -> list[str]:
+    """The limits that were set, as a section; nothing where there are none."""
+    if not gates:
+        return []
+    rows = [
+        (
+            f"--{gate.name.replace('_', '-')}",
+            gate.artifact or "",
+            f"{gate.limit:g}",
+            "unknown" if gate.value is None else f"{gate.value:.4g}",
+            "yes" if gate.passed else "NO",
+        )
+        for gate in gates
+    ]
+    return ["## Limits", "", *markdown_table(("limit", "file", "set to", "found", "passed"), rows), ""]
+
+
 def artifact_row(artifact: Artifact) -> tuple[str, ...]:
     """The cells of an artifact in report.md's table."""
     return (
@@ -284,6 +309,7 @@ def artifact_row(artifact: Artifact) -> tuple[str, ...]:
         artifact.precision,
         size(artifact.size_bytes),
         f"{artifact.latency_ms.p50:.3g}" if artifact.latency_ms else "unknown",
+        count(artifact.throughput_per_s),
         f"{artifact.max_abs_error:.1e}" if artifact.max_abs_error is not None else "unknown",
         percent(artifact.agreement),
         percent(artifact.accuracy),

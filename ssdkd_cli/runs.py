@@ -28,8 +28,18 @@ if TYPE_CHECKING:
 Positive = Annotated[int, Field(gt=0)]
 STUDENT, REPORT, METRICS, CONFIG = "student.safetensors", "report.json", "metrics.jsonl", "config.toml"
 REPORT_TEXT, SAMPLES_PICTURE, SAMPLES = "report.md", "samples.png", "samples.npz"
-MODEL = "model"  # exported files are called model.onnx, ...
-EXPORTED = tuple(f"{MODEL}{format.suffix}{failed}" for format in FORMATS.values() for failed in ("", ".rejected"))
+MODEL = "model"  # exported files are called model.onnx, model.int8.onnx, ...
+TIMING_CACHE = "tensorrt_timing.cache"
+EXPORTED = (
+    *(
+        name
+        for format in FORMATS.values()
+        for precision in ("", ".fp16", ".int8")
+        for file in (f"{MODEL}{precision}{format.suffix}",)
+        for name in (file, f"{file}.rejected", f"{file}.json", f"build_{file}.sh")  # the last two are of plans
+    ),
+    TIMING_CACHE,
+)
 OUTPUTS = (STUDENT, REPORT, REPORT_TEXT, METRICS, CONFIG, SAMPLES_PICTURE, SAMPLES, *EXPORTED)
 PREVIOUS = (
     ".ssdkd-previous"  # folder in a run's folder, for the run that --overwrite replaces, until the new one is there
@@ -84,6 +94,20 @@ class Run:
     folder: Path
     card: StudentCard
     module: "nn.Module"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Synthetic images that later stages work on, each with the teacher's logits.
+
+    `held_out`: never learned from; files are proven on them. `calibration`: of the replay buffer; what needs ranges or
+    some more training takes these. Images uint8 [N, H, W, C], logits float32 [N, classes].
+    """
+
+    held_out: NDArray[np.uint8]
+    held_out_logits: NDArray[np.float32]
+    calibration: NDArray[np.uint8]
+    calibration_logits: NDArray[np.float32]
 
 
 def default_folder(teacher: Path, student: str) -> Path:
@@ -275,25 +299,34 @@ def _checked(module: "nn.Module", weights: "Mapping[str, Tensor]", card: Student
     return module
 
 
-def save_samples(folder: Path, images: NDArray[np.uint8]) -> None:
-    """Keep held-out synthetic samples, uint8 [N, H, W, C]: later exports of this run are proven on them."""
+def save_samples(folder: Path, samples: Samples) -> None:
+    """Keep them for later exports of this run."""
     content = io.BytesIO()
-    np.savez_compressed(content, images=images)
+    np.savez_compressed(content, allow_pickle=False, **vars(samples))
     write_atomically(folder / SAMPLES, content.getvalue())
 
 
-def read_samples(folder: Path) -> NDArray[np.uint8]:
-    """The held-out synthetic samples of a run, uint8 [N, H, W, C].
+def read_samples(folder: Path) -> Samples:
+    """The synthetic samples of a run.
 
     Raises:
         SSDKDError: the run has none; an interrupted one may not.
     """
+    names = [field.name for field in dataclasses.fields(Samples)]
     try:
         with (folder / SAMPLES).open("rb") as file, np.load(file) as arrays:
-            images = np.asarray(arrays["images"], dtype=np.uint8)
-        if images.ndim != 4 or not images.size:
-            raise ValueError(f"expected images [N, H, W, C], found shape {list(images.shape)}")
-        return images
+            samples = Samples(*(np.asarray(arrays[name]) for name in names))
+        for images, logits in (
+            (samples.held_out, samples.held_out_logits),
+            (samples.calibration, samples.calibration_logits),
+        ):
+            if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
+                raise ValueError(f"expected images uint8 [N, H, W, C], found {images.dtype} {list(images.shape)}")
+            if logits.ndim != 2 or len(logits) != len(images):
+                raise ValueError(f"expected logits [{len(images)}, classes], found shape {list(logits.shape)}")
+            if not np.isfinite(logits).all():
+                raise ValueError("the teacher's logits hold NaN or infinity")
+        return samples
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise SSDKDError(
             f"{folder / SAMPLES} cannot be read: {error}",

@@ -12,12 +12,23 @@ from ssdkd_cli.boundary import VERIFICATION_FAILED
 from ssdkd_cli.options import (
     ARCH,
     CLASSES,
+    DEVICE,
     EMBED_PREPROCESSING,
+    EVAL_DATA,
     EXPORT,
     INPUT,
     JSON,
+    MAX_DROP,
+    MAX_LATENCY,
+    MAX_SIZE,
     MEAN,
+    MIN_AGREEMENT,
+    NO_FALLBACK,
     OVERWRITE,
+    PRECISION,
+    PROFILE,
+    QAT,
+    SEED,
     STD,
     TRUST_PICKLE,
     parse_folder,
@@ -132,8 +143,17 @@ def export(
             show_default=False,
         ),
     ],
-    export: Annotated[list[str], EXPORT] = ["onnx"],  # noqa: B006  Typer copies it
+    export: Annotated[list[str], EXPORT] = [],  # noqa: B006  Typer copies it
+    precision: Annotated[list[str], PRECISION] = [],  # noqa: B006
+    profile: Annotated[str | None, PROFILE] = None,
+    qat: Annotated[Any, QAT] = "auto",
+    no_fallback: Annotated[bool, NO_FALLBACK] = False,
     embed_preprocessing: Annotated[bool, EMBED_PREPROCESSING] = False,
+    eval_data: Annotated[Path | None, EVAL_DATA] = None,
+    max_drop: Annotated[float | None, MAX_DROP] = None,
+    max_latency_ms: Annotated[float | None, MAX_LATENCY] = None,
+    max_size_mb: Annotated[float | None, MAX_SIZE] = None,
+    min_agreement: Annotated[float | None, MIN_AGREEMENT] = None,
     out: Annotated[
         Any,
         typer.Option(
@@ -150,16 +170,29 @@ def export(
     std: Annotated[Any, STD] = None,
     classes: Annotated[Any, CLASSES] = None,
     trust_pickle: Annotated[bool, TRUST_PICKLE] = False,
+    device: Annotated[str, DEVICE] = "auto",
+    seed: Annotated[int, SEED] = 0,
     json: Annotated[bool, JSON] = False,
 ) -> Outcome:
     """Export the student of a run again, or a teacher as it is, and prove the file.
 
+    In integers, without any data: [bold]ssdkd export teacher.pt --precision int8[/bold]
+
     A file that normalises by itself: [bold]ssdkd export runs/demo --embed-preprocessing --out deploy[/bold]
     """
+    from engine.device import choose_device
     from engine.errors import SSDKDError
     from ssdkd_cli import again
+    from ssdkd_cli.artifacts import runs_here
+    from ssdkd_cli.gates import Limits, check_limits
     from ssdkd_cli.labels import read_classes
+    from ssdkd_cli.target import resolve_target
 
+    precision = precision or ([] if profile or "trt" in export else ["fp32"])
+    target = resolve_target(formats=export, precisions=precision, profile=profile, qat=qat, fallback=not no_fallback)
+    limits = Limits(max_drop, max_latency_ms, max_size_mb, min_agreement)
+    check_limits(limits, has_labels=eval_data is not None, runs_here=runs_here(target))
+    compute = choose_device(device)
     if source.is_dir():
         stated = {"--arch": arch, "--input": input, "--mean": mean, "--std": std, "--classes": classes}
         given = [name for name, value in stated.items() if value is not None]
@@ -167,11 +200,15 @@ def export(
             raise SSDKDError(
                 f"{' '.join(given)} describe a teacher's file; {source} is a run, which knows its own", "leave them out"
             )
-        material = again.from_run(source, trust_pickle=trust_pickle)
+        material = again.from_run(source, trust_pickle=trust_pickle, embed_preprocessing=embed_preprocessing)
     else:
         number, names = read_classes(classes)
         material = again.from_teacher(
             source,
+            needs_samples="int8" in target.precisions,
+            seed=seed,
+            compute=compute,
+            embed_preprocessing=embed_preprocessing,
             arch=arch,
             input_shape=input,
             mean=mean,
@@ -180,22 +217,31 @@ def export(
             class_names=names,
             trust_pickle=trust_pickle,
         )
-    artifacts = again.export(
-        material, export, out or material.folder, overwrite=overwrite, embed_preprocessing=embed_preprocessing
+    exported = again.export(
+        material,
+        target,
+        out or material.folder,
+        limits=limits,
+        eval_data=eval_data,
+        overwrite=overwrite,
+        compute=compute,
+        seed=seed,
     )
     rows = [
         (
             item.path,
             size(item.size_bytes),
             milliseconds(item.latency_ms.p50 if item.latency_ms else None),
-            "verified" if item.verified else "REJECTED",
+            {True: "verified", False: "REJECTED", None: "not run here"}[item.verified],
             item.verified_reason,
         )
-        for item in artifacts
+        for item in exported.artifacts
     ]
     show = functools.partial(console.print_table, ("file", "size", "p50", "", ""), rows, right=(1, 2))
-    code = 0 if all(item.verified for item in artifacts) else VERIFICATION_FAILED
-    return _outcome(json, artifacts, show, code)
+    failed = any(item.verified is False for item in exported.artifacts) or not all(
+        gate.passed for gate in exported.gates
+    )
+    return _outcome(json, exported.artifacts, show, VERIFICATION_FAILED if failed else 0)
 
 
 def evaluate(

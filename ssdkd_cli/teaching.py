@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 from torch import nn
 
 from engine.config import DistillationSettings
@@ -23,17 +22,18 @@ from ssdkd_cli import console, runs
 from ssdkd_cli.boundary import is_out_of_memory
 from ssdkd_cli.words import shape
 
-PROOF_SAMPLES = 256  # held-out samples that files are proven on, now and in later exports of the run
 SMALLEST_BATCH = 16
+CALIBRATION_SAMPLES = 2048  # of the replay buffer, at most
+CALIBRATION_BYTES = 64_000_000  # of them together, at most
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """What distilling gave. `student`: float32, CPU, eval; `held_out`: uint8 [M, H, W, C], never learned from."""
+    """What distilling gave. `student`: float32, CPU, eval."""
 
     student: nn.Module
     state: State
-    held_out: NDArray[np.uint8]
+    samples: runs.Samples
 
 
 def teach(
@@ -123,15 +123,23 @@ def metrics_line(metrics: RoundMetrics) -> str:
 
 
 def distilled_so_far(state: State) -> Distilled:
-    """The student to keep at this moment, and the samples that it can be proven on."""
-    held_out = state.held_out.images[: state.held_out.size].cpu().numpy()
-    return Distilled(averaged_student(state), state, held_out)
+    """The student to keep at this moment, and the samples that later stages work on."""
+    held_out, buffer = state.held_out, state.buffer
+    number = min(CALIBRATION_SAMPLES, max(SMALLEST_BATCH, CALIBRATION_BYTES // buffer.images[0].nbytes))
+    drawn = torch.randperm(buffer.size, generator=torch.Generator().manual_seed(0))[:number].to(buffer.images.device)
+    samples = runs.Samples(
+        held_out=held_out.images[: held_out.size].cpu().numpy(),
+        held_out_logits=held_out.logits[: held_out.size, 0].cpu().numpy(),
+        calibration=buffer.images[drawn].cpu().numpy(),
+        calibration_logits=buffer.logits[drawn, 0].cpu().numpy(),  # of the image itself, the first of its views
+    )
+    return Distilled(averaged_student(state), state, samples)
 
 
 def save_distilled(folder: Path, distilled: Distilled, card: runs.StudentCard) -> None:
     """All that `ssdkd export` needs to make files of this student later."""
     runs.save_student(folder, distilled.student, card)
-    runs.save_samples(folder, distilled.held_out[:PROOF_SAMPLES])
+    runs.save_samples(folder, distilled.samples)
 
 
 def rescue(folder: Path, distilled: Distilled, card: runs.StudentCard) -> None:

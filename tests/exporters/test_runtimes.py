@@ -54,7 +54,8 @@ def classifier(
 
 def test_opened_file_says_what_it_takes_and_gives(exported: Path) -> None:
     runtime = open_runtime(exported)
-    assert runtime.name == f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider"
+    threads = available_threads()
+    assert runtime.name == f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider, {threads} threads"
     assert (runtime.input_shape, runtime.classes, runtime.fixed_batch) == ((3, 8, 8), 5, None)
     assert runtime.path == exported
     assert describe(runtime.metadata).class_names == ("cat", "dog", "T-shirt/top", "é", "5")
@@ -78,7 +79,8 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_unknown_suffix(tmp_path: Path) -> None:
     (tmp_path / "model.tflite").write_bytes(b"TFL3")
-    with pytest.raises(SSDKDError, match=r"expected a model file ending in \.onnx, found '\.tflite'") as caught:
+    said = r"expected a model file ending in \.onnx or \.engine, found '\.tflite'"
+    with pytest.raises(SSDKDError, match=said) as caught:
         open_runtime(tmp_path / "model.tflite")
     assert "ssdkd export" in caught.value.hint
 

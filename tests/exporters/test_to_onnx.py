@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import SSDKDError
-from exporters import FORMATS
 from exporters.files import write_atomically
 from exporters.runtimes import open_runtime, predictor
 from exporters.to_onnx import OPSET, WithPreprocessing, write_onnx
@@ -80,7 +79,7 @@ def test_file_tells_nothing_of_the_machine_that_wrote_it(exported: Path) -> None
 
 def test_same_network_gives_the_same_bytes(exported: Path, network: nn.Module, tmp_path: Path) -> None:
     stored = {entry.key: entry.value for entry in onnx.load(exported).metadata_props}
-    FORMATS["onnx"].write(network, tmp_path / "again.onnx", input_shape=SHAPE, metadata=stored)
+    write_onnx(network, tmp_path / "again.onnx", input_shape=SHAPE, metadata=stored)
     assert (tmp_path / "again.onnx").read_bytes() == exported.read_bytes()
 
 

@@ -13,6 +13,8 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from exporters.metadata import PREFIX, metadata_for
+from exporters.precision import Scheme, to_fp16, to_int8
+from exporters.runtimes import to_input
 from exporters.to_onnx import WithPreprocessing, write_onnx
 from exporters.verify import Verification, reject, verify
 
@@ -324,3 +326,46 @@ def test_rejected_file_is_set_aside_over_an_earlier_one(tmp_path: Path) -> None:
     rejected = reject(tmp_path / "model.onnx")
     assert rejected == tmp_path / "model.onnx.rejected"
     assert [(entry.name, entry.read_bytes()) for entry in tmp_path.iterdir()] == [("model.onnx.rejected", b"new")]
+
+
+@pytest.fixture(scope="module")
+def other_precisions(exported: Path, samples: Samples, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same network in fp16 and int8."""
+    model, folder = onnx.load(exported), tmp_path_factory.mktemp("precisions")
+    graphs = {"fp16": to_fp16(model), "int8": to_int8(model, to_input(samples, MEAN, STD), Scheme())}
+    for name, graph in graphs.items():
+        onnx.save(graph, folder / f"{name}.onnx")
+    return {name: folder / f"{name}.onnx" for name in graphs}
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_other_precisions_pass_by_their_own_limits(
+    precision: str, other_precisions: dict[str, Path], network: nn.Module, samples: Samples
+) -> None:
+    path = other_precisions[precision]
+    passed = verify(network, path, samples, mean=MEAN, std=STD, precision=precision)
+    assert passed.verified, passed.reason
+    assert passed.max_abs_error is not None
+    assert passed.max_abs_error > 1e-5
+    as_float = verify(network, path, samples, mean=MEAN, std=STD)
+    assert as_float.verified is False
+    assert as_float.reason.startswith("fp32 was asked for")
+
+
+def test_a_float_graph_is_not_taken_for_another_precision(exported: Path, network: nn.Module, samples: Samples) -> None:
+    for precision in ("fp16", "int8"):
+        failed = verify(network, exported, samples, mean=MEAN, std=STD, precision=precision)
+        assert failed.verified is False
+        assert failed.reason.startswith(f"{precision} was asked for")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_wrong_weights_are_found_in_every_precision(
+    precision: str, other_precisions: dict[str, Path], network: nn.Module, samples: Samples
+) -> None:
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        other.head.weight.copy_(other.head.weight.flip(0))
+    failed = verify(other, other_precisions[precision], samples, mean=MEAN, std=STD, precision=precision)
+    assert failed.verified is False
+    assert "are not the student's" in failed.reason or "changed places" in failed.reason

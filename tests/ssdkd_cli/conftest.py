@@ -22,6 +22,7 @@ mean = 0.5
 std = 0.5
 batch-size = 16
 device = "cpu"
+precision = ["fp32"]
 
 [distillation]
 rounds = 3

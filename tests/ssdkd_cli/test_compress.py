@@ -20,6 +20,7 @@ from engine.students import build_student
 from engine.teacher import load_teacher
 from exporters.verify import Verification
 from ssdkd_cli import artifacts, console, files, pipeline, runs, teaching
+from ssdkd_cli.target import resolve_target
 
 
 def arguments(shared: Path, out: Path, *more: object) -> list[object]:
@@ -110,15 +111,17 @@ def test_embedded_preprocessing_is_proven_too(ssdkd: Any, shared: Path, tmp_path
 
 
 def test_a_file_that_fails_its_proof_is_set_aside(ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    write = artifacts.write_format
+    float_graph = artifacts.float_graph
 
-    def corrupt(name: str, module: Any, path: Path, card: Any, **options: Any) -> None:
+    def corrupt(subject: Any) -> Any:
+        weight = next(parameter for parameter in subject.module.parameters() if parameter.dim() == 4)
         with torch.no_grad():
-            next(parameter for parameter in module.parameters() if parameter.dim() == 4).add_(0.5)
-            write(name, module, path, card, **options)
-            next(parameter for parameter in module.parameters() if parameter.dim() == 4).sub_(0.5)
+            weight.add_(0.5)
+            graph = float_graph(subject)
+            weight.sub_(0.5)
+        return graph
 
-    monkeypatch.setattr(artifacts, "write_format", corrupt)
+    monkeypatch.setattr(artifacts, "float_graph", corrupt)
     ran = ssdkd(*arguments(shared, tmp_path / "run", "--json"))
     assert ran.code == 3
     (artifact,) = ran.json["artifacts"]
@@ -419,14 +422,15 @@ def test_a_teacher_without_latency_is_reported_as_unknown(
 ) -> None:
     from engine.errors import SSDKDError
 
-    write = artifacts.write_format
+    float_graph, calls = artifacts.float_graph, []
 
-    def only_students(name: str, module: Any, path: Path, card: Any, **options: Any) -> None:
-        if path.name == "teacher.onnx":
+    def only_students(subject: Any) -> Any:
+        calls.append(subject)
+        if len(calls) == 2:  # after the student
             raise SSDKDError("the teacher cannot be exported", "")
-        write(name, module, path, card, **options)
+        return float_graph(subject)
 
-    monkeypatch.setattr(artifacts, "write_format", only_students)
+    monkeypatch.setattr(artifacts, "float_graph", only_students)
     config = shared / "ssdkd.toml"
     ran = ssdkd(
         *("compress", shared / "teacher.pt", "--student", student, "--config", config, "--out", tmp_path / "run"),
@@ -456,8 +460,9 @@ def test_a_student_inherits_unless_it_has_weights_or_is_told_not_to(shared: Path
     teacher = load_teacher(shared / "teacher.pt", input_shape=(1, 16, 16))
 
     def inherited(weights: Path | None, inherit: bool) -> frozenset[str]:
-        options: Any = types.SimpleNamespace(student="resnet14", student_weights=weights, seed=0, export=())
-        _, names = pipeline.build(options, teacher, DistillationSettings(inherit=inherit))
+        options: Any = types.SimpleNamespace(student="resnet14", student_weights=weights, seed=0)
+        target = resolve_target(formats=(), precisions=["fp32"], profile=None, qat="auto", fallback=True)
+        _, names = pipeline.build(options, teacher, DistillationSettings(inherit=inherit), target)
         return names
 
     stated = tmp_path / "student.pt"

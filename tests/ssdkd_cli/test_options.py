@@ -77,6 +77,8 @@ def test_the_options_are_those_of_the_contract() -> None:
         *("--arch", "--input", "--mean", "--std", "--classes", "--trust-pickle", "--student", "--student-weights"),
         *("--effort", "--samples", "--time-limit", "--device", "--seed", "--config", "--batch-size"),
         *("--export", "--out", "--overwrite", "--json", "--eval-data", "--embed-preprocessing"),
+        *("--precision", "--profile", "--qat", "--no-fallback"),
+        *("--max-drop", "--max-latency-ms", "--max-size-mb", "--min-agreement"),
     }
 
 
@@ -112,6 +114,8 @@ def test_config_toml_is_read_as_it_was_written(tmp_path: Path) -> None:
         "device": "auto",
         "seed": 0,
         "export": ["onnx"],
+        "qat": "auto",
+        "no-fallback": False,
         "embed-preprocessing": False,
     }
 
@@ -138,6 +142,6 @@ def test_what_is_typed_wins_over_the_config(ssdkd: Any, shared: Path, tmp_path: 
     assert (first.teacher, first.student, first.seed) == (Path("t.pt"), "vgg8", 8)
     assert (first.mean, first.time_limit, first.classes) == ((0.1, 0.2, 0.3), 120.0, 5)
     assert (first.eval_data, first.export, first.trust_pickle) == (Path("images"), ["onnx"], True)
-    assert (second.seed, second.mean, second.export, second.effort) == (0, None, ["onnx"], "full")
+    assert (second.seed, second.mean, second.export, second.effort) == (0, None, [], "full")
     assert (third.student, third.seed, third.teacher) == ("resnet20", 7, commands.DEMO_TEACHER)
     assert third.out == Path("runs/demo")

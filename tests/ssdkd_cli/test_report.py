@@ -10,7 +10,7 @@ import torch
 from engine.errors import SSDKDError
 from engine.task import Classification
 from ssdkd_cli.describe import prior_warnings, run_warnings
-from ssdkd_cli.report import Percentiles, Report, read_report, recommend, to_json, to_markdown, write_report
+from ssdkd_cli.report import Percentiles, Report, read_report, to_json, to_markdown, write_report
 from ssdkd_cli.summary import comparison
 
 # DESIGN's keys: outside programs read them, so none may go or change its name.
@@ -89,18 +89,6 @@ def test_markdown_says_unknown_and_never_guesses(report: Report) -> None:
     names = [name for name, *_ in comparison(blind)]
     assert "accuracy" not in names  # nothing to compare
     assert "agreement" in names
-
-
-def test_the_recommendation_is_the_fastest_verified_file(report: Report) -> None:
-    (artifact,) = report.artifacts
-    slow = dataclasses.replace(artifact, path="slow.onnx", latency_ms=Percentiles(p50=9.0, p90=9.5, p99=9.9))
-    quick = dataclasses.replace(artifact, path="quick.onnx", latency_ms=Percentiles(p50=1.0, p90=1.5, p99=1.9))
-    broken = dataclasses.replace(quick, path="broken.onnx", verified=False)
-    elsewhere = dataclasses.replace(quick, path="elsewhere.engine", verified=None, latency_ms=None)
-    chosen = recommend((slow, quick, broken, elsewhere), report.teacher)
-    assert chosen is not None
-    assert chosen.artifact == "quick.onnx"
-    assert recommend((broken, elsewhere), report.teacher) is None
 
 
 def test_the_comparison_says_what_was_gained_and_lost(report: Report) -> None:

@@ -249,13 +249,35 @@ def test_where_a_run_goes_by_itself() -> None:
     assert runs.default_folder(Path("a.pt"), "timm/resnet18").parent == Path("runs")
 
 
-def test_samples_are_kept(tmp_path: Path) -> None:
+def some_samples() -> runs.Samples:
     images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
-    runs.save_samples(tmp_path, images)
-    assert np.array_equal(runs.read_samples(tmp_path), images)
-    np.savez(tmp_path / runs.SAMPLES, images=np.uint8(1))
-    with pytest.raises(SSDKDError, match=r"expected images \[N, H, W, C\]"):
+    logits = np.arange(10, dtype=np.float32).reshape(2, 5)
+    return runs.Samples(images, logits, images + 1, logits + 1)
+
+
+def test_samples_are_kept(tmp_path: Path) -> None:
+    runs.save_samples(tmp_path, some_samples())
+    read = runs.read_samples(tmp_path)
+    for name, value in vars(some_samples()).items():
+        assert np.array_equal(getattr(read, name), value), name
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"held_out": np.uint8(1)}, r"expected images uint8 \[N, H, W, C\]"),
+        ({"calibration": np.zeros((2, 4, 4, 3), np.float32)}, r"expected images uint8 \[N, H, W, C\], found float32"),
+        ({"held_out_logits": np.zeros((3, 5), np.float32)}, r"expected logits \[2, classes\], found shape \[3, 5\]"),
+        ({"calibration_logits": np.full((2, 5), np.nan, np.float32)}, "the teacher's logits hold NaN"),
+    ],
+)
+def test_samples_that_cannot_be_used(tmp_path: Path, changed: dict[str, object], message: str) -> None:
+    np.savez(tmp_path / runs.SAMPLES, **{**vars(some_samples()), **changed})
+    with pytest.raises(SSDKDError, match=message):
         runs.read_samples(tmp_path)
+
+
+def test_a_damaged_file_of_samples(tmp_path: Path) -> None:
     (tmp_path / runs.SAMPLES).write_bytes(b"broken")
     with pytest.raises(SSDKDError, match=r"samples\.npz cannot be read"):
         runs.read_samples(tmp_path)

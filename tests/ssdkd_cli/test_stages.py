@@ -210,14 +210,15 @@ def test_export_of_a_teacher_over_itself(ssdkd: Any, compressed: Path, tmp_path:
 def test_export_of_a_student_that_the_file_does_not_match_exits_3(
     ssdkd: Any, run_folder: Path, monkeypatch: Any
 ) -> None:
-    write = artifacts.write_format
+    float_graph = artifacts.float_graph
 
-    def swapped(name: str, module: Any, path: Path, card: Any, **options: Any) -> None:
-        module.linear.weight.data *= -1
-        write(name, module, path, card, **options)
-        module.linear.weight.data *= -1
+    def swapped(subject: Any) -> Any:
+        subject.module.linear.weight.data *= -1
+        graph = float_graph(subject)
+        subject.module.linear.weight.data *= -1
+        return graph
 
-    monkeypatch.setattr(artifacts, "write_format", swapped)
+    monkeypatch.setattr(artifacts, "float_graph", swapped)
     ran = ssdkd("export", run_folder, "--overwrite", "--json")
     assert ran.code == 3
     assert ran.json[0]["path"] == "model.onnx.rejected"

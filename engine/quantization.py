@@ -1,0 +1,230 @@
+"""What a network can do to survive eight bits: biases corrected, weights trained on the grid, the worst layers named.
+
+The integers themselves are made in the exported graph (exporters/precision.py). Here a float module is run as if its
+convolutions and linear layers had integer inputs and weights: rounded to the grid, the gradient passed through
+(Jacob et al., CVPR 2018). Rounding a weight per output channel commutes with the BatchNorm behind it, so nothing has
+to be folded.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from engine.device import Compute
+from engine.errors import NonFiniteLossError
+from engine.images import Normalization, to_input
+from engine.task import Classification
+
+BATCH = 64
+STEPS = 300  # of the quantization-aware distillation
+RATE = 1e-4  # Adam, falling to 0 as a half cosine: the weights are to move by parts of a grid step
+SMALLEST_RANGE = 1e-6
+
+Ranges = Mapping[str, tuple[float, float]]  # layer name -> smallest and largest value of its input
+Look = Callable[[str, Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which integers there are: weights -levels...levels, a scale a channel; inputs 256 steps, around 0 or not."""
+
+    symmetric_activations: bool
+    weight_levels: int = 127  # 63: seven bits
+
+
+class RoundedWeight(nn.Module):
+    """A weight as integers times a scale for each output channel, with the gradient of the weight itself."""
+
+    def __init__(self, levels: int) -> None:
+        super().__init__()
+        self.levels = levels
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """[out, ...] to [out, ...]."""
+        scale = (weight.detach().flatten(1).abs().amax(1) / self.levels).clamp_min(SMALLEST_RANGE / self.levels)
+        zero = torch.zeros_like(scale, dtype=torch.int32)
+        return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -self.levels, self.levels)
+
+
+def quantized_layers(module: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
+    """The layers that will compute in integers, by name: convolutions and linear layers."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
+
+
+def observed_ranges(module: nn.Module, images: Tensor, normalization: Normalization) -> Ranges:
+    """The smallest and largest value that each layer is given, over `images` uint8 [N, H, W, C]."""
+    seen: dict[str, tuple[float, float]] = {}
+
+    def observe(name: str, inputs: Tensor) -> None:
+        low, high = (float(value) for value in inputs.detach().float().aminmax())
+        before = seen.get(name, (0.0, 0.0))  # zero is always on the grid
+        seen[name] = min(before[0], low), max(before[1], high)
+
+    with _hooked(quantized_layers(module), observe), torch.no_grad():
+        for part in images.split(BATCH):
+            module(to_input(part, normalization))
+    return seen
+
+
+@contextlib.contextmanager
+def fake_quantized(
+    module: nn.Module, ranges: Ranges, grid: Grid, only: Collection[str] | None = None
+) -> Iterator[None]:
+    """Within the context the layers of `ranges` (of `only`, where given) round their inputs and weights to the grid.
+
+    The weights themselves stay floats, can be trained, and are the module's own again afterwards.
+    """
+    layers = {name: layer for name, layer in quantized_layers(module).items() if name in ranges}
+    if only is not None:
+        layers = {name: layer for name, layer in layers.items() if name in only}
+
+    def rounded(name: str, inputs: Tensor) -> Tensor:
+        return _rounded_inputs(inputs, *ranges[name], symmetric=grid.symmetric_activations)
+
+    try:
+        for layer in layers.values():
+            parametrize.register_parametrization(layer, "weight", RoundedWeight(grid.weight_levels))
+        with _hooked(layers, rounded):
+            yield
+    finally:
+        for layer in layers.values():
+            if parametrize.is_parametrized(layer, "weight"):
+                parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+
+
+@torch.no_grad()
+def correct_biases(
+    module: nn.Module, images: Tensor, ranges: Ranges, grid: Grid, *, normalization: Normalization
+) -> None:
+    """Take out of each layer the mean error that rounding makes in each of its output channels, in place.
+
+    A layer without a bias is given one (Nagel et al., ICCV 2019, section 4.2, with the error measured on `images`
+    uint8 [N, H, W, C]).
+    """
+    layers = quantized_layers(module)
+    errors: dict[str, Tensor] = {}
+    counts = dict.fromkeys(layers, 0)
+
+    def measure(name: str, inputs: Tensor) -> None:
+        layer = layers[name]
+        rounded_inputs = _rounded_inputs(inputs, *ranges[name], symmetric=grid.symmetric_activations)
+        rounded_weight = RoundedWeight(grid.weight_levels)(layer.weight)
+        error = _apply(layer, rounded_inputs, rounded_weight) - _apply(layer, inputs, layer.weight)
+        axes = (0, 2, 3) if isinstance(layer, nn.Conv2d) else tuple(range(error.dim() - 1))
+        errors[name] = errors.get(name, 0) + error.float().mean(axes)
+        counts[name] += 1
+
+    with _hooked({name: layer for name, layer in layers.items() if name in ranges}, measure):
+        for part in images.split(BATCH):
+            module(to_input(part, normalization))
+    for name, error in errors.items():
+        layer = layers[name]
+        if layer.bias is None:
+            layer.bias = nn.Parameter(torch.zeros_like(error), requires_grad=layer.weight.requires_grad)
+        layer.bias -= error / counts[name]
+
+
+def quantization_aware(
+    module: nn.Module,
+    images: Tensor,
+    teacher_logits: Tensor,
+    ranges: Ranges,
+    grid: Grid,
+    *,
+    task: Classification,
+    normalization: Normalization,
+    temperature: float,
+    compute: Compute,
+    rng: torch.Generator,
+    steps: int = STEPS,
+) -> Iterator[float]:
+    """Train `module` in place to be right on the grid: distillation as in the run, with every layer rounded.
+
+    Args:
+        module: on the device of `compute`, in eval mode: BatchNorm keeps its statistics.
+        images: uint8 [N, H, W, C], synthetic samples on the same device.
+        teacher_logits: float32 [N, K], what the teacher says of each.
+        ranges: from `observed_ranges`; they stay.
+        grid: the integers.
+        task, normalization, temperature: as in the distillation.
+        compute: device and precision.
+        rng: on that device.
+        steps: of BATCH images.
+
+    Yields:
+        the loss of each step.
+
+    Raises:
+        NonFiniteLossError: a loss became NaN or infinite.
+    """
+    module.eval().requires_grad_(True)
+    with fake_quantized(module, ranges, grid):
+        optimizer = torch.optim.Adam(module.parameters(), lr=RATE)
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+            drawn = torch.randint(len(images), (min(BATCH, len(images)),), generator=rng, device=rng.device)
+            with compute.autocast():
+                logits = module(to_input(images[drawn], normalization))
+            loss = task.discrepancy(teacher_logits[drawn], logits, temperature).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise NonFiniteLossError(
+                    f"the loss of the quantization-aware distillation is not finite in step {step + 1}",
+                    "leave it out with --qat off",
+                )
+            yield value
+    module.requires_grad_(False)
+
+
+@torch.no_grad()
+def sensitivities(
+    module: nn.Module, images: Tensor, ranges: Ranges, grid: Grid, *, normalization: Normalization
+) -> dict[str, float]:
+    """How far each layer, rounded alone, moves the logits: mean squared error over `images`, the worst layer first."""
+    inputs = to_input(images, normalization)
+    exact = module(inputs).float()
+    moved = {}
+    for name in ranges:
+        with fake_quantized(module, ranges, grid, only=(name,)):
+            moved[name] = float(F.mse_loss(module(inputs).float(), exact))
+    return dict(sorted(moved.items(), key=lambda item: item[1], reverse=True))
+
+
+def _rounded_inputs(inputs: Tensor, low: float, high: float, *, symmetric: bool) -> Tensor:
+    """Values on 256 steps between `low` and `high` (around 0: between minus and plus the larger one)."""
+    if symmetric:
+        scale = max(-low, high, SMALLEST_RANGE) / 127
+        return torch.fake_quantize_per_tensor_affine(inputs.float(), scale, 0, -127, 127)
+    scale = max(high - low, SMALLEST_RANGE) / 255
+    return torch.fake_quantize_per_tensor_affine(inputs.float(), scale, round(-low / scale), 0, 255)
+
+
+def _apply(layer: nn.Conv2d | nn.Linear, inputs: Tensor, weight: Tensor) -> Tensor:
+    """The layer with another weight and no bias."""
+    if isinstance(layer, nn.Conv2d):
+        return layer._conv_forward(inputs, weight, None)
+    return F.linear(inputs, weight)
+
+
+@contextlib.contextmanager
+def _hooked(layers: Mapping[str, nn.Module], look: Look) -> Iterator[None]:
+    """Within the context `look(name, input)` is called before each layer; what it returns takes the input's place."""
+    handles = [
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: look(name, inputs[0]))
+        for name, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,81 @@
+"""Synthetic images of a teacher alone, with no student to teach: to calibrate what is made of the teacher itself."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import DistillationSettings
+from engine.device import Compute
+from engine.images import normalization
+from engine.inversion import invert, new_inverter
+from engine.losses import batchnorm_prior
+from engine.task import Classification
+
+LEARNING_ROUNDS = 24  # of the generator, before its images count: they are textures at first (docs/experiments.md)
+CLASS_WEIGHT = 1.0  # images that the teacher is sure of: there is no student for whom harder ones would be better
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the sampling is after a round; `prior_loss` as in the distillation."""
+
+    round: int  # from 1
+    rounds: int
+    prior_loss: float
+
+
+def rounds_for(number: int, settings: DistillationSettings) -> int:
+    """How many rounds `synthesize` takes for so many images."""
+    return LEARNING_ROUNDS + -(-number // settings.inversion_batch)
+
+
+def synthesize(
+    teacher: nn.Module,
+    number: int,
+    *,
+    task: Classification,
+    image_shape: tuple[int, int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    batchnorm_layers: list[nn.Module],
+    settings: DistillationSettings,
+    compute: Compute,
+    seed: int,
+) -> Iterator[tuple[Progress, Tensor]]:
+    """Rounds of inversion without the adversarial term; each yields its images, uint8 [B, H, W, C], in random order.
+
+    The images of the first rounds are none, [0, H, W, C]: the generator learns. Classes are as even as `number` lets
+    them be. `teacher` is frozen, in eval mode; the other arguments are those of `engine.distill.start`.
+    """
+    torch.manual_seed(seed)  # the generator's initial weights
+    teacher.to(compute.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    settings = replace(settings, class_weight=CLASS_WEIGHT)
+    inverter = new_inverter(image_shape, settings, compute)
+    rng = torch.Generator(compute.device).manual_seed(seed)
+    constants = normalization(mean, std, compute.device)
+    prior = batchnorm_prior(batchnorm_layers) if batchnorm_layers else None
+    counts = torch.zeros(task.classes, dtype=torch.int64, device=compute.device)
+    rounds = rounds_for(number, settings)
+    for index in range(rounds):
+        targets = task.balanced_targets(counts, settings.inversion_batch, rng)
+        images, losses = invert(
+            inverter,
+            teacher,
+            teacher,
+            targets,
+            task=task,
+            prior=prior,
+            class_counts=counts,
+            adversarial_weight=0.0,
+            normalization=constants,
+            settings=settings,
+            compute=compute,
+            rng=rng,
+        )
+        if index < LEARNING_ROUNDS:
+            images = images[:0]
+        else:
+            counts += torch.bincount(targets, minlength=task.classes)
+        yield Progress(index + 1, rounds, float(losses.prior)), images

@@ -1,0 +1,97 @@
+"""What files are to be made: formats and precisions, from what was typed, the device profile, and this machine."""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from engine.errors import SSDKDError
+from exporters import FORMATS
+from exporters.precision import PRECISIONS, Scheme
+from profiles import GENERIC, DeviceProfile, load_profile
+
+if TYPE_CHECKING:
+    from exporters.to_tensorrt import Flavour
+
+TENSORRT_PROFILES = {"tensorrt": "datacenter-gpu", "tensorrt_rtx": "rtx"}  # where none is named
+
+
+@dataclass(frozen=True)
+class Target:
+    """Files to make. `asked`: precisions that were asked for; a file of theirs that fails its proof fails the run.
+
+    `tried`: further ones, to compare with; one that fails is left out with a word. `fallback`: the layers that lose
+    most may stay in float32 in an INT8 file.
+    """
+
+    profile: DeviceProfile
+    is_named: bool  # the profile was named by the user
+    formats: tuple[str, ...]
+    asked: tuple[str, ...]
+    tried: tuple[str, ...]
+    qat: str  # "auto", "on", "off"
+    fallback: bool
+    flavour: "Flavour | None"  # of TensorRT, where a plan is built here
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """All that are made as ONNX files, float32 first: the others are made of it and compared with it."""
+        return tuple(name for name in PRECISIONS if name == "fp32" or name in (*self.asked, *self.tried))
+
+    @property
+    def scheme(self) -> Scheme:
+        """How the device wants its integers."""
+        return Scheme(**asdict(self.profile.quantization))
+
+
+def resolve_target(
+    *, formats: Sequence[str], precisions: Sequence[str], profile: str | None, qat: str, fallback: bool
+) -> Target:
+    """What was typed wins over the profile; without either it is float32 ONNX, with FP16 and INT8 beside it to compare.
+
+    Raises:
+        SSDKDError: a format, precision or profile that does not exist, that do not go together, or that need a package
+            which is not installed.
+    """
+    for name in precisions:
+        if name not in PRECISIONS:
+            raise SSDKDError(f"there is no precision '{name}'", f"use --precision {', '.join(PRECISIONS)}")
+    check_formats(formats)
+    flavour: Flavour | None = None
+    if "trt" in formats and profile is None:
+        flavour = _find_flavour(None)
+        device = load_profile(TENSORRT_PROFILES[flavour.name])
+    else:
+        device = load_profile(profile or GENERIC)
+    chosen = tuple(formats) or device.export
+    check_formats(chosen)
+    if "trt" in chosen and not device.built_on_device and flavour is None:
+        flavour = _find_flavour(device.runtime if device.runtime in TENSORRT_PROFILES else None)
+    asked = tuple(precisions) or ((device.precision,) if profile or flavour else ())
+    for name in asked:
+        if name not in device.precisions:
+            raise SSDKDError(
+                f"--precision {name}: the profile {device.name} runs {', '.join(device.precisions)}",
+                f"use --precision {device.precision}, or another --profile: `ssdkd profiles`",
+            )
+    compared = not precisions and device.runtime == "onnxruntime"
+    tried = tuple(name for name in device.precisions if compared and name not in asked)
+    if qat == "on" and "int8" not in (*asked, *tried):
+        raise SSDKDError("--qat on is for INT8 files, and none is made", "add --precision int8, or leave --qat out")
+    return Target(device, profile is not None, chosen, asked, tried, qat, fallback, flavour)
+
+
+def check_formats(names: Sequence[str]) -> None:
+    """Raises SSDKDError for a format that does not exist or whose packages are not installed."""
+    for name in names:
+        if name not in FORMATS:
+            raise SSDKDError(f"there is no export format '{name}'", f"use --export {' or '.join(FORMATS)}")
+        missing = [package for package in FORMATS[name].requires if importlib.util.find_spec(package) is None]
+        if missing:
+            raise SSDKDError(f"--export {name} needs {', '.join(missing)}", f"pip install {' '.join(missing)}")
+
+
+def _find_flavour(wanted: str | None) -> "Flavour":
+    from exporters.to_tensorrt import find_flavour
+
+    return find_flavour(wanted)

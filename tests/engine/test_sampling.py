@@ -1,0 +1,66 @@
+import dataclasses
+
+import torch
+from torch import nn
+
+from engine.batchnorm import batchnorm_layers
+from engine.config import settings_for
+from engine.device import Compute
+from engine.sampling import LEARNING_ROUNDS, rounds_for, synthesize
+from engine.task import Classification
+from engine.zoo import resnet_cifar
+
+SETTINGS = settings_for("smoke", image_shape=(1, 16, 16), inversion_batch=16, inversion_steps=3, generator_width=4)
+
+
+def teacher() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = resnet_cifar(5, 1, depth=8, width=4)
+        with torch.no_grad():
+            for _ in range(20):
+                module(nn.functional.interpolate(torch.randn(16, 1, 4, 4), (16, 16), mode="bilinear"))
+    return module.eval().requires_grad_(False)
+
+
+def rounds(number: int, seed: int = 0) -> list[tuple[float, torch.Tensor]]:
+    network = teacher()
+    made = synthesize(
+        network,
+        number,
+        task=Classification(5),
+        image_shape=(1, 16, 16),
+        mean=(0.5,),
+        std=(0.25,),
+        batchnorm_layers=batchnorm_layers(network),
+        settings=SETTINGS,
+        compute=Compute(torch.device("cpu"), None),
+        seed=seed,
+    )
+    return [(progress.prior_loss, images) for progress, images in made]
+
+
+def test_the_first_rounds_teach_the_generator_and_give_no_images() -> None:
+    found = rounds(40)
+    sizes = [len(images) for _, images in found]
+    assert sizes == [0] * LEARNING_ROUNDS + [16, 16, 16]
+    assert rounds_for(40, SETTINGS) == len(found)
+    assert found[-1][1].dtype == torch.uint8
+    assert found[-1][1].shape[1:] == (16, 16, 1)
+
+
+def test_the_images_match_the_teacher_s_statistics_better_and_better() -> None:
+    losses = [loss for loss, _ in rounds(16)]
+    assert losses[-1] < 0.75 * losses[0]
+
+
+def test_the_same_seed_makes_the_same_images() -> None:
+    first, again, other = (torch.cat([images for _, images in rounds(16, seed)]) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_settings_are_not_changed() -> None:
+    before = dataclasses.asdict(SETTINGS)
+    rounds(16)
+    assert dataclasses.asdict(SETTINGS) == before

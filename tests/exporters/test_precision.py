@@ -1,0 +1,180 @@
+"""Types, ranges and names of the graphs; that their logits are the student's is asked in test_verify."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, numpy_helper
+
+from engine.errors import SSDKDError
+from exporters.metadata import describe
+from exporters.precision import Scheme, integer_share, layer_names, precision_problem, to_fp16, to_int8
+from exporters.runtimes import open_runtime, to_input
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
+TENSORRT = Scheme("int8", symmetric_activations=True, int32_bias=False)
+
+
+@pytest.fixture(scope="module")
+def model(exported: Path) -> ModelProto:
+    return onnx.load(exported)
+
+
+@pytest.fixture(scope="module")
+def inputs(samples: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return to_input(samples, MEAN, STD)
+
+
+@pytest.fixture(scope="module")
+def quantized(model: ModelProto, inputs: NDArray[np.float32]) -> ModelProto:
+    return to_int8(model, inputs, Scheme())
+
+
+def operators(model: ModelProto) -> set[str]:
+    return {node.op_type for node in model.graph.node}
+
+
+def types_of(model: ModelProto, ending: str) -> set[int]:
+    return {tensor.data_type for tensor in model.graph.initializer if tensor.name.endswith(ending)}
+
+
+def logits(model: ModelProto, folder: Path, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+    path = folder / "model.onnx"
+    onnx.save(model, path)
+    return open_runtime(path).run(inputs)
+
+
+def test_float16_is_inside_and_float32_outside(model: ModelProto) -> None:
+    half = to_fp16(model)
+    weights = {tensor.data_type for tensor in half.graph.initializer if len(tensor.dims) == 4}
+    assert weights == {TensorProto.FLOAT16}
+    assert {value.type.tensor_type.elem_type for value in (*half.graph.input, *half.graph.output)} == {
+        TensorProto.FLOAT
+    }
+    assert precision_problem(half, "fp16") is None
+    assert half.ByteSize() < 0.8 * model.ByteSize()
+    assert model.graph.initializer[0].data_type == TensorProto.FLOAT  # the model itself is left alone
+
+
+def test_a_weight_beyond_float16_is_refused_by_name(model: ModelProto) -> None:
+    large = onnx.ModelProto()
+    large.CopyFrom(model)
+    weight = next(tensor for tensor in large.graph.initializer if tensor.name == "head.weight")
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) + np.float32(1e6), "head.weight"))
+    with pytest.raises(SSDKDError, match=r"head\.weight holds 1e\+06: expected at most 65504"):
+        to_fp16(large)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_metadata_is_kept_and_the_library_leaves_no_trace(
+    model: ModelProto, inputs: NDArray[np.float32], precision: str
+) -> None:
+    made = to_fp16(model) if precision == "fp16" else to_int8(model, inputs, Scheme())
+    before, after = ({entry.key: entry.value for entry in each.metadata_props} for each in (model, made))
+    assert after == before
+    assert describe(after).mean == MEAN
+    assert made.producer_name == "ssdkd"
+
+
+def test_all_multiplications_are_of_integers(quantized: ModelProto) -> None:
+    assert integer_share(quantized) == 1.0
+    assert {"QuantizeLinear", "DequantizeLinear"} <= operators(quantized)
+    assert types_of(quantized, ".weight_quantized") == {TensorProto.INT8}
+    assert precision_problem(quantized, "int8") is None
+
+
+def test_weights_have_a_scale_a_channel(quantized: ModelProto) -> None:
+    scales = {
+        tensor.name: tensor.dims for tensor in quantized.graph.initializer if tensor.name.endswith("weight_scale")
+    }
+    assert list(scales["features.0.weight_scale"]) == [8]
+    assert list(scales["head.weight_scale"]) == [5]
+
+
+def test_tensorrt_s_scheme_has_zero_points_of_zero_and_float_biases(
+    model: ModelProto, inputs: NDArray[np.float32]
+) -> None:
+    symmetric = to_int8(model, inputs, TENSORRT)
+    zero_points = [t for t in symmetric.graph.initializer if t.name.endswith("zero_point")]
+    assert {tensor.data_type for tensor in zero_points} == {TensorProto.INT8}
+    assert not any(numpy_helper.to_array(tensor).any() for tensor in zero_points)
+    assert TensorProto.INT32 not in {tensor.data_type for tensor in symmetric.graph.initializer}
+
+
+def test_seven_bits_where_the_product_would_saturate(model: ModelProto, inputs: NDArray[np.float32]) -> None:
+    largest = {}
+    for reduced in (False, True):
+        made = to_int8(model, inputs, Scheme(reduce_range=reduced))
+        weights = [t for t in made.graph.initializer if t.name.endswith(".weight_quantized")]
+        largest[reduced] = max(int(np.abs(numpy_helper.to_array(tensor).astype(int)).max()) for tensor in weights)
+    assert largest == {False: 127, True: 64}
+
+
+def test_integers_stay_near_the_float_network(
+    model: ModelProto, quantized: ModelProto, inputs: NDArray[np.float32], tmp_path: Path
+) -> None:
+    exact, rounded = logits(model, tmp_path, inputs), logits(quantized, tmp_path, inputs)
+    assert 0 < np.abs(rounded - exact).max() < 0.1 * exact.std(axis=0).mean() + 0.05
+
+
+def test_ranges_come_from_the_images(model: ModelProto, inputs: NDArray[np.float32]) -> None:
+    scale = {}
+    for factor in (1, 4):
+        made = to_int8(model, factor * inputs, TENSORRT)
+        scale[factor] = next(
+            float(numpy_helper.to_array(t)) for t in made.graph.initializer if t.name == "images_scale"
+        )
+    assert scale[1] == pytest.approx(np.abs(inputs).max() / 127, rel=1e-3)
+    assert scale[4] == pytest.approx(4 * scale[1], rel=1e-3)
+
+
+def test_layers_are_named_as_in_the_module_and_can_stay_float(
+    model: ModelProto, quantized: ModelProto, inputs: NDArray[np.float32]
+) -> None:
+    assert set(layer_names(model).values()) == {"features.0", "features.3", "head"}
+    mixed = to_int8(model, inputs, Scheme(), float_layers=("features.3",))
+    kept = {tensor.name for tensor in mixed.graph.initializer if tensor.data_type == TensorProto.FLOAT}
+    assert "features.3.weight" in kept
+    assert "features.0.weight" not in kept
+    macs = {"features.0": 8 * 8 * 8 * 27, "features.3": 8 * 3 * 3 * 72, "head": 5 * 8}
+    assert integer_share(mixed) == pytest.approx(1 - macs["features.3"] / sum(macs.values()))
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda images: np.where(images == images.max(), np.nan, images), "hold NaN or infinity"),
+        (lambda images: images[:0], "are empty"),
+        (lambda images: np.repeat(images[:1], 4, axis=0), "are all the same"),
+    ],
+)
+def test_calibration_images_that_show_no_range(
+    broken: object, message: str, model: ModelProto, inputs: NDArray[np.float32]
+) -> None:
+    with pytest.raises(SSDKDError, match=f"the calibration images {message}"):
+        to_int8(model, broken(inputs), Scheme())  # type: ignore[operator]
+
+
+def test_a_graph_of_another_precision_than_asked_is_named(model: ModelProto, quantized: ModelProto) -> None:
+    half = to_fp16(model)
+    assert precision_problem(model, "fp32") is None
+    assert precision_problem(model, "fp16") == "fp16 was asked for, and the weights of features.0 are FLOAT"
+    assert precision_problem(half, "fp32") == "fp32 was asked for, and the weights of features.0 are FLOAT16"
+    assert precision_problem(model, "int8") == "int8 was asked for, and 0 % of the multiply-accumulates are in integers"
+    assert precision_problem(quantized, "fp32") == "fp32 was asked for, and 100 % of it are in integers"
+
+
+def test_an_interface_of_another_type_is_named(model: ModelProto) -> None:
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    changed.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+    problem = precision_problem(changed, "fp16")
+    assert problem == "fp16 was asked for, and logits is FLOAT16: expected float32 inputs and outputs"
+
+
+def test_nothing_is_printed(model: ModelProto, inputs: NDArray[np.float32], capfd: pytest.CaptureFixture[str]) -> None:
+    to_int8(model, inputs, Scheme())
+    to_fp16(model)
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,188 @@
+"""What files a run makes, in which precision and for which device: real files, real builds."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from exporters.precision import integer_share, precision_problem
+from exporters.tensorrt_sidecar import check_precision, check_sidecar, read_sidecar
+from ssdkd_cli import artifacts
+from ssdkd_cli.report import read_report
+
+NORMALISED = ("--input", "1x16x16", "--mean", "0.5", "--std", "0.5")
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None,
+    reason="TensorRT for RTX is not installed: it exists for Linux on x86_64 alone",
+)
+
+
+def arguments(shared: Path, out: Path, *more: object) -> list[object]:
+    """A short run; the config of the other tests asks for float32 alone, this one for nothing."""
+    config = out.parent / "config.toml"
+    config.write_text((shared / "ssdkd.toml").read_text().replace('precision = ["fp32"]\n', ""))
+    return ["compress", shared / "teacher.pt", "--student", "resnet8", "--config", config, "--out", out, *more]
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.name.startswith(("model", "build"))}
+
+
+def test_where_no_precision_is_asked_for_all_are_measured(ssdkd: Any, shared: Path, tmp_path: Path) -> None:
+    ran = ssdkd(*arguments(shared, tmp_path / "run", "--json", "--eval-data", shared / "test.npz"))
+    assert ran.code == 0, ran.err
+    found = {item["precision"]: item for item in ran.json["artifacts"]}
+    assert list(found)[:2] == ["fp32", "fp16"]
+    assert found["fp32"]["path"] == "model.onnx"
+    for precision, item in found.items():
+        model = onnx.load(tmp_path / "run" / item["path"])
+        assert precision_problem(model, precision) is None
+        assert item["verified"] is True
+        assert item["integer_share"] == pytest.approx(100 * integer_share(model))
+        assert item["latency_ms"]["p50"] > 0
+        assert item["accuracy"] is not None
+        assert 0 <= item["teacher_agreement"] <= 100
+    fastest = min(found.values(), key=lambda item: item["latency_ms"]["p50"])
+    assert ran.json["recommendation"]["artifact"] == fastest["path"]
+    assert found["fp16"]["size_bytes"] < 0.8 * found["fp32"]["size_bytes"]
+
+
+def test_a_precision_that_nobody_asked_for_may_fail(
+    ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "most_lost", lambda _: -100.0)
+    ran = ssdkd(*arguments(shared, tmp_path / "run", "--json"))
+    assert ran.code == 0, ran.err
+    assert [item["precision"] for item in ran.json["artifacts"]] == ["fp32", "fp16"]
+    assert names_in(tmp_path / "run") == {"model.onnx", "model.fp16.onnx"}
+    assert "no int8 file: ask for it with --precision int8" in ran.err
+
+
+def test_a_precision_that_was_asked_for_may_not(
+    ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "most_lost", lambda _: -100.0)
+    options = ("--precision", "int8", "--qat", "off", "--no-fallback", "--json")
+    ran = ssdkd(*arguments(shared, tmp_path / "run", *options))
+    assert ran.code == 3
+    of_int8 = ran.json["artifacts"][1]
+    assert (of_int8["path"], of_int8["verified"]) == ("model.int8.onnx.rejected", False)
+    assert "points of agreement with the teacher, at most -100.00 are allowed" in of_int8["verified_reason"]
+    assert ran.json["recommendation"]["artifact"] == "model.onnx"
+
+
+def test_a_profile_is_named_in_the_report(ssdkd: Any, shared: Path, tmp_path: Path) -> None:
+    ran = ssdkd(*arguments(shared, tmp_path / "run", "--profile", "x86-avx2", "--precision", "int8", "--json"))
+    assert ran.code in (0, 3), ran.err  # after three rounds the student may lose more than half a point
+    of_int8 = ran.json["artifacts"][1]
+    assert of_int8["profile"] == "x86-avx2"
+    assert any("calibrated on synthetic samples" in note for note in of_int8["notes"])
+
+
+@pytest.mark.parametrize(
+    ("limit", "passes"),
+    [
+        (("--max-size-mb", "100"), True),
+        (("--max-size-mb", "0.001"), False),
+        (("--max-latency-ms", "0"), False),
+        (("--min-agreement", "0"), True),
+    ],
+)
+def test_limits_decide_the_exit_code(ssdkd: Any, compressed: Path, tmp_path: Path, limit: Any, passes: bool) -> None:
+    folder = Path(shutil.copytree(compressed, tmp_path / "run"))
+    ran = ssdkd("export", folder, "--overwrite", *limit)
+    assert ran.code == (0 if passes else 3), ran.err
+    (gate,) = read_report(folder).gates
+    assert (gate.name, gate.passed, gate.artifact) == (limit[0].strip("-").replace("-", "_"), passes, "model.onnx")
+    assert ("NO" in (folder / "report.md").read_text()) != passes
+
+
+def test_the_drop_of_accuracy_is_a_limit_too(ssdkd: Any, shared: Path, compressed: Path, tmp_path: Path) -> None:
+    report = read_report(compressed)
+    assert report.teacher.accuracy is not None
+    assert report.student.accuracy is not None
+    folder = Path(shutil.copytree(compressed, tmp_path / "run"))
+    ran = ssdkd("export", folder, "--overwrite", "--max-drop", "0", "--eval-data", shared / "test.npz")
+    (gate,) = read_report(folder).gates
+    assert gate.value == pytest.approx(report.teacher.accuracy - report.student.accuracy)
+    assert ran.code == (0 if gate.passed else 3)
+
+
+def test_integers_of_a_teacher_are_calibrated_on_samples_of_it(
+    ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine import sampling
+    from ssdkd_cli import again
+
+    monkeypatch.setattr(sampling, "LEARNING_ROUNDS", 1)
+    monkeypatch.setattr(again, "SYNTHETIC_SAMPLES", 64)
+    ran = ssdkd("export", shared / "teacher.pt", *NORMALISED, "--precision", "int8", "--out", tmp_path, "--json")
+    assert ran.code in (0, 3), ran.err
+    assert [item["precision"] for item in ran.json] == ["fp32", "int8"]
+    assert "128 synthetic samples" in ran.err
+    assert not any("random images" in note for item in ran.json for note in item["notes"])
+
+
+def test_a_jetson_gets_the_file_and_a_script(ssdkd: Any, compressed: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(compressed, tmp_path / "run"))
+    ran = ssdkd("export", folder, "--overwrite", "--profile", "jetson-orin", "--json")
+    assert ran.code == 0, ran.err
+    assert names_in(folder) == {"model.onnx", "model.fp16.onnx", "build_model.fp16.engine.sh"}
+    assert precision_problem(onnx.load(folder / "model.fp16.onnx"), "fp16") is None
+    environment = {**os.environ, "PATH": "/usr/bin:/bin"}
+    built = subprocess.run(["sh", "build_model.fp16.engine.sh"], cwd=folder, capture_output=True, text=True,
+                           env=environment, check=False)  # fmt: skip
+    assert built.returncode == 2  # there is no trtexec here
+    assert "trtexec" in built.stderr
+
+
+@needs_rtx
+def test_plans_are_built_and_described(ssdkd: Any, compressed: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(compressed, tmp_path / "run"))
+    wanted = ("--precision", "fp32", "--precision", "fp16", "--profile", "rtx")
+    ran = ssdkd("export", folder, "--overwrite", *wanted, "--json")
+    assert ran.code == 0, ran.err
+    plans = {item["precision"]: item for item in ran.json if item["format"] == "trt"}
+    assert set(plans) == {"fp32", "fp16"}
+    for precision, item in plans.items():
+        plan = folder / item["path"]
+        assert check_sidecar(plan, folder / item["path"].replace(".engine", ".onnx")) is None
+        assert check_precision(read_sidecar(plan)) is None
+        assert read_sidecar(plan).precision == precision
+        assert item["verified"] is None
+        assert "no GPU" in item["verified_reason"]
+        assert item["latency_ms"] is None
+    assert json.loads((folder / "model.fp16.engine.json").read_text())["flavour"] == "tensorrt_rtx"
+
+
+@needs_rtx
+def test_a_plan_can_be_asked_for_in_compress(ssdkd: Any, shared: Path, tmp_path: Path) -> None:
+    ran = ssdkd(*arguments(shared, tmp_path / "run", "--export", "trt", "--profile", "rtx", "--json"))
+    assert ran.code == 0, ran.err
+    assert [(item["format"], item["precision"]) for item in ran.json["artifacts"]] == [
+        ("onnx", "fp32"),
+        ("onnx", "fp16"),
+        ("trt", "fp16"),
+    ]
+    assert ran.json["recommendation"]["artifact"] in ("model.onnx", "model.fp16.onnx")
+
+
+def test_tensorrt_that_is_not_there_is_said_before_the_run(
+    ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from exporters import to_tensorrt
+
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(name=name)
+
+    monkeypatch.setattr(to_tensorrt, "import_flavour", missing)
+    ran = ssdkd(*arguments(shared, tmp_path / "run", "--export", "trt"))
+    assert ran.code == 1
+    assert "pip install" in ran.err
+    assert not (tmp_path / "run").exists()

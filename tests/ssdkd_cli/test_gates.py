@@ -1,0 +1,125 @@
+import pytest
+
+from engine.errors import SSDKDError
+from ssdkd_cli.gates import Limits, check_limits, decide, judge, recommend
+from ssdkd_cli.report import Artifact, Percentiles
+
+
+def artifact(path: str, precision: str = "fp32", **changed: object) -> Artifact:
+    values: dict[str, object] = {
+        "path": path,
+        "sha256": "ab",
+        "format": "onnx",
+        "precision": precision,
+        "precision_requested": precision,
+        "profile": None,
+        "size_bytes": 2_000_000,
+        "runtime": "onnxruntime",
+        "max_abs_error": 0.0,
+        "agreement": 100.0,
+        "accuracy": 80.0,
+        "latency_ms": Percentiles(p50=2.0, p90=3.0, p99=4.0),
+        "throughput_per_s": 100.0,
+        "batch": 32,
+        "verified": True,
+        "verified_reason": "",
+        "notes": (),
+        "teacher_agreement": 70.0,
+    }
+    return Artifact(**{**values, **changed})  # type: ignore[arg-type]
+
+
+def fast(ms: float) -> Percentiles:
+    return Percentiles(p50=ms, p90=ms, p99=ms)
+
+
+SLOW = artifact("model.onnx")
+QUICK = artifact("model.int8.onnx", "int8", latency_ms=fast(1.0), size_bytes=500_000, accuracy=78.0)
+
+
+@pytest.mark.parametrize(
+    ("limits", "value", "passed"),
+    [
+        (Limits(max_drop=5.0), 10.0, False),
+        (Limits(max_drop=10.0), 10.0, True),
+        (Limits(max_latency_ms=2.0), 2.0, True),
+        (Limits(max_latency_ms=1.9), 2.0, False),
+        (Limits(max_size_mb=2.0), 2.0, True),
+        (Limits(max_size_mb=1.99), 2.0, False),
+        (Limits(min_agreement=70.0), 70.0, True),
+        (Limits(min_agreement=70.1), 70.0, False),
+    ],
+)
+def test_each_limit_is_compared_with_its_own_value(limits: Limits, value: float, passed: bool) -> None:
+    (gate,) = judge(limits, SLOW, teacher_accuracy=90.0)
+    assert (gate.value, gate.passed, gate.artifact) == (value, passed, "model.onnx")
+    assert getattr(limits, gate.name) == gate.limit
+
+
+@pytest.mark.parametrize(
+    ("limits", "changed"),
+    [
+        (Limits(max_drop=5.0), {"accuracy": None}),
+        (Limits(max_latency_ms=5.0), {"latency_ms": None}),
+        (Limits(min_agreement=5.0), {"teacher_agreement": None}),
+    ],
+)
+def test_what_was_not_measured_has_not_passed(limits: Limits, changed: dict[str, None]) -> None:
+    (gate,) = judge(limits, artifact("model.onnx", **changed), teacher_accuracy=90.0)
+    assert (gate.value, gate.passed) == (None, False)
+
+
+def test_no_limit_no_gate() -> None:
+    assert judge(Limits(), SLOW, teacher_accuracy=None) == []
+
+
+def test_the_fastest_verified_file_is_recommended() -> None:
+    broken = artifact("model.fp16.onnx", "fp16", latency_ms=fast(0.1), verified=False)
+    elsewhere = artifact("model.engine", verified=None, latency_ms=None)
+    passing, gates = decide(Limits(), (SLOW, QUICK, broken, elsewhere), (), 90.0)
+    assert [item.path for item in passing] == ["model.int8.onnx", "model.onnx"]
+    assert gates == ()
+    recommendation = recommend(passing, teacher_latency_ms=4.0)
+    assert recommendation is not None
+    assert recommendation.artifact == "model.int8.onnx"
+    assert recommendation.why == (
+        "the fastest of 2 files: 4.0 times the teacher's speed on this machine; model.onnx takes 2.0 times as long"
+    )
+    assert recommend(decide(Limits(), (broken, elsewhere), (), None)[0], None) is None
+
+
+def test_a_slower_precision_is_said_to_be_slower() -> None:
+    lame = artifact("model.int8.onnx", "int8", latency_ms=fast(5.0))
+    recommendation = recommend(decide(Limits(), (SLOW, lame), (), None)[0], None)
+    assert recommendation is not None
+    assert recommendation.artifact == "model.onnx"
+    assert "model.int8.onnx takes 2.5 times as long" in recommendation.why
+
+
+def test_a_fast_file_that_breaks_a_limit_is_not_recommended() -> None:
+    passing, gates = decide(Limits(max_drop=11.0), (SLOW, QUICK), (), 90.0)
+    assert [item.path for item in passing] == ["model.onnx"]
+    assert [(gate.artifact, gate.passed) for gate in gates] == [("model.onnx", True)]
+
+
+def test_what_was_asked_for_is_judged_whatever_else_passes() -> None:
+    _, gates = decide(Limits(max_drop=11.0), (SLOW, QUICK), ("int8",), 90.0)
+    assert [(gate.artifact, gate.value, gate.passed) for gate in gates] == [("model.int8.onnx", 12.0, False)]
+
+
+def test_where_nothing_passes_the_fastest_file_says_why() -> None:
+    passing, gates = decide(Limits(max_latency_ms=0.5, max_size_mb=1.0), (SLOW, QUICK), (), None)
+    assert passing == []
+    assert [(gate.name, gate.artifact, gate.passed) for gate in gates] == [
+        ("max_latency_ms", "model.int8.onnx", False),
+        ("max_size_mb", "model.int8.onnx", True),
+    ]
+
+
+def test_limits_that_cannot_be_judged_are_errors_before_the_run() -> None:
+    with pytest.raises(SSDKDError, match="--max-drop compares accuracies") as caught:
+        check_limits(Limits(max_drop=1.0), has_labels=False, runs_here=True)
+    assert "--eval-data" in caught.value.hint
+    with pytest.raises(SSDKDError, match="cannot be run on this machine"):
+        check_limits(Limits(max_latency_ms=1.0), has_labels=True, runs_here=False)
+    check_limits(Limits(max_size_mb=1.0, min_agreement=1.0), has_labels=False, runs_here=False)

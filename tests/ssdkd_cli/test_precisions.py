@@ -1,0 +1,127 @@
+"""INT8 on its way: which step is taken when, and what is said of it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from engine.device import choose_device
+from engine.teacher import load_teacher
+from exporters.precision import Scheme
+from ssdkd_cli import precisions, runs
+from ssdkd_cli.precisions import Graph, Subject, float_graph, graph_in, most_lost
+
+
+@pytest.fixture(scope="module")
+def subject(shared: Path) -> Subject:
+    """A teacher that is exported as it is, with smooth random images in the place of samples."""
+    teacher = load_teacher(shared / "teacher.pt", input_shape=(1, 16, 16), mean=(0.5,), std=(0.5,))
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (300, 4, 4, 1), dtype=np.uint8).repeat(4, axis=1).repeat(4, axis=2)
+    with torch.no_grad():
+        logits = teacher.module(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1).numpy()
+    samples = runs.Samples(images[:200], logits[:200], images[200:], logits[200:])
+    return Subject(teacher.module, runs.teacher_card(teacher.spec, "same"), samples, False)
+
+
+def int8(subject: Subject, *, qat: str = "auto", fallback: bool = True, scheme: Scheme | None = None) -> Graph:
+    return graph_in(
+        "int8",
+        subject,
+        float_graph(subject),
+        scheme or Scheme(),
+        qat=qat,
+        fallback=fallback,
+        compute=choose_device("cpu"),
+        seed=0,
+    )
+
+
+@pytest.fixture
+def losing(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes `judged` say that a graph with fewer than so many layers in float loses 9 points."""
+
+    def until(layers: int) -> None:
+        judged = precisions._Int8.judged
+
+        def worse(self: Any, exported: Any, done: str, float_layers: tuple[str, ...] = ()) -> Graph:
+            graph = judged(self, exported, done, float_layers)
+            lost = 9.0 if len(float_layers) < layers else 0.0
+            return dataclasses.replace(graph, lost=lost, notes=(f"{done}: {lost} points lost",))
+
+        monkeypatch.setattr(precisions._Int8, "judged", worse)
+        monkeypatch.setattr(precisions, "STEPS", 3)
+
+    return until
+
+
+def test_where_nothing_is_lost_the_ranges_are_enough(subject: Subject) -> None:
+    graph = int8(subject)
+    assert graph.lost <= most_lost(200)
+    assert graph.integer_share == 1.0
+    assert graph.float_layers == ()
+    assert len(graph.notes) == 1
+    assert graph.notes[0].startswith("calibrated on synthetic samples: ")
+
+
+def test_float32_and_float16_need_no_steps(subject: Subject) -> None:
+    exported = float_graph(subject)
+    for name in ("fp32", "fp16"):
+        graph = graph_in(
+            name, subject, exported, Scheme(), qat="auto", fallback=True, compute=choose_device("cpu"), seed=0
+        )
+        assert (graph.notes, graph.lost) == ((), 0.0)
+
+
+def test_every_step_is_tried_in_turn_and_said(subject: Subject, losing: Any) -> None:
+    losing(2)
+    graph = int8(subject)
+    words = " | ".join(graph.notes)
+    assert "calibrated on synthetic samples: 9.0 points" in words
+    assert "quantization-aware distillation: 9.0 points" in words
+    assert f"2 layers left in float32 ({', '.join(graph.float_layers)})" in words
+    assert len(graph.float_layers) == 2
+    kept = {tensor.name for tensor in graph.model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
+    assert {f"{name}.weight" for name in graph.float_layers} <= kept
+    assert graph.integer_share < 1.0
+    assert graph.lost == 0.0
+
+
+def test_without_fallback_no_layer_is_swapped(subject: Subject, losing: Any) -> None:
+    losing(1)
+    graph = int8(subject, qat="off", fallback=False)
+    assert graph.float_layers == ()
+    assert graph.lost == 9.0
+    assert not any("distillation" in note for note in graph.notes)
+
+
+def test_a_fallback_that_would_leave_too_little_in_integers_is_not_taken(subject: Subject, losing: Any) -> None:
+    losing(99)
+    graph = int8(subject, qat="off")
+    assert graph.lost == 9.0
+    assert graph.notes[-1] == "leaving the worst layers in float32 did not bring it back"
+
+
+def test_qat_on_trains_even_where_nothing_is_lost(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precisions, "STEPS", 3)
+    before = {name: value.clone() for name, value in subject.module.state_dict().items()}
+    graph = int8(subject, qat="on")
+    assert any("quantization-aware distillation" in note for note in graph.notes)
+    assert all(torch.equal(value, before[name]) for name, value in subject.module.state_dict().items())
+
+
+def test_layers_are_found_behind_an_embedded_normalisation(subject: Subject, losing: Any) -> None:
+    losing(1)
+    embedded = Subject(subject.module, subject.card, subject.samples, True)
+    graph = int8(embedded, qat="off")
+    assert len(graph.float_layers) == 1
+    assert graph.integer_share < 1.0
+
+
+def test_few_samples_cannot_show_half_a_point() -> None:
+    assert most_lost(1024) == 0.5
+    assert most_lost(16) == pytest.approx(6.25)
