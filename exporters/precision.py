@@ -21,7 +21,6 @@ from exporters.quiet import quiet
 
 PRECISIONS = ("fp32", "fp16", "int8")
 CALIBRATION_BATCH = 32
-CALIBRATION_IMAGES = 512  # more widen the ranges and gain nothing: docs/quantization.md
 MAC_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # Relu and Clip are absorbed into the scale of the convolution before them, Add of two integer branches is one of
 # integers. Anything else (a BatchNorm that stands alone, Mul, Sigmoid) gains no speed: docs/quantization.md.
@@ -105,7 +104,7 @@ def to_int8(
                 quantize_static(
                     str(source),
                     str(target),
-                    _reader(model.graph.input[0].name, inputs[:CALIBRATION_IMAGES]),
+                    _reader(model.graph.input[0].name, inputs),
                     quant_format=QuantFormat.QDQ,
                     op_types_to_quantize=list(INTEGER_OPERATORS),
                     per_channel=scheme.per_channel,

@@ -1,0 +1,127 @@
+"""INT8 without data: ranges from our synthetic samples beside ranges from noise and from real training images.
+
+    python -m benchmarks.int8 --network NAME SOURCE TEST TRAIN [--network ...] [--seeds 5] [--out ...]
+
+SOURCE is the folder of a run (its float student is quantized, calibrated on samples of its replay buffer) or the file
+of a teacher (exported as it is, calibrated on samples inverted from it). TEST and TRAIN are labelled images, a folder a
+class or an .npz; the training images serve the row "real images" alone. A seed chooses the noise, the real images, and
+the samples: another part of the buffer, or another inversion. Goes on where it was stopped.
+"""
+
+import argparse
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from benchmarks.common import RESULTS, provenance, save, unfinished
+from engine.device import choose_device
+from engine.teacher import load_teacher
+from exporters.evaluate import LabelledImages, load_labelled
+from exporters.precision import Scheme, integer_share, to_int8
+from exporters.runtimes import inference_batch, open_runtime, to_input
+from profiles import load_profile
+from ssdkd_cli import again, runs
+from ssdkd_cli.precisions import CALIBRATION_IMAGES, Subject, float_graph
+
+REAL_IMAGES = 1000
+PROFILE = "x86-vnni"
+Inputs = NDArray[np.float32]  # [N, C, H, W], normalised
+
+
+def subject_of(source: Path, seed: int) -> Subject:
+    """The network of a run or teacher; of a teacher with samples of this seed."""
+    if source.is_dir():
+        return again.from_run(source, trust_pickle=False, embed_preprocessing=False).subject
+    teacher = load_teacher(source)
+    samples = again.inverted(teacher, compute=choose_device("auto"), seed=seed)
+    return Subject(teacher.module, runs.teacher_card(teacher.spec, runs.SAME), samples, False)
+
+
+def labelled(path: Path, subject: Subject) -> LabelledImages:
+    card = subject.card
+    return load_labelled(path, input_shape=card.input_shape, classes=card.classes, class_names=card.class_names)
+
+
+def logits_of(model: onnx.ModelProto, inputs: Inputs) -> NDArray[np.float32]:
+    batch = inference_batch(tuple(inputs.shape[1:]))  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        onnx.save(model, path)
+        run = open_runtime(path).run
+        return np.concatenate([run(inputs[first : first + batch]) for first in range(0, len(inputs), batch)])
+
+
+def calibrations(subject: Subject, train: LabelledImages, seed: int) -> dict[str, Callable[[], Inputs]]:
+    """What ranges are taken from, by name."""
+    rng, card = np.random.default_rng(seed), subject.card
+
+    def drawn(images: NDArray[np.uint8], number: int) -> Inputs:
+        return to_input(images[rng.permutation(len(images))[:number]], card.mean, card.std)
+
+    return {
+        "our samples": lambda: drawn(subject.samples.calibration, CALIBRATION_IMAGES),
+        "real images": lambda: drawn(train.images, REAL_IMAGES),
+        "noise": lambda: rng.standard_normal((CALIBRATION_IMAGES, *card.input_shape), dtype=np.float32),
+    }
+
+
+def measure(name: str, source: Path, test: Path, train: Path, seed: int) -> list[dict[str, Any]]:
+    """One row a calibration: accuracy, paired drop and agreement on the test images, all in percent."""
+    subject = subject_of(source, seed)
+    tested, trained = labelled(test, subject), labelled(train, subject)
+    inputs = to_input(tested.images, subject.card.mean, subject.card.std)
+    exported = float_graph(subject)
+    exact = logits_of(exported, inputs).argmax(1)
+    float_accuracy = 100 * float((exact == tested.labels).mean())
+    scheme = Scheme(**dataclasses.asdict(load_profile(PROFILE).quantization))
+    rows = []
+    for calibration, images in calibrations(subject, trained, seed).items():
+        model = to_int8(exported, images(), scheme)
+        predicted = logits_of(model, inputs).argmax(1)
+        accuracy = 100 * float((predicted == tested.labels).mean())
+        rows.append(
+            {
+                "network": name,
+                "seed": seed,
+                "calibration": calibration,
+                "images": len(tested.labels),
+                "float_accuracy": float_accuracy,
+                "accuracy": accuracy,
+                "drop": float_accuracy - accuracy,
+                "agreement": 100 * float((predicted == exact).mean()),
+                "integer_share": 100 * integer_share(model),
+                "size_ratio": model.ByteSize() / exported.ByteSize(),
+                "parameters": sum(parameter.numel() for parameter in subject.module.parameters()),
+            }
+        )
+        print({key: rows[-1][key] for key in ("network", "seed", "calibration", "accuracy", "agreement")}, flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--network", nargs=4, action="append", required=True, metavar=("NAME", "SOURCE", "TEST", "TRAIN")
+    )
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS / "int8.json")
+    arguments = parser.parse_args()
+    shown = " ".join(f"--network '{name}' ..." for name, *_ in arguments.network)
+    source = provenance(f"python -m benchmarks.int8 {shown} --seeds {arguments.seeds}")
+    rows = unfinished(arguments.out, source).get("rows", [])
+    for seed in range(arguments.seeds):
+        for name, path, test, train in arguments.network:
+            if any((row["network"], row["seed"]) == (name, seed) for row in rows):
+                continue
+            rows += measure(name, Path(path), Path(test), Path(train), seed)
+            save(arguments.out, {"kind": "int8", **source, "profile": PROFILE, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
