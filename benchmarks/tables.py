@@ -32,6 +32,14 @@ RESULTS_HEAD = (
     "in all",
 )
 ABLATION_HEAD = ("variant", "seeds", "student accuracy", "accuracy kept", f"against {BASELINE}", "distilling")
+INT8_HEAD = (
+    *("network", "ranges from", "seeds", "float accuracy", "INT8 accuracy", "points lost", "agreement with float"),
+    *("in integers", "file, of float's"),
+)
+INT8_SPEED_HEAD = (
+    *("network", "parameters", "FP32, 1 image, ms", "INT8", "FP32, 32 images, ms", "INT8"),
+    *("times faster, 1", "times faster, 32"),
+)
 
 
 @dataclass(frozen=True)
@@ -85,9 +93,53 @@ def _one_ablation(result: Result) -> list[str]:
     return [*markdown(ABLATION_HEAD, rows), "", provenance(result)]
 
 
+def int8_table(results: Sequence[Result]) -> list[str]:
+    """A row a network and calibration: what INT8 loses on real test images, and its agreement with float; `int8`."""
+    lines: list[str] = []
+    for result in results:
+        found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+        for row in result["rows"]:
+            found.setdefault((row["network"], row["calibration"]), []).append(row)
+        table = [
+            (
+                network,
+                calibration,
+                str(len(rows)),
+                spread(column(rows, "float_accuracy")[:1], " %", 2),
+                spread(column(rows, "accuracy"), " %", 2),
+                spread(column(rows, "drop"), "", 2),
+                spread(column(rows, "agreement"), " %", 2),
+                spread(column(rows, "integer_share")[:1], " %", 0),
+                spread(column(rows, "size_ratio")[:1], "", 3),
+            )
+            for (network, calibration), rows in sorted(found.items(), key=lambda item: item[0][0])
+        ]
+        lines += [*markdown(INT8_HEAD, table), "", provenance(result), ""]
+    return lines[:-1]
+
+
+def int8_speed_table(results: Sequence[Result]) -> list[str]:
+    """A row a network, how many times faster INT8 is; the kind `int8_speed`."""
+    lines: list[str] = []
+    for result in results:
+        table = [
+            (
+                row["network"],
+                f"{row['parameters']:,}",
+                *(f"{row[f'{precision}_ms_{batch}']:.3f}" for batch in (1, 32) for precision in ("fp32", "int8")),
+                *(f"{row[f'times_faster_{batch}']:.2f}" for batch in (1, 32)),
+            )
+            for row in result["rows"]
+        ]
+        lines += [*markdown(INT8_SPEED_HEAD, table), "", f"{provenance(result)} {result['rows'][0]['runtime']}.", ""]
+    return lines[:-1]
+
+
 PAGES = (
     Page("README.md", "results", ("demo", "cifar"), results_table),
     Page("docs/method.md", "ablation", ("ablation",), ablation_table),
+    Page("docs/quantization.md", "int8", ("int8",), int8_table),
+    Page("docs/quantization.md", "int8-speed", ("int8_speed",), int8_speed_table),
 )
 
 
