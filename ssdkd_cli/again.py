@@ -22,13 +22,25 @@ from exporters.evaluate import LabelledImages, accuracy, load_labelled
 from exporters.metadata import describe, preprocessing_of
 from exporters.runtimes import inference_batch, open_runtime, predictor, to_input
 from ssdkd_cli import console, runs
-from ssdkd_cli.artifacts import artifact, file_names, make_files, score_file, time_files, usual_batch
+from ssdkd_cli.artifacts import (
+    BATCHES,
+    artifact,
+    file_names,
+    has_gpu,
+    make_files,
+    measure_plans,
+    score_file,
+    time_files,
+    time_plans,
+    usual_batch,
+)
 from ssdkd_cli.files import check_writable
 from ssdkd_cli.gates import Limits, decide, recommend
 from ssdkd_cli.precisions import Subject
 from ssdkd_cli.report import Artifact, Gate, Percentiles, Report, read_report, write_report
 from ssdkd_cli.target import Target
 
+PLAN = FORMATS["trt"].suffix
 SYNTHETIC_SAMPLES = 512  # of a teacher that is exported as it is, to calibrate on, and as many to prove on
 SYNTHETIC_PIXELS = 128 * 224 * 224  # of them together: fewer where they are large
 NOISE_SAMPLES = 64
@@ -203,7 +215,7 @@ def export(
     paths = [proof.path for proof in proofs if proof.verification.verified and proof.format == "onnx"]
     runtimes = [open_runtime(path) for path in paths]
     timed = time_files(runtimes, subject.samples.held_out, batch=usual_batch(target)) if paths else []
-    timings = dict(zip(paths, timed, strict=True))
+    timings = dict(zip(paths, timed, strict=True)) | measure_plans(proofs, usual_batch(target))
     artifacts = tuple(artifact(proof, folder, timings, subject, target, labelled, material.notes) for proof in proofs)
     _, gates = decide(limits, artifacts, target.asked, _teacher_accuracy(material, report, labelled))
     if report:
@@ -293,23 +305,33 @@ def evaluate(
 
 
 def bench(model: Path, *, input_shape: tuple[int, int, int] | None) -> list[FileTiming]:
-    """Latency and throughput of a run's files, in turn, or of one file.
+    """Latency and throughput of a run's files, in turn, or of one file; TensorRT plans on the GPU, the rest on the CPU.
 
     Raises:
         SSDKDError: no model file there, or one that cannot be run.
     """
     paths = files_of(model) if model.is_dir() else [model]
     if not paths:
-        raise SSDKDError(f"{model} holds no exported file", f"export it first: ssdkd export {model} --export onnx")
+        raise SSDKDError(
+            f"{model} holds no exported file that can be run here",
+            f"export it first: ssdkd export {model} --export onnx",
+        )
+    plans = [path for path in paths if path.suffix == PLAN]
+    others = [path for path in paths if path.suffix != PLAN]
     with console.stage("speed", f"timing {', '.join(path.name for path in paths)}"):
-        runtimes = [open_runtime(path, input_shape=input_shape) for path in paths]
-        timings = time_files(runtimes, smooth_noise(NOISE_SAMPLES, runtimes[0].input_shape))
+        runtimes = [open_runtime(path, input_shape=input_shape) for path in others]
+        timings = time_files(runtimes, smooth_noise(NOISE_SAMPLES, runtimes[0].input_shape)) if runtimes else []
+        timings += time_plans(plans, BATCHES[0])
     if timings[0].latency_batch > 1:
         console.warn(f"the latency is of {timings[0].latency_batch} images at once: no other batch can be run")
-    return [FileTiming(str(path), **vars(timing)) for path, timing in zip(paths, timings, strict=True)]
+    return [FileTiming(str(path), **vars(timing)) for path, timing in zip((*others, *plans), timings, strict=True)]
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The exported files of a run that were not rejected."""
+    """The exported files of a run that were not rejected and can be run here; those that cannot are named."""
     suffixes = {format.suffix for format in FORMATS.values()}
-    return sorted(path for path in folder.glob(f"{runs.MODEL}*") if path.suffix in suffixes)
+    found = sorted(path for path in folder.glob(f"{runs.MODEL}*") if path.suffix in suffixes)
+    left_out = [path for path in found if path.suffix == PLAN and not has_gpu()]
+    for path in left_out:
+        console.warn(f"{path.name} is left out: a TensorRT plan runs on a GPU, and there is none here")
+    return [path for path in found if path not in left_out]

@@ -21,7 +21,7 @@ from exporters.files import write_atomically
 from exporters.metadata import describe, preprocessing_of
 from exporters.precision import to_fp16, to_int8
 from exporters.runtimes import Runtime, open_runtime, to_input
-from exporters.tensorrt_sidecar import Sidecar, check_precision, check_sidecar, precision_notes
+from exporters.tensorrt_sidecar import Sidecar, check_precision, check_sidecar, precision_notes, read_sidecar
 from exporters.to_onnx import to_onnx
 from exporters.to_tensorrt import build_plan, check_builder
 from exporters.verify import Verification, reject, verify
@@ -259,6 +259,21 @@ def time_files(runtimes: Sequence[Runtime], samples: NDArray[np.uint8], *, batch
     return [_timing(one, several) for one, several in zip(single, many, strict=True)]
 
 
+def time_plans(paths: Sequence[Path], batch: int) -> list[Timing]:
+    """Time TensorRT plans on the GPU, by its own clock and replayed from a CUDA graph, at 1 and at most `batch` images.
+
+    Raises SSDKDError for a plan that cannot run here.
+    """
+    from exporters.tensorrt_runtime import time_plan
+
+    timings = []
+    for path in paths:
+        bounds = read_sidecar(path).input
+        sizes = bounds.min[0], min(batch, bounds.max[0])
+        timings.append(_timing(*(time_plan(path, size, cuda_graph=True, min_seconds=BENCH_SECONDS) for size in sizes)))
+    return timings
+
+
 def _timing(single: Latency, several: Latency) -> Timing:
     percentiles = Percentiles(p50=single.p50_ms, p90=single.p90_ms, p99=single.p99_ms)
     return Timing(percentiles, single.batch, several.throughput_per_s, several.batch, single.runtime)
@@ -294,7 +309,13 @@ def measure(
         done(", ".join(words))
     if unknown:
         console.warn(f"the teacher's latency is unknown: {unknown}")
-    return teacher_timing, dict(zip(paths, timings, strict=True))
+    return teacher_timing, dict(zip(paths, timings, strict=True)) | measure_plans(proofs, batch)
+
+
+def measure_plans(proofs: Sequence[Proven], batch: int | None) -> dict[Path, Timing]:
+    """The timings of the plans that were proven, which takes the GPU that they run on."""
+    plans = [proof.path for proof in proofs if proof.verification.verified and proof.format == "trt"]
+    return dict(zip(plans, time_plans(plans, batch or BATCHES[0]), strict=True)) if plans else {}
 
 
 def score_file(runtime: Runtime, labelled: LabelledImages) -> float:

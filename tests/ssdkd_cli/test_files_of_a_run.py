@@ -159,6 +159,12 @@ def test_plans_are_built_and_described(ssdkd: Any, compressed: Path, tmp_path: P
         assert "no GPU" in item["verified_reason"]
         assert item["latency_ms"] is None
     assert json.loads((folder / "model.fp16.engine.json").read_text())["flavour"] == "tensorrt_rtx"
+    timed = ssdkd("bench", folder, "--json")
+    assert [Path(row["path"]).name for row in timed.json] == ["model.fp16.onnx", "model.onnx"]
+    assert "model.engine is left out: a TensorRT plan runs on a GPU" in timed.err
+    alone = ssdkd("bench", folder / "model.fp16.engine")
+    assert alone.code == 1
+    assert "GPU" in alone.err
 
 
 @needs_rtx
