@@ -74,15 +74,19 @@ def settings_for(effort: str, *, image_shape: tuple[int, int, int], **overrides:
                 f"distillation setting '{name}' is {value!r}: expected {types[name].__name__}",
                 "correct the config file",
             )
-    _, height, width = image_shape
-    batch = max(16, min(DistillationSettings.inversion_batch, BATCH_PIXELS // (height * width)))
-    rounds = EFFORTS[effort]
+    batch, rounds = batch_for(image_shape), EFFORTS[effort]
     sized = DistillationSettings(
         rounds=rounds, inversion_batch=batch, student_batch=batch, warmup_rounds=min(10, max(1, rounds // 4))
     )
     settings = replace(sized, **overrides)
     _check_ranges(settings)
     return settings
+
+
+def batch_for(image_shape: tuple[int, int, int]) -> int:
+    """Images of (C, H, W) a step: 64 of small ones, fewer of large ones, never fewer than 16."""
+    _, height, width = image_shape
+    return max(16, min(DistillationSettings.inversion_batch, BATCH_PIXELS // (height * width)))
 
 
 def _check_ranges(settings: DistillationSettings) -> None:

@@ -8,20 +8,20 @@ to be folded.
 
 import contextlib
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils import parametrize
 
-from engine.device import Compute
 from engine.errors import NonFiniteLossError
 from engine.images import Normalization, to_input
 from engine.task import Classification
 
-BATCH = 64
 STEPS = 300  # of the quantization-aware distillation
 RATE = 1e-4  # Adam, falling to 0 as a half cosine: the weights are to move by parts of a grid step
 SMALLEST_RANGE = 1e-6
@@ -35,19 +35,22 @@ class Grid:
     """Which integers there are: weights -levels...levels, a scale a channel; inputs 256 steps, around 0 or not."""
 
     symmetric_activations: bool
-    weight_levels: int = 127  # 63: seven bits
+    weight_levels: int = 127  # 64: seven bits
+    per_channel: bool = True
 
 
 class RoundedWeight(nn.Module):
     """A weight as integers times a scale for each output channel, with the gradient of the weight itself."""
 
-    def __init__(self, levels: int) -> None:
+    def __init__(self, grid: Grid) -> None:
         super().__init__()
-        self.levels = levels
+        self.levels, self.per_channel = grid.weight_levels, grid.per_channel
 
     def forward(self, weight: Tensor) -> Tensor:
         """[out, ...] to [out, ...]."""
-        scale = (weight.detach().flatten(1).abs().amax(1) / self.levels).clamp_min(SMALLEST_RANGE / self.levels)
+        largest = weight.detach().flatten(1).abs().amax(1)
+        largest = largest if self.per_channel else largest.max().expand_as(largest)
+        scale = (largest / self.levels).clamp_min(SMALLEST_RANGE / self.levels)
         zero = torch.zeros_like(scale, dtype=torch.int32)
         return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -self.levels, self.levels)
 
@@ -57,8 +60,8 @@ def quantized_layers(module: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
 
 
-def observed_ranges(module: nn.Module, images: Tensor, normalization: Normalization) -> Ranges:
-    """The smallest and largest value that each layer is given, over `images` uint8 [N, H, W, C]."""
+def observed_ranges(module: nn.Module, images: Tensor, *, normalization: Normalization, batch: int) -> Ranges:
+    """The smallest and largest value that each layer is given, over `images` uint8 [N, H, W, C], `batch` at a time."""
     seen: dict[str, tuple[float, float]] = {}
 
     def observe(name: str, inputs: Tensor) -> None:
@@ -67,7 +70,7 @@ def observed_ranges(module: nn.Module, images: Tensor, normalization: Normalizat
         seen[name] = min(before[0], low), max(before[1], high)
 
     with _hooked(quantized_layers(module), observe), torch.no_grad():
-        for part in images.split(BATCH):
+        for part in images.split(batch):
             module(to_input(part, normalization))
     return seen
 
@@ -89,7 +92,7 @@ def fake_quantized(
 
     try:
         for layer in layers.values():
-            parametrize.register_parametrization(layer, "weight", RoundedWeight(grid.weight_levels))
+            parametrize.register_parametrization(layer, "weight", RoundedWeight(grid))
         with _hooked(layers, rounded):
             yield
     finally:
@@ -100,7 +103,7 @@ def fake_quantized(
 
 @torch.no_grad()
 def correct_biases(
-    module: nn.Module, images: Tensor, ranges: Ranges, grid: Grid, *, normalization: Normalization
+    module: nn.Module, images: Tensor, ranges: Ranges, grid: Grid, *, normalization: Normalization, batch: int
 ) -> None:
     """Take out of each layer the mean error that rounding makes in each of its output channels, in place.
 
@@ -113,15 +116,19 @@ def correct_biases(
 
     def measure(name: str, inputs: Tensor) -> None:
         layer = layers[name]
-        rounded_inputs = _rounded_inputs(inputs, *ranges[name], symmetric=grid.symmetric_activations)
-        rounded_weight = RoundedWeight(grid.weight_levels)(layer.weight)
-        error = _apply(layer, rounded_inputs, rounded_weight) - _apply(layer, inputs, layer.weight)
+        hooks, layer._forward_pre_hooks = layer._forward_pre_hooks, OrderedDict()  # or this would call itself
+        try:
+            rounded_inputs = _rounded_inputs(inputs, *ranges[name], symmetric=grid.symmetric_activations)
+            rounded = functional_call(layer, {"weight": RoundedWeight(grid)(layer.weight)}, (rounded_inputs,))
+            error = rounded - layer(inputs)
+        finally:
+            layer._forward_pre_hooks = hooks
         axes = (0, 2, 3) if isinstance(layer, nn.Conv2d) else tuple(range(error.dim() - 1))
         errors[name] = errors.get(name, 0) + error.float().mean(axes)
         counts[name] += 1
 
     with _hooked({name: layer for name, layer in layers.items() if name in ranges}, measure):
-        for part in images.split(BATCH):
+        for part in images.split(batch):
             module(to_input(part, normalization))
     for name, error in errors.items():
         layer = layers[name]
@@ -140,22 +147,23 @@ def quantization_aware(
     task: Classification,
     normalization: Normalization,
     temperature: float,
-    compute: Compute,
+    batch: int,
     rng: torch.Generator,
     steps: int = STEPS,
 ) -> Iterator[float]:
     """Train `module` in place to be right on the grid: distillation as in the run, with every layer rounded.
 
     Args:
-        module: on the device of `compute`, in eval mode: BatchNorm keeps its statistics.
+        module: on the device of `rng`, in eval mode: BatchNorm keeps its statistics. All is float32: bfloat16 would
+            round once more.
         images: uint8 [N, H, W, C], synthetic samples on the same device.
         teacher_logits: float32 [N, K], what the teacher says of each.
         ranges: from `observed_ranges`; they stay.
         grid: the integers.
         task, normalization, temperature: as in the distillation.
-        compute: device and precision.
-        rng: on that device.
-        steps: of BATCH images.
+        batch: images a step.
+        rng: draws the images.
+        steps: how many.
 
     Yields:
         the loss of each step.
@@ -169,9 +177,8 @@ def quantization_aware(
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
-            drawn = torch.randint(len(images), (min(BATCH, len(images)),), generator=rng, device=rng.device)
-            with compute.autocast():
-                logits = module(to_input(images[drawn], normalization))
+            drawn = torch.randint(len(images), (batch,), generator=rng, device=rng.device)
+            logits = module(to_input(images[drawn], normalization))
             loss = task.discrepancy(teacher_logits[drawn], logits, temperature).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -188,15 +195,17 @@ def quantization_aware(
 
 @torch.no_grad()
 def sensitivities(
-    module: nn.Module, images: Tensor, ranges: Ranges, grid: Grid, *, normalization: Normalization
+    module: nn.Module, images: Tensor, ranges: Ranges, grid: Grid, *, normalization: Normalization, batch: int
 ) -> dict[str, float]:
     """How far each layer, rounded alone, moves the logits: mean squared error over `images`, the worst layer first."""
-    inputs = to_input(images, normalization)
-    exact = module(inputs).float()
-    moved = {}
+
+    def logits() -> Tensor:
+        return torch.cat([module(to_input(part, normalization)).float() for part in images.split(batch)])
+
+    exact, moved = logits(), {}
     for name in ranges:
         with fake_quantized(module, ranges, grid, only=(name,)):
-            moved[name] = float(F.mse_loss(module(inputs).float(), exact))
+            moved[name] = float(F.mse_loss(logits(), exact))
     return dict(sorted(moved.items(), key=lambda item: item[1], reverse=True))
 
 
@@ -207,13 +216,6 @@ def _rounded_inputs(inputs: Tensor, low: float, high: float, *, symmetric: bool)
         return torch.fake_quantize_per_tensor_affine(inputs.float(), scale, 0, -127, 127)
     scale = max(high - low, SMALLEST_RANGE) / 255
     return torch.fake_quantize_per_tensor_affine(inputs.float(), scale, round(-low / scale), 0, 255)
-
-
-def _apply(layer: nn.Conv2d | nn.Linear, inputs: Tensor, weight: Tensor) -> Tensor:
-    """The layer with another weight and no bias."""
-    if isinstance(layer, nn.Conv2d):
-        return layer._conv_forward(inputs, weight, None)
-    return F.linear(inputs, weight)
 
 
 @contextlib.contextmanager

@@ -56,6 +56,21 @@ def load_labelled(
     raise SSDKDError(f"{path}: expected a folder of class folders or an .npz file, found {found}", LAYOUT_HINT)
 
 
+def predicted_classes(
+    predict: Predict,
+    images: NDArray[np.uint8],
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    batch: int | None = None,
+) -> NDArray[np.int64]:
+    """The class of the largest logit of each image uint8 [N, H, W, C]; int64 [N]. The arguments are `accuracy`'s."""
+    _, height, width, channels = images.shape
+    batch = batch or inference_batch((channels, height, width))
+    parts = [images[start : start + batch] for start in range(0, len(images), batch)]
+    return np.concatenate([predict(to_input(part, mean, std)).argmax(axis=1) for part in parts])
+
+
 def accuracy(
     predict: Predict,
     labelled: LabelledImages,

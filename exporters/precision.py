@@ -119,12 +119,12 @@ def to_int8(
                         "QuantizeBias": scheme.int32_bias,
                     },
                 )
-        except Exception as error:  # the quantizer raises what it likes
+                onnx.checker.check_model(onnx.load(target), full_check=True)
+        except Exception as error:  # the quantizer and the checker raise what they like
             raise SSDKDError(
                 f"the network cannot be quantized to INT8: {_one_line(error)}", "use --precision fp16 or fp32"
             ) from error
         quantized = onnx.load(target)
-    onnx.checker.check_model(quantized, full_check=True)
     return _signed(quantized, model)
 
 
@@ -167,15 +167,22 @@ def precision_problem(model: onnx.ModelProto, precision: str) -> str | None:
             return None
         return f"int8 was asked for, and {100 * share:.0f} % of the multiply-accumulates are in integers"
     wanted = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16}[precision]
-    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    types = _types(model)
     for node in model.graph.node:
-        weight = node.input[1] if node.op_type in MAC_OPERATORS else ""
-        if types.get(weight, wanted) != wanted:
-            return (
-                f"{precision} was asked for, and the weights of {weight.removesuffix('.weight')} are "
-                f"{onnx.TensorProto.DataType.Name(types[weight])}"
-            )
+        for name in reversed(node.input[:2] if node.op_type in MAC_OPERATORS else ()):
+            if types.get(name, wanted) != wanted:
+                is_weight = name == node.input[1]
+                what = f"the weights of {name.removesuffix('.weight')} are" if is_weight else f"{name} is"
+                return f"{precision} was asked for, and {what} {onnx.TensorProto.DataType.Name(types[name])}"
     return f"{precision} was asked for, and {100 * share:.0f} % of it are in integers" if share else None
+
+
+def _types(model: onnx.ModelProto) -> dict[str, int]:
+    """The type of every tensor, also of those that nodes compute."""
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    values = (*inferred.value_info, *inferred.input, *inferred.output)
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    return types | {tensor.name: tensor.data_type for tensor in model.graph.initializer}
 
 
 def _multiply_accumulates(model: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, float]]:

@@ -18,29 +18,20 @@ from engine.sampling import synthesize
 from engine.task import Classification
 from engine.teacher import Teacher, batchnorm_layers, load_teacher
 from exporters import FORMATS
-from exporters.evaluate import LabelledImages, accuracy, load_labelled
+from exporters.evaluate import LAYOUT_HINT, LabelledImages, accuracy, load_labelled
 from exporters.metadata import describe, preprocessing_of
+from exporters.precision import PRECISIONS
 from exporters.runtimes import inference_batch, open_runtime, predictor, to_input
+from exporters.to_tensorrt import check_builder
 from ssdkd_cli import console, runs
-from ssdkd_cli.artifacts import (
-    BATCHES,
-    artifact,
-    file_names,
-    has_gpu,
-    make_files,
-    measure_plans,
-    score_file,
-    time_files,
-    time_plans,
-    usual_batch,
-)
+from ssdkd_cli.artifacts import PLAN, artifact, file_name, file_names, make_files, score_file, timed_paths
 from ssdkd_cli.files import check_writable
 from ssdkd_cli.gates import Limits, decide, recommend
 from ssdkd_cli.precisions import Subject
 from ssdkd_cli.report import Artifact, Gate, Percentiles, Report, read_report, write_report
 from ssdkd_cli.target import Target
+from ssdkd_cli.timing import BATCHES, measure, time_files, time_plan_file
 
-PLAN = FORMATS["trt"].suffix
 SYNTHETIC_SAMPLES = 512  # of a teacher that is exported as it is, to calibrate on, and as many to prove on
 SYNTHETIC_PIXELS = 128 * 224 * 224  # of them together: fewer where they are large
 NOISE_SAMPLES = 64
@@ -179,6 +170,36 @@ def _smooth_image(rng: np.random.Generator, input_shape: tuple[int, int, int]) -
     return np.asarray(255 * total / total.max(), dtype=np.uint8)
 
 
+def beside_what_is_there(target: Target, source: Path, folder: Path, *, overwrite: bool) -> Target:
+    """A run that has its float32 file keeps it where another precision is added: it need not be written again."""
+    is_own_run = source.is_dir() and folder.resolve() == source.resolve()
+    has_float32 = is_own_run and (folder / file_name("fp32", ".onnx")).exists() and not overwrite
+    return dataclasses.replace(target, with_float32=not has_float32 or not target.asked)
+
+
+def check_place(source: Path, target: Target, folder: Path, *, overwrite: bool, eval_data: Path | None) -> None:
+    """Raises SSDKDError for what would stop an export at its end: files that are there, another run, a disk."""
+    is_own_run = source.is_dir() and folder.resolve() == source.resolve()
+    found = [name for name in (runs.STUDENT, runs.REPORT, runs.METRICS) if (folder / name).exists()]
+    if found and not is_own_run:
+        raise SSDKDError(
+            f"{folder} holds another run ({', '.join(found)}): expected the run that is exported, or no run",
+            "choose another folder with --out DIR",
+        )
+    for path in (folder / name for name in file_names(target)):
+        if path.resolve() == source.resolve():
+            raise SSDKDError(
+                f"{path} is the teacher itself: its export would replace it", "write beside it with --out DIR"
+            )
+        if path.exists() and not overwrite:
+            raise SSDKDError(f"{path} is there already", "write beside it with --out DIR, or add --overwrite")
+    if eval_data and not eval_data.exists():
+        raise SSDKDError(f"{eval_data}: nothing there", LAYOUT_HINT)
+    if target.flavour:
+        check_builder(target.flavour)
+    check_writable(folder)
+
+
 def export(
     material: Material,
     target: Target,
@@ -186,79 +207,83 @@ def export(
     *,
     limits: Limits,
     eval_data: Path | None,
-    overwrite: bool,
     compute: Compute,
     seed: int,
 ) -> Exported:
     """Write, prove and time the files; where `folder` is the run that they are of, its report is brought up to date.
 
     Raises:
-        SSDKDError: a file that is there already, a folder that is another run, or a network that cannot be exported.
+        SSDKDError: a network that cannot be exported, or a limit that has nothing to be compared with.
     """
-    report = _report_of(material, folder)
     subject, card = material.subject, material.subject.card
-    for name in file_names(target):
-        path = folder / name
-        if material.run is None and path.resolve() == Path(card.teacher_path):
-            raise SSDKDError(
-                f"{path} is the teacher itself: its export would replace it", "write beside it with --out DIR"
-            )
-        if path.exists() and not overwrite:
-            raise SSDKDError(f"{path} is there already", "write beside it with --out DIR, or add --overwrite")
-    labelled = (
-        load_labelled(eval_data, input_shape=card.input_shape, classes=card.classes, class_names=card.class_names)
-        if eval_data
-        else None
-    )
-    check_writable(folder)
+    labelled = None
+    if eval_data:
+        labelled = load_labelled(
+            eval_data, input_shape=card.input_shape, classes=card.classes, class_names=card.class_names
+        )
+    teacher_accuracy = _teacher_accuracy(material, labelled) if limits.max_drop is not None else None
     proofs = make_files(subject, target, folder, compute=compute, seed=seed)
-    paths = [proof.path for proof in proofs if proof.verification.verified and proof.format == "onnx"]
-    runtimes = [open_runtime(path) for path in paths]
-    timed = time_files(runtimes, subject.samples.held_out, batch=usual_batch(target)) if paths else []
-    timings = dict(zip(paths, timed, strict=True)) | measure_plans(proofs, usual_batch(target))
-    artifacts = tuple(artifact(proof, folder, timings, subject, target, labelled, material.notes) for proof in proofs)
-    _, gates = decide(limits, artifacts, target.asked, _teacher_accuracy(material, report, labelled))
-    if report:
-        write_report(_with_artifacts(report, artifacts, gates), folder)
+    _, timings = measure(*timed_paths(proofs), subject.samples.held_out, folder, batch=target.timed_batch)
+    profile = target.profile.name if target.is_named else None
+    artifacts = tuple(
+        artifact(proof, subject, timings, labelled, profile=profile, notes=material.notes) for proof in proofs
+    )
+    _, gates = decide(limits, artifacts, target, teacher_accuracy)
+    if material.run is not None and folder.resolve() == material.run.resolve() and (folder / runs.REPORT).exists():
+        report = read_report(folder)
+        write_report(_with_artifacts(report, folder, artifacts, gates, target), folder)
     return Exported(artifacts, gates)
 
 
-def _teacher_accuracy(material: Material, report: Report | None, labelled: LabelledImages | None) -> float | None:
-    """Percent, what --max-drop compares with: measured for a teacher, as its report says for a run's."""
-    if material.run is not None:
-        return report.teacher.accuracy if report else None
-    card = material.subject.card
-    return accuracy(predictor(material.subject.module), labelled, mean=card.mean, std=card.std) if labelled else None
+def _teacher_accuracy(material: Material, labelled: LabelledImages | None) -> float | None:
+    """Percent, what --max-drop compares with: of a teacher measured now, of a run's teacher what the report says.
 
-
-def _report_of(material: Material, folder: Path) -> Report | None:
-    """The report that an export into `folder` changes: that of the run itself, if it has one.
-
-    Raises:
-        SSDKDError: the folder is another run, or its report cannot be read.
+    Raises SSDKDError where a run's report does not say it of as many images.
     """
-    if material.run is not None and folder.resolve() == material.run.resolve():
-        return read_report(folder) if (folder / runs.REPORT).exists() else None
-    found = [name for name in (runs.STUDENT, runs.REPORT, runs.METRICS) if (folder / name).exists()]
-    if found:
+    if labelled is None:
+        return None
+    if material.run is None:
+        card = material.subject.card
+        return accuracy(predictor(material.subject.module), labelled, mean=card.mean, std=card.std)
+    of_teacher, images = read_report(material.run).teacher, len(labelled.labels)
+    if of_teacher.accuracy is None or of_teacher.accuracy_images != images:
+        known = f"on {of_teacher.accuracy_images:,} images" if of_teacher.accuracy_images else "on none"
         raise SSDKDError(
-            f"{folder} holds another run ({', '.join(found)}): expected the run that is exported, or no run",
-            "choose another folder with --out DIR",
+            f"--max-drop compares with the teacher, whose accuracy the report of {material.run} has {known}; "
+            f"these are {images:,}",
+            "give the images that `ssdkd compress --eval-data` was given",
         )
-    return None
+    return of_teacher.accuracy
 
 
-def _with_artifacts(report: Report, artifacts: Sequence[Artifact], gates: Sequence[Gate]) -> Report:
-    """The report with these artifacts and what was judged of them, in place of those of the same files."""
-    changed = {item.path.removesuffix(".rejected") for item in artifacts}
-    kept = [item for item in report.artifacts if item.path.removesuffix(".rejected") not in changed]
-    together = (*kept, *artifacts)
+def _with_artifacts(
+    report: Report, folder: Path, artifacts: Sequence[Artifact], gates: Sequence[Gate], target: Target
+) -> Report:
+    """The report with these artifacts and what was judged of them, in place of those of the same files.
+
+    What is known of a file that came out as the very same bytes stays known; files that are gone are left out.
+    """
+    changed = {_own_name(item.path) for item in artifacts}
+    before = {item.sha256: item for item in report.artifacts}
+    artifacts = [
+        dataclasses.replace(item, accuracy=before[item.sha256].accuracy)
+        if item.accuracy is None and item.sha256 in before
+        else item
+        for item in artifacts
+    ]
+    kept = [item for item in report.artifacts if _own_name(item.path) not in changed and (folder / item.path).exists()]
+    together = sorted((*kept, *artifacts), key=lambda item: PRECISIONS.index(item.precision))
+    kept_gates = [gate for gate in report.gates if gate.artifact in {item.path for item in kept}]
+    judged = (*kept_gates, *gates)
+    passing, _ = decide(Limits(), together, target, report.teacher.accuracy)
+    failed = {gate.artifact for gate in judged if not gate.passed}
     latency = report.teacher.latency_ms
-    passing, _ = decide(Limits(), together, (), report.teacher.accuracy)
-    failed = {gate.artifact for gate in gates if not gate.passed}
     recommendation = recommend([item for item in passing if item.path not in failed], latency.p50 if latency else None)
-    kept_gates = [gate for gate in report.gates if (gate.artifact or "").removesuffix(".rejected") not in changed]
-    return dataclasses.replace(report, artifacts=together, recommendation=recommendation, gates=(*kept_gates, *gates))
+    return dataclasses.replace(report, artifacts=tuple(together), recommendation=recommendation, gates=judged)
+
+
+def _own_name(path: str) -> str:
+    return path.removesuffix(".rejected")
 
 
 def evaluate(
@@ -321,7 +346,7 @@ def bench(model: Path, *, input_shape: tuple[int, int, int] | None) -> list[File
     with console.stage("speed", f"timing {', '.join(path.name for path in paths)}"):
         runtimes = [open_runtime(path, input_shape=input_shape) for path in others]
         timings = time_files(runtimes, smooth_noise(NOISE_SAMPLES, runtimes[0].input_shape)) if runtimes else []
-        timings += time_plans(plans, BATCHES[0])
+        timings += [time_plan_file(path, BATCHES[0]) for path in plans]
     if timings[0].latency_batch > 1:
         console.warn(f"the latency is of {timings[0].latency_batch} images at once: no other batch can be run")
     return [FileTiming(str(path), **vars(timing)) for path, timing in zip((*others, *plans), timings, strict=True)]
@@ -331,7 +356,13 @@ def files_of(folder: Path) -> list[Path]:
     """The exported files of a run that were not rejected and can be run here; those that cannot are named."""
     suffixes = {format.suffix for format in FORMATS.values()}
     found = sorted(path for path in folder.glob(f"{runs.MODEL}*") if path.suffix in suffixes)
-    left_out = [path for path in found if path.suffix == PLAN and not has_gpu()]
-    for path in left_out:
-        console.warn(f"{path.name} is left out: a TensorRT plan runs on a GPU, and there is none here")
-    return [path for path in found if path not in left_out]
+    return [path for path in found if path.suffix != PLAN or _runs_here(path)]
+
+
+def _runs_here(plan: Path) -> bool:
+    try:
+        open_runtime(plan)
+    except SSDKDError as error:
+        console.warn(f"{plan.name} is left out: {error.message}")
+        return False
+    return True

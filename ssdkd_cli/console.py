@@ -62,6 +62,11 @@ def note(text: str) -> None:
     line(Text(" "), text)
 
 
+def limit(text: str, passed: bool) -> None:
+    """A limit that was set, what was found, and whether it holds."""
+    line(Text(*MARKS[passed]), text)
+
+
 def error(message: str, hint: str) -> None:
     """What is wrong, and what to type next."""
     line(Text("ERROR", BAD), message)
@@ -239,6 +244,11 @@ def print_comparison(rows: Sequence[tuple[str, str, str, str]], artifacts: Seque
     result.print(table)
     for verified, text in artifacts:
         line(Text.assemble(MARKS[verified]), text, result)
+
+
+def print_advice(text: str) -> None:
+    """What to take of what came out."""
+    line(Text("→", ACCENT), text, result)
 
 
 def print_closing(folder: str, files: Sequence[str]) -> None:

@@ -14,7 +14,6 @@ from engine.distill import State, class_histogram
 from engine.inspection import count_flops
 from engine.teacher import Teacher
 from ssdkd_cli import __version__
-from ssdkd_cli.artifacts import Timing
 from ssdkd_cli.environment import cpu_name, gpu_names
 from ssdkd_cli.gates import Limits, decide, recommend
 from ssdkd_cli.report import (
@@ -26,7 +25,9 @@ from ssdkd_cli.report import (
     StudentReport,
     TeacherReport,
 )
+from ssdkd_cli.target import Target
 from ssdkd_cli.teaching import Distilled
+from ssdkd_cli.timing import Timing
 
 METHOD = "SSD-KD"
 NOT_REPEATABLE = "the time limit hurried the run: the same seed does not give the same student again"
@@ -56,14 +57,14 @@ def describe_run(
     seed: int,
     student_bytes: int,
     limits: Limits,
-    asked: Sequence[str],
+    target: Target,
     warnings: Sequence[str],
     command: str,
     seconds: float,
 ) -> Report:
-    """The whole report. `arch`: the student's, as asked for; `asked`: precisions; `seconds`: of the run so far."""
+    """The whole report. `arch`: the student's, as asked for; `seconds`: of the run so far."""
     described = describe_teacher(teacher, accuracy=scores.teacher_accuracy, images=scores.images, timing=teacher_timing)
-    passing, gates = decide(limits, artifacts, asked, scores.teacher_accuracy)
+    passing, gates = decide(limits, artifacts, target, scores.teacher_accuracy)
     return Report(
         schema_version=SCHEMA_VERSION,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,11 +1,15 @@
-"""Limits that the user set, judged on the files that came out."""
+"""Limits that the user set, judged on the files that came out, and the file that is recommended."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from engine.errors import SSDKDError
 from ssdkd_cli.report import Artifact, Gate, Recommendation
 from ssdkd_cli.words import times
+
+if TYPE_CHECKING:
+    from ssdkd_cli.target import Target
 
 
 @dataclass(frozen=True)
@@ -42,25 +46,36 @@ RULES: dict[str, _Rule] = {
 }
 
 
-def check_limits(limits: Limits, *, has_labels: bool, runs_here: bool) -> None:
+def check_limits(limits: Limits, target: "Target", *, has_labels: bool, has_gpu: bool) -> None:
     """Raises SSDKDError for a limit that cannot be judged at the end: better now than after the distillation."""
     if limits.max_drop is not None and not has_labels:
         raise SSDKDError(
             "--max-drop compares accuracies, and there are no labelled images", "add --eval-data DIR, or leave it out"
         )
-    if limits.max_latency_ms is not None and not runs_here:
+    runs_plans = target.flavour is not None and has_gpu
+    if limits.max_latency_ms is not None and target.profile.runtime != "onnxruntime" and not runs_plans:
         raise SSDKDError(
-            "--max-latency-ms was given for files that cannot be run on this machine",
-            "leave it out and measure on the device, or ask for --export onnx",
+            f"--max-latency-ms cannot be judged here: files for {target.profile.name} cannot be run on this machine",
+            "leave it out and measure on the device, or ask for files of this machine with --export onnx",
+        )
+    computed = {"--max-drop": limits.max_drop, "--min-agreement": limits.min_agreement}
+    given = [flag for flag, limit in computed.items() if limit is not None]
+    if given and target.formats == ("trt",) and not runs_plans:
+        raise SSDKDError(
+            f"{' and '.join(given)} cannot be judged here: a TensorRT plan runs on a GPU, and there is none",
+            "add --export onnx: the ONNX file, of which the plan is made, is judged then",
         )
 
 
 def judge(limits: Limits, artifact: Artifact, teacher_accuracy: float | None) -> list[Gate]:
-    """Each limit that was set, for one file. What could not be measured has not passed."""
+    """Each limit that was set, for one file. What could not be measured has not passed.
+
+    Of a file that cannot run on this machine (`verified` is None) only the size is judged.
+    """
     gates = []
     for name, rule in RULES.items():
         limit: float | None = getattr(limits, name)
-        if limit is None:
+        if limit is None or (artifact.verified is None and name != "max_size_mb"):
             continue
         value = rule.measure(artifact, teacher_accuracy)
         passed = value is not None and (value <= limit if rule.is_most else value >= limit)
@@ -69,32 +84,38 @@ def judge(limits: Limits, artifact: Artifact, teacher_accuracy: float | None) ->
 
 
 def decide(
-    limits: Limits, artifacts: Sequence[Artifact], asked: Sequence[str], teacher_accuracy: float | None
+    limits: Limits, artifacts: Sequence[Artifact], target: "Target", teacher_accuracy: float | None
 ) -> tuple[list[Artifact], tuple[Gate, ...]]:
-    """The verified files that pass every limit, the fastest first, and the limits as judged.
+    """The verified files for the target's runtime that pass every limit, the fastest first; and the limits as judged.
 
-    Judged are the files whose precision was `asked` for; where none was, the fastest file that passes, or the fastest
-    one if none does.
+    Judged are the files whose precision and format were asked for; where no precision was, the fastest file that
+    passes, or the fastest one if none does.
     """
-    verified = sorted((item for item in artifacts if item.verified), key=_slowness)
+    fitting = [item for item in artifacts if item.verified and item.format == runtime_format(target)]
+    verified = sorted(fitting, key=_slowness)
     passing = [item for item in verified if all(gate.passed for gate in judge(limits, item, teacher_accuracy))]
-    judged = [item for item in artifacts if item.precision in asked] or (passing or verified)[:1]
+    asked = [item for item in artifacts if item.precision in target.asked and item.format in target.formats]
+    judged = asked or (passing or verified)[:1]
     return passing, tuple(gate for item in judged for gate in judge(limits, item, teacher_accuracy))
 
 
+def runtime_format(target: "Target") -> str:
+    """What the target's device runs: `onnx`, or a plan, `trt`."""
+    return "onnx" if target.profile.runtime == "onnxruntime" else "trt"
+
+
 def recommend(passing: Sequence[Artifact], teacher_latency_ms: float | None) -> Recommendation | None:
-    """The first of the files that pass every limit, fastest first, with what was measured on this machine."""
+    """The first of the files that pass every limit, fastest first, with what was measured on this machine.
+
+    `teacher_latency_ms` is the teacher's through ONNX Runtime: plans, on another clock, are not compared with it.
+    """
     if not passing:
         return None
     best, *others = passing
-    why = (
-        "the only file that is verified and passes every limit"
-        if not others
-        else f"the fastest of {len(passing)} files"
-    )
+    why = f"the fastest of {len(passing)} files that pass" if others else "the only file that is verified and passes"
     if not best.latency_ms:
         return Recommendation(best.path, f"{why}; no latency was measured here")
-    if teacher_latency_ms:
+    if teacher_latency_ms and best.format == "onnx":
         why += f": {times(teacher_latency_ms, best.latency_ms.p50)} the teacher's speed on this machine"
     slower = [
         f"{item.path} takes {times(item.latency_ms.p50, best.latency_ms.p50)} as long"
@@ -102,6 +123,12 @@ def recommend(passing: Sequence[Artifact], teacher_latency_ms: float | None) -> 
         if item.latency_ms
     ]
     return Recommendation(best.path, "; ".join((why, *slower)))
+
+
+def gate_line(gate: Gate) -> str:
+    """'--max-size-mb 0.5: model.onnx has 0.317'."""
+    found = "could not be measured" if gate.value is None else f"has {gate.value:.4g}"
+    return f"--{gate.name.replace('_', '-')} {gate.limit:g}: {gate.artifact} {found}"
 
 
 def _slowness(artifact: Artifact) -> float:

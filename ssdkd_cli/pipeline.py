@@ -23,10 +23,10 @@ from engine.errors import SSDKDError
 from engine.inheritance import inherit
 from engine.students import STUDENTS, build_student
 from engine.teacher import Teacher, load_teacher
-from exporters.evaluate import LabelledImages, accuracy, load_labelled
-from exporters.runtimes import inference_batch, predictor, to_input
+from exporters.evaluate import LabelledImages, accuracy, load_labelled, predicted_classes
+from exporters.runtimes import predictor
 from ssdkd_cli import console, runs
-from ssdkd_cli.artifacts import artifact, make_files, measure, runs_here, try_target, usual_batch
+from ssdkd_cli.artifacts import artifact, make_files, timed_paths, try_target
 from ssdkd_cli.config_file import read_config, write_config
 from ssdkd_cli.describe import Scores, count_parameters, describe_run, run_warnings
 from ssdkd_cli.files import check_space, check_writable, write_text
@@ -45,6 +45,7 @@ from ssdkd_cli.teaching import (
     keeping_student,
     teach,
 )
+from ssdkd_cli.timing import measure
 from ssdkd_cli.words import count, percent, shape
 
 SPARE_BYTES = 4_000_000  # report, picture, metrics
@@ -69,7 +70,7 @@ def compress(options: Options, *, command: str) -> Finished:
     started = time.perf_counter()
     target = target_of(options)
     limits = limits_of(options)
-    check_limits(limits, has_labels=options.eval_data is not None, runs_here=runs_here(target))
+    check_limits(limits, target, has_labels=options.eval_data is not None, has_gpu=torch.cuda.is_available())
     compute = choose_device(options.device)
     folder = options.out or runs.default_folder(options.teacher, options.student)
     read = (options.teacher, options.student_weights, options.classes, options.eval_data, options.config)
@@ -100,11 +101,17 @@ def compress(options: Options, *, command: str) -> Finished:
             save_picture(folder, distilled.state, class_names(teacher))
             subject = Subject(distilled.student, card, distilled.samples, options.embed_preprocessing)
             proofs = make_files(subject, target, folder, compute=compute, seed=options.seed)
-            of_teacher = replace(subject, module=teacher.module.cpu(), embed_preprocessing=False)
-            teacher_timing, timings = measure(of_teacher, proofs, folder, batch=usual_batch(target))
+            teacher_timing, timings = measure(
+                *timed_paths(proofs),
+                distilled.samples.held_out,
+                folder,
+                batch=target.timed_batch,
+                teacher=replace(subject, module=teacher.module, embed_preprocessing=False),
+            )
             with console.stage("score", "comparing student and teacher") as done:
                 scores = compare(distilled, teacher, labelled, compute.device)
-                artifacts = tuple(artifact(proof, folder, timings, subject, target, labelled) for proof in proofs)
+                profile = target.profile.name if target.is_named else None
+                artifacts = tuple(artifact(proof, subject, timings, labelled, profile=profile) for proof in proofs)
                 correct = f", accuracy {percent(scores.student_accuracy)}" if labelled else ""
                 done(f"agreement {percent(scores.agreement)}{correct}")
             report = describe_run(
@@ -118,7 +125,7 @@ def compress(options: Options, *, command: str) -> Finished:
                 seed=options.seed,
                 student_bytes=(folder / runs.STUDENT).stat().st_size,
                 limits=limits,
-                asked=target.asked,
+                target=target,
                 warnings=warnings,
                 command=command,
                 seconds=time.perf_counter() - started,
@@ -277,13 +284,10 @@ def compare(distilled: Distilled, teacher: Teacher, labelled: LabelledImages | N
     mean, std = preprocessing.mean, preprocessing.std
     networks = predictor(teacher.module), predictor(copy.deepcopy(distilled.student).to(device))
     of_teacher, of_student = (accuracy(run, labelled, mean=mean, std=std) if labelled else None for run in networks)
-    agreed, batch, held_out = 0, inference_batch(teacher.spec.input_shape), distilled.samples.held_out
-    for first in range(0, len(held_out), batch):
-        images = to_input(held_out[first : first + batch], mean, std)
-        teachers, students = (run(images).argmax(1) for run in networks)
-        agreed += int((teachers == students).sum())
+    held_out = distilled.samples.held_out
+    teachers, students = (predicted_classes(run, held_out, mean=mean, std=std) for run in networks)
     return Scores(
-        agreement=100 * agreed / len(held_out),
+        agreement=100 * float((teachers == students).mean()),
         teacher_accuracy=of_teacher,
         student_accuracy=of_student,
         images=len(labelled.labels) if labelled else None,

@@ -12,14 +12,17 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from engine.config import DistillationSettings
+from engine.config import DistillationSettings, batch_for
 from engine.device import Compute
-from engine.images import normalization
+from engine.errors import NonFiniteLossError
+from engine.images import Normalization, normalization
 from engine.quantization import (
     STEPS,
     Grid,
+    Ranges,
     correct_biases,
     observed_ranges,
     quantization_aware,
@@ -27,27 +30,34 @@ from engine.quantization import (
     sensitivities,
 )
 from engine.task import Classification
+from exporters.evaluate import predicted_classes
 from exporters.metadata import metadata_for
-from exporters.precision import LEAST_INTEGER_SHARE, Scheme, integer_share, to_fp16, to_int8
-from exporters.runtimes import inference_batch, open_runtime, predictor, to_input
+from exporters.precision import LEAST_INTEGER_SHARE, Scheme, integer_share, layer_names, to_fp16, to_int8
+from exporters.runtimes import Predict, open_runtime, predictor, to_input
 from exporters.to_onnx import WithPreprocessing, to_onnx
-from ssdkd_cli import console
 from ssdkd_cli.runs import Samples, StudentCard
 
 MOST_LOST = 0.5  # points of agreement with the teacher that an INT8 file may lose against the float student
 CALIBRATION_IMAGES = 512  # that ranges are taken from: more widen them and gain nothing (docs/quantization.md)
 SENSITIVITY_IMAGES = 128
-UNCHANGED = (0.0,), (1.0,)
+UNTRAINABLE = ("its layers are a graph's operations: they can be neither corrected nor trained nor left in float32",)
+SEVEN_BITS, EIGHT_BITS = 64, 127  # the largest integer of a weight
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The network that files are made of, float32, CPU, eval, with what they are made and proven by."""
+    """The network that files are made of, float32, in eval mode, with what they are made and proven by."""
 
     module: nn.Module
     card: StudentCard
     samples: Samples
     embed_preprocessing: bool
+
+    @property
+    def fed(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and std of what its files take, of images in 0...1: zeros and ones where they normalise themselves."""
+        channels = self.card.input_shape[0]
+        return ((0.0,) * channels, (1.0,) * channels) if self.embed_preprocessing else (self.card.mean, self.card.std)
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,26 @@ class Graph:
     lost: float = 0.0
     float_layers: tuple[str, ...] = ()  # of an INT8 graph
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Integers:
+    """How INT8 is made: the device's scheme, and what may be done where it loses too much.
+
+    `qat`: quantization-aware distillation, "auto", "on" or "off". `fallback`: layers may stay in float32.
+    """
+
+    scheme: Scheme
+    qat: str
+    fallback: bool
+    compute: Compute
+    seed: int
+
+    @property
+    def grid(self) -> Grid:
+        """The scheme as the engine simulates it."""
+        levels = SEVEN_BITS if self.scheme.reduce_range else EIGHT_BITS
+        return Grid(self.scheme.symmetric_activations, levels, self.scheme.per_channel)
 
 
 def float_graph(subject: Subject, module: nn.Module | None = None) -> onnx.ModelProto:
@@ -83,23 +113,9 @@ def float_graph(subject: Subject, module: nn.Module | None = None) -> onnx.Model
     return to_onnx(network, input_shape=card.input_shape, metadata=metadata)
 
 
-def graph_in(
-    precision: str,
-    subject: Subject,
-    exported: onnx.ModelProto,
-    scheme: Scheme,
-    *,
-    qat: str,
-    fallback: bool,
-    compute: Compute,
-    seed: int,
-) -> Graph:
-    """The float32 model `exported` in `precision`; the last five say how INT8 is made. Raises SSDKDError."""
-    if precision == "fp32":
-        return Graph(precision, exported)
-    if precision == "fp16":
-        return Graph(precision, to_fp16(exported))
-    return _Int8(subject, exported, scheme, compute, seed).made(qat=qat, fallback=fallback)
+def half_graph(exported: onnx.ModelProto) -> Graph:
+    """The float32 model `exported` in float16. Raises SSDKDError."""
+    return Graph("fp16", to_fp16(exported))
 
 
 def most_lost(samples: int) -> float:
@@ -107,124 +123,142 @@ def most_lost(samples: int) -> float:
     return max(MOST_LOST, 100 / samples)
 
 
-class _Int8:
-    """One network on its way to INT8: what all steps need, worked out once."""
+def integer_graph(subject: Subject, exported: onnx.ModelProto, integers: Integers) -> Graph:
+    """The float32 model `exported` in INT8, after as many steps as it takes; what was done is in its notes.
 
-    def __init__(
-        self, subject: Subject, exported: onnx.ModelProto, scheme: Scheme, compute: Compute, seed: int
-    ) -> None:
-        self.subject, self.exported, self.scheme, self.compute, self.seed = subject, exported, scheme, compute, seed
-        self.grid = Grid(scheme.symmetric_activations, 63 if scheme.reduce_range else 127)
-        card = subject.card
-        self.fed = UNCHANGED if subject.embed_preprocessing else (card.mean, card.std)
-        self.normalization = normalization(card.mean, card.std, compute.device)
-        self.calibration = to_input(subject.samples.calibration[:CALIBRATION_IMAGES], *self.fed)
-        self.teacher = subject.samples.held_out_logits.argmax(1)
-        self.float_agreement = self.agreement(predictor(subject.module), (card.mean, card.std))
-        self.allowed = most_lost(len(subject.samples.held_out))
-
-    def made(self, *, qat: str, fallback: bool) -> Graph:
-        """The INT8 graph after as many steps as it takes."""
-        module, graph = self.subject.module, self.judged(self.exported, "calibrated on synthetic samples")
-        trainable = bool(quantized_layers(module))
-        if graph.lost > self.allowed and trainable:
-            corrected = self.corrected(module)
-            other = self.judged(float_graph(self.subject, corrected), "biases corrected")
-            if other.lost < graph.lost:
-                module, graph = corrected, replace(other, notes=(*graph.notes, *other.notes))
-        if trainable and (qat == "on" or (qat == "auto" and graph.lost > self.allowed)):
-            trained = self.trained(module)
-            said = f"{STEPS} steps of quantization-aware distillation"
-            other = self.judged(float_graph(self.subject, trained), said)
-            if other.lost < graph.lost or qat == "on":
-                module, graph = trained, replace(other, notes=(*graph.notes, *other.notes))
-            else:
-                graph = replace(graph, notes=(*graph.notes, *other.notes, "which was no gain and was left out"))
-        if graph.lost > self.allowed and fallback and trainable:
-            graph = self.with_float_layers(module, graph)
-        if not trainable and graph.lost > self.allowed:
-            graph = replace(graph, notes=(*graph.notes, "its layers are a graph's operations: they cannot be trained"))
-        return graph
-
-    def judged(self, exported: onnx.ModelProto, done: str, float_layers: tuple[str, ...] = ()) -> Graph:
-        """`exported` in INT8, and what it loses; `done` says what was done for it."""
-        # An embedded normalisation wraps the network: its layers' names begin with `module.`.
-        names = (*float_layers, *(f"module.{name}" for name in float_layers))
-        model = to_int8(exported, self.calibration, self.scheme, float_layers=names)
-        with tempfile.TemporaryDirectory(prefix="ssdkd-") as folder:
-            path = Path(folder) / "int8.onnx"
-            onnx.save(model, path)
-            lost = self.float_agreement - self.agreement(open_runtime(path).run, self.fed)
-        note = f"{done}: {abs(lost):.2f} points of agreement {'lost' if lost >= 0 else 'gained'}"
-        return Graph("int8", model, integer_share(model), lost, float_layers, (note,))
-
-    def agreement(self, run: "object", fed: tuple[tuple[float, ...], tuple[float, ...]]) -> float:
-        """Percent of the held-out samples on which `run` predicts the teacher's class."""
-        images, predicted = self.subject.samples.held_out, []
-        batch = inference_batch(self.subject.card.input_shape)
-        for first in range(0, len(images), batch):
-            predicted.append(run(to_input(images[first : first + batch], *fed)).argmax(1))  # type: ignore[operator]
-        return 100 * float((np.concatenate(predicted) == self.teacher).mean())
-
-    def on_device(self, module: nn.Module) -> nn.Module:
-        """A copy where the run computes."""
-        copied = copy.deepcopy(module).float().eval()
-        return copied.to(self.compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    def images(self, number: int | None = None) -> torch.Tensor:
-        """The first so many calibration samples, on the device."""
-        return torch.from_numpy(self.subject.samples.calibration[:number]).to(self.compute.device)
-
-    def corrected(self, module: nn.Module) -> nn.Module:
-        """A copy whose biases make up for the rounding."""
-        copied, images = self.on_device(module), self.images(CALIBRATION_IMAGES)
-        ranges = observed_ranges(copied, images, self.normalization)
-        correct_biases(copied, images, ranges, self.grid, normalization=self.normalization)
-        return _on_cpu(copied)
-
-    def trained(self, module: nn.Module) -> nn.Module:
-        """A copy that was distilled on the grid."""
-        copied, samples = self.on_device(module), self.subject.samples
-        ranges = observed_ranges(copied, self.images(CALIBRATION_IMAGES), self.normalization)
-        steps = quantization_aware(
-            copied,
-            self.images(),
-            torch.from_numpy(samples.calibration_logits).to(self.compute.device),
-            ranges,
-            self.grid,
-            task=Classification(self.subject.card.classes),
-            normalization=self.normalization,
-            temperature=DistillationSettings.temperature,
-            compute=self.compute,
-            rng=torch.Generator(self.compute.device).manual_seed(self.seed),
-        )
-        losses: list[float] = []
-        with console.stage("int8", f"{STEPS} steps of quantization-aware distillation") as done:
-            losses += steps
-            few = max(1, len(losses) // 10)
-            done(f"quantization-aware distillation, loss {np.mean(losses[:few]):.3g} to {np.mean(losses[-few:]):.3g}")
-        return _on_cpu(copied)
-
-    def with_float_layers(self, module: nn.Module, graph: Graph) -> Graph:
-        """As few of the most sensitive layers left in float32 as bring the loss down, doubling their number."""
-        copied = self.on_device(module)
-        ranges = observed_ranges(copied, self.images(CALIBRATION_IMAGES), self.normalization)
-        moved = sensitivities(
-            copied, self.images(SENSITIVITY_IMAGES), ranges, self.grid, normalization=self.normalization
-        )
-        worst, exported, number = tuple(moved), float_graph(self.subject, module), 1
-        while number <= len(worst):
-            layers = worst[:number]
-            words = f"{number} layer{'s' * (number > 1)} left in float32 ({', '.join(layers)})"
-            other = self.judged(exported, words, layers)
-            if other.integer_share < LEAST_INTEGER_SHARE:
-                break
-            if other.lost <= self.allowed:
-                return replace(other, notes=(*graph.notes, *other.notes))
-            number *= 2
-        return replace(graph, notes=(*graph.notes, "leaving the worst layers in float32 did not bring it back"))
+    The last one may still lose more than `most_lost`. Raises SSDKDError where the network cannot be quantized.
+    """
+    allowed = most_lost(len(subject.samples.held_out))
+    module, graph = subject.module, judged(subject, exported, integers, "calibrated on synthetic samples")
+    if not quantized_layers(module):
+        return replace(graph, notes=(*graph.notes, *UNTRAINABLE)) if graph.lost > allowed else graph
+    if graph.lost > allowed:
+        changed = corrected(subject, module, integers)
+        module, graph = better(subject, module, graph, changed, integers, "biases corrected")
+    if integers.qat == "on" or (integers.qat == "auto" and graph.lost > allowed):
+        try:
+            changed, done = aware(subject, module, integers), f"{STEPS} steps of quantization-aware distillation"
+            module, graph = better(subject, module, graph, changed, integers, done, keep=integers.qat == "on")
+        except NonFiniteLossError as error:
+            graph = replace(graph, notes=(*graph.notes, f"{error.message}; it was left out"))
+    if graph.lost > allowed and integers.fallback:
+        graph = with_float_layers(subject, module, graph, integers)
+    return graph
 
 
-def _on_cpu(module: nn.Module) -> nn.Module:
+def judged(
+    subject: Subject, exported: onnx.ModelProto, integers: Integers, done: str, float_layers: tuple[str, ...] = ()
+) -> Graph:
+    """`exported` in INT8, and what it loses; `done` says what was done for it."""
+    calibration = to_input(subject.samples.calibration[:CALIBRATION_IMAGES], *subject.fed)
+    model = to_int8(exported, calibration, integers.scheme, float_layers=graph_names(subject, float_layers))
+    with tempfile.TemporaryDirectory(prefix="ssdkd-") as folder:
+        path = Path(folder) / "int8.onnx"
+        onnx.save(model, path)
+        found = agreement(subject, open_runtime(path).run, *subject.fed)
+    lost = agreement(subject, predictor(subject.module), subject.card.mean, subject.card.std) - found
+    note = f"{done}: {abs(lost):.2f} points of agreement {'lost' if lost >= 0 else 'gained'}"
+    return Graph("int8", model, integer_share(model), lost, float_layers, (note,))
+
+
+def graph_names(subject: Subject, layers: tuple[str, ...]) -> tuple[str, ...]:
+    """The module's names of layers as the graph has them: an embedded normalisation stands around the network."""
+    return tuple(f"module.{name}" for name in layers) if subject.embed_preprocessing else layers
+
+
+def agreement(subject: Subject, run: Predict, mean: tuple[float, ...], std: tuple[float, ...]) -> float:
+    """Percent of the held-out samples on which `run` predicts the teacher's class."""
+    samples = subject.samples
+    predicted = predicted_classes(run, samples.held_out, mean=mean, std=std)
+    return 100 * float((predicted == samples.held_out_logits.argmax(1)).mean())
+
+
+def better(
+    subject: Subject,
+    module: nn.Module,
+    graph: Graph,
+    changed: nn.Module,
+    integers: Integers,
+    done: str,
+    *,
+    keep: bool = False,
+) -> tuple[nn.Module, Graph]:
+    """The changed module and its graph where that loses less, or is to be kept anyway; the notes tell of both cases."""
+    other = judged(subject, float_graph(subject, changed), integers, done)
+    if other.lost < graph.lost or keep:
+        return changed, replace(other, notes=(*graph.notes, *other.notes))
+    return module, replace(graph, notes=(*graph.notes, f"{other.notes[0]}, no gain: it was left out"))
+
+
+def corrected(subject: Subject, module: nn.Module, integers: Integers) -> nn.Module:
+    """A copy whose biases make up for the rounding."""
+    copied, constants, batch = on_device(module, subject, integers)
+    images = calibration_images(subject, integers.compute, CALIBRATION_IMAGES)
+    ranges = observed_ranges(copied, images, normalization=constants, batch=batch)
+    correct_biases(copied, images, ranges, integers.grid, normalization=constants, batch=batch)
+    return on_cpu(copied)
+
+
+def aware(subject: Subject, module: nn.Module, integers: Integers) -> nn.Module:
+    """A copy that was distilled on the grid. Raises NonFiniteLossError."""
+    copied, constants, batch = on_device(module, subject, integers)
+    device = integers.compute.device
+    few = calibration_images(subject, integers.compute, CALIBRATION_IMAGES)
+    steps = quantization_aware(
+        copied,
+        calibration_images(subject, integers.compute),
+        torch.from_numpy(subject.samples.calibration_logits).to(device),
+        observed_ranges(copied, few, normalization=constants, batch=batch),
+        integers.grid,
+        task=Classification(subject.card.classes),
+        normalization=constants,
+        temperature=DistillationSettings.temperature,
+        batch=batch,
+        rng=torch.Generator(device).manual_seed(integers.seed),
+        steps=STEPS,
+    )
+    for _ in steps:
+        pass
+    return on_cpu(copied)
+
+
+def with_float_layers(subject: Subject, module: nn.Module, graph: Graph, integers: Integers) -> Graph:
+    """As few of the most sensitive layers left in float32 as bring the loss down, doubling their number."""
+    copied, constants, batch = on_device(module, subject, integers)
+    few = calibration_images(subject, integers.compute, CALIBRATION_IMAGES)
+    ranges: Ranges = observed_ranges(copied, few, normalization=constants, batch=batch)
+    moved = sensitivities(copied, few[:SENSITIVITY_IMAGES], ranges, integers.grid, normalization=constants, batch=batch)
+    exported = float_graph(subject, module)
+    known = set(layer_names(exported).values())  # a layer whose weight the exporter renamed cannot be left out by name
+    worst = [name for name in moved if graph_names(subject, (name,))[0] in known]
+    number = 1
+    while number <= len(worst):
+        layers = tuple(worst[:number])
+        said = f"{number} layer{'s' * (number > 1)} left in float32 ({', '.join(layers)})"
+        other = judged(subject, exported, integers, said, layers)
+        if other.integer_share < LEAST_INTEGER_SHARE:
+            break
+        if other.lost <= most_lost(len(subject.samples.held_out)):
+            return replace(other, notes=(*graph.notes, *other.notes))
+        number *= 2
+    return replace(graph, notes=(*graph.notes, "leaving the worst layers in float32 did not bring it back"))
+
+
+def on_device(module: nn.Module, subject: Subject, integers: Integers) -> tuple[nn.Module, Normalization, int]:
+    """A copy of `module` where the run computes, the constants of its input there, and how many images at once."""
+    device, card = integers.compute.device, subject.card
+    copied: nn.Module = copy.deepcopy(module).float().eval()
+    copied = copied.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return copied, normalization(card.mean, card.std, device), batch_for(card.input_shape)
+
+
+def calibration_images(subject: Subject, compute: Compute, number: int | None = None) -> torch.Tensor:
+    """The first so many calibration samples, uint8 [N, H, W, C], on the device."""
+    images: NDArray[np.uint8] = subject.samples.calibration[:number]
+    return torch.from_numpy(images).to(compute.device)
+
+
+def on_cpu(module: nn.Module) -> nn.Module:
+    """The module itself, back on the CPU, frozen."""
     moved: nn.Module = module.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     return moved.requires_grad_(False)

@@ -315,6 +315,9 @@ def read_samples(folder: Path) -> Samples:
     names = [field.name for field in dataclasses.fields(Samples)]
     try:
         with (folder / SAMPLES).open("rb") as file, np.load(file) as arrays:
+            missing = [name for name in names if name not in arrays]
+            if missing:
+                raise ValueError(f"it holds no {', '.join(missing)}; an earlier ssdkd wrote it")
             samples = Samples(*(np.asarray(arrays[name]) for name in names))
         for images, logits in (
             (samples.held_out, samples.held_out_logits),

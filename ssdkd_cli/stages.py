@@ -180,19 +180,23 @@ def export(
 
     A file that normalises by itself: [bold]ssdkd export runs/demo --embed-preprocessing --out deploy[/bold]
     """
+    import torch
+
     from engine.device import choose_device
     from engine.errors import SSDKDError
     from ssdkd_cli import again
-    from ssdkd_cli.artifacts import runs_here
-    from ssdkd_cli.gates import Limits, check_limits
+    from ssdkd_cli.gates import Limits, check_limits, gate_line
     from ssdkd_cli.labels import read_classes
     from ssdkd_cli.target import resolve_target
 
     precision = precision or ([] if profile or "trt" in export else ["fp32"])
     target = resolve_target(formats=export, precisions=precision, profile=profile, qat=qat, fallback=not no_fallback)
     limits = Limits(max_drop, max_latency_ms, max_size_mb, min_agreement)
-    check_limits(limits, has_labels=eval_data is not None, runs_here=runs_here(target))
+    check_limits(limits, target, has_labels=eval_data is not None, has_gpu=torch.cuda.is_available())
     compute = choose_device(device)
+    folder = out or (source if source.is_dir() else Path("runs") / source.stem)
+    target = again.beside_what_is_there(target, source, folder, overwrite=overwrite)
+    again.check_place(source, target, folder, overwrite=overwrite, eval_data=eval_data)
     if source.is_dir():
         stated = {"--arch": arch, "--input": input, "--mean": mean, "--std": std, "--classes": classes}
         given = [name for name, value in stated.items() if value is not None]
@@ -220,10 +224,9 @@ def export(
     exported = again.export(
         material,
         target,
-        out or material.folder,
+        folder,
         limits=limits,
         eval_data=eval_data,
-        overwrite=overwrite,
         compute=compute,
         seed=seed,
     )
@@ -238,6 +241,8 @@ def export(
         for item in exported.artifacts
     ]
     show = functools.partial(console.print_table, ("file", "size", "p50", "", ""), rows, right=(1, 2))
+    for gate in exported.gates:
+        console.limit(gate_line(gate), gate.passed)
     failed = any(item.verified is False for item in exported.artifacts) or not all(
         gate.passed for gate in exported.gates
     )

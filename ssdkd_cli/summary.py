@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ssdkd_cli import console, runs
+from ssdkd_cli.gates import gate_line
 from ssdkd_cli.report import Artifact, Report
 from ssdkd_cli.words import count, milliseconds, percent, size, times
 
@@ -13,8 +14,12 @@ Row = tuple[str, str, str, str]  # name, teacher, student, gain
 
 
 def show_report(folder: Path, report: Report) -> None:
-    """Print the table, the artifacts, and where everything is."""
-    console.print_comparison(comparison(report), [(item.verified, artifact_line(item)) for item in report.artifacts])
+    """Print the table, the artifacts, the limits, what is recommended, and where everything is."""
+    lines = [(item.verified, artifact_line(item)) for item in report.artifacts]
+    lines += [(gate.passed, gate_line(gate)) for gate in report.gates]
+    console.print_comparison(comparison(report), lines)
+    if report.recommendation and len(report.artifacts) > 1:
+        console.print_advice(f"{report.recommendation.artifact} is {report.recommendation.why}")
     console.print_closing(f"{folder}/", (runs.REPORT, runs.REPORT_TEXT, runs.SAMPLES_PICTURE))
 
 

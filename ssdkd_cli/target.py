@@ -1,17 +1,15 @@
 """What files are to be made: formats and precisions, from what was typed, the device profile, and this machine."""
 
+import contextlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 from engine.errors import SSDKDError
 from exporters import FORMATS
 from exporters.precision import PRECISIONS, Scheme
+from exporters.to_tensorrt import Flavour, find_flavour
 from profiles import GENERIC, DeviceProfile, load_profile
-
-if TYPE_CHECKING:
-    from exporters.to_tensorrt import Flavour
 
 TENSORRT_PROFILES = {"tensorrt": "datacenter-gpu", "tensorrt_rtx": "rtx"}  # where none is named
 
@@ -31,12 +29,25 @@ class Target:
     tried: tuple[str, ...]
     qat: str  # "auto", "on", "off"
     fallback: bool
-    flavour: "Flavour | None"  # of TensorRT, where a plan is built here
+    flavour: Flavour | None  # of TensorRT, where a plan is built here
+    with_float32: bool = True  # made beside the others, which are made of it and compared with it
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """All that are made as ONNX files, float32 first: the others are made of it and compared with it."""
-        return tuple(name for name in PRECISIONS if name == "fp32" or name in (*self.asked, *self.tried))
+        """All that are made as ONNX files, float32 first."""
+        beside = ("fp32",) if self.with_float32 else ()
+        return tuple(name for name in PRECISIONS if name in (*beside, *self.asked, *self.tried))
+
+    @property
+    def batches(self) -> tuple[int, int, int]:
+        """The smallest, usual and largest batch of a TensorRT plan."""
+        batches = self.profile.batches
+        return batches.smallest, batches.usual, batches.largest
+
+    @property
+    def timed_batch(self) -> int | None:
+        """The batch of the throughput: that of a profile that was named; None: as large as suits the machine."""
+        return self.profile.batches.usual if self.is_named else None
 
     @property
     def scheme(self) -> Scheme:
@@ -59,14 +70,19 @@ def resolve_target(
     check_formats(formats)
     flavour: Flavour | None = None
     if "trt" in formats and profile is None:
-        flavour = _find_flavour(None)
+        flavour = _flavour_for_this_machine()
         device = load_profile(TENSORRT_PROFILES[flavour.name])
     else:
         device = load_profile(profile or GENERIC)
     chosen = tuple(formats) or device.export
     check_formats(chosen)
+    if "trt" in chosen and device.runtime == "onnxruntime":
+        raise SSDKDError(
+            f"--export trt: the profile {device.name} is of a device without TensorRT",
+            "name one that has it, for example --profile rtx; `ssdkd profiles` lists them",
+        )
     if "trt" in chosen and not device.built_on_device and flavour is None:
-        flavour = _find_flavour(device.runtime if device.runtime in TENSORRT_PROFILES else None)
+        flavour = find_flavour(device.runtime)
     asked = tuple(precisions) or ((device.precision,) if profile or flavour else ())
     for name in asked:
         if name not in device.precisions:
@@ -76,8 +92,11 @@ def resolve_target(
             )
     compared = not precisions and device.runtime == "onnxruntime"
     tried = tuple(name for name in device.precisions if compared and name not in asked)
-    if qat == "on" and "int8" not in (*asked, *tried):
-        raise SSDKDError("--qat on is for INT8 files, and none is made", "add --precision int8, or leave --qat out")
+    for flag, given in (("--qat on", qat == "on"), ("--no-fallback", not fallback)):
+        if given and "int8" not in asked:
+            raise SSDKDError(
+                f"{flag} is for an INT8 file, and none is asked for", f"add --precision int8, or leave {flag} out"
+            )
     return Target(device, profile is not None, chosen, asked, tried, qat, fallback, flavour)
 
 
@@ -91,7 +110,11 @@ def check_formats(names: Sequence[str]) -> None:
             raise SSDKDError(f"--export {name} needs {', '.join(missing)}", f"pip install {' '.join(missing)}")
 
 
-def _find_flavour(wanted: str | None) -> "Flavour":
-    from exporters.to_tensorrt import find_flavour
+def _flavour_for_this_machine() -> Flavour:
+    """TensorRT where there is a GPU, which it needs to build; else, and where it is not installed, that for RTX."""
+    import torch
 
-    return find_flavour(wanted)
+    if not torch.cuda.is_available():
+        with contextlib.suppress(SSDKDError):
+            return find_flavour("tensorrt_rtx")
+    return find_flavour()

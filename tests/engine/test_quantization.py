@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from engine import quantization
-from engine.device import Compute
 from engine.errors import NonFiniteLossError
 from engine.images import normalization, to_input
 from engine.quantization import (
@@ -21,8 +20,7 @@ from engine.quantization import (
 from engine.task import Classification
 
 CONSTANTS = normalization((0.5,), (0.25,), torch.device("cpu"))
-COMPUTE = Compute(torch.device("cpu"), None)
-ASYMMETRIC, SYMMETRIC, SEVEN_BITS = Grid(False), Grid(True), Grid(False, 63)
+ASYMMETRIC, SYMMETRIC, SEVEN_BITS = Grid(False), Grid(True), Grid(False, 64)
 
 
 class Network(nn.Module):
@@ -66,20 +64,22 @@ def test_the_layers_are_convolutions_and_linear_ones(network: Network) -> None:
 
 
 def test_ranges_are_those_of_the_layers_inputs_and_hold_zero(network: Network, images: Tensor) -> None:
-    ranges = observed_ranges(network, images, CONSTANTS)
+    ranges = observed_ranges(network, images, normalization=CONSTANTS, batch=32)
     inputs = to_input(images, CONSTANTS)
     hidden = network.norm(network.first(inputs)).relu()
     assert ranges["first"] == (float(inputs.min()), float(inputs.max()))
     assert ranges["depthwise"] == pytest.approx((0.0, float(hidden.max())))
     assert hooks_of(network) == 0
-    bright = observed_ranges(network, torch.full_like(images, 255), CONSTANTS)
+    bright = observed_ranges(network, torch.full_like(images, 255), normalization=CONSTANTS, batch=32)
     assert bright["first"] == (0.0, 2.0)  # (1 - 0.5) / 0.25, and zero, which padding puts there
 
 
-@pytest.mark.parametrize("levels", [127, 63])
+@pytest.mark.parametrize("levels", [127, 64])
 def test_weights_are_whole_multiples_of_a_scale_a_channel(network: Network, images: Tensor, levels: int) -> None:
     before = network.first.weight.clone()
-    with fake_quantized(network, observed_ranges(network, images, CONSTANTS), Grid(False, levels)):
+    with fake_quantized(
+        network, observed_ranges(network, images, normalization=CONSTANTS, batch=32), Grid(False, levels)
+    ):
         rounded = network.first.weight
         scale = before.flatten(1).abs().amax(1)[:, None, None, None] / levels
         steps = rounded / scale
@@ -92,7 +92,7 @@ def test_weights_are_whole_multiples_of_a_scale_a_channel(network: Network, imag
 @pytest.mark.parametrize("grid", [ASYMMETRIC, SYMMETRIC])
 def test_inputs_take_few_values_and_zero_stays_zero(network: Network, images: Tensor, grid: Grid) -> None:
     seen: list[Tensor] = []
-    ranges = observed_ranges(network, images, CONSTANTS)
+    ranges = observed_ranges(network, images, normalization=CONSTANTS, batch=32)
     handle = network.depthwise.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
     with fake_quantized(network, ranges, grid, only=("depthwise",)):
         network(to_input(images, CONSTANTS))
@@ -104,7 +104,10 @@ def test_inputs_take_few_values_and_zero_stays_zero(network: Network, images: Te
 
 
 def test_the_module_is_left_as_it_was(network: Network, images: Tensor) -> None:
-    before, ranges = copy.deepcopy(network.state_dict()), observed_ranges(network, images, CONSTANTS)
+    before, ranges = (
+        copy.deepcopy(network.state_dict()),
+        observed_ranges(network, images, normalization=CONSTANTS, batch=32),
+    )
     inputs = to_input(images, CONSTANTS)
     exact = network(inputs)
 
@@ -122,7 +125,7 @@ def test_the_module_is_left_as_it_was(network: Network, images: Tensor) -> None:
 
 
 def test_corrected_biases_take_the_mean_error_out(network: Network, images: Tensor) -> None:
-    ranges, inputs = observed_ranges(network, images, CONSTANTS), to_input(images, CONSTANTS)
+    ranges, inputs = observed_ranges(network, images, normalization=CONSTANTS, batch=32), to_input(images, CONSTANTS)
     coarse = Grid(False, 7)  # so coarse that there is something to correct
     exact = network(inputs)
 
@@ -132,7 +135,7 @@ def test_corrected_biases_take_the_mean_error_out(network: Network, images: Tens
 
     before = mean_error(network)
     corrected = copy.deepcopy(network)
-    correct_biases(corrected, images, ranges, coarse, normalization=CONSTANTS)
+    correct_biases(corrected, images, ranges, coarse, normalization=CONSTANTS, batch=32)
     assert corrected.first.bias is not None
     assert corrected.first.bias.shape == (6,)
     assert mean_error(corrected) < before / 2
@@ -145,12 +148,12 @@ def train(module: nn.Module, images: Tensor, logits: Tensor, *, seed: int = 0, s
             module,
             images,
             logits,
-            observed_ranges(module, images, CONSTANTS),
+            observed_ranges(module, images, normalization=CONSTANTS, batch=32),
             Grid(False, 7),
             task=Classification(3),
             normalization=CONSTANTS,
             temperature=4.0,
-            compute=COMPUTE,
+            batch=64,
             rng=torch.Generator().manual_seed(seed),
             steps=steps,
         )
@@ -185,9 +188,9 @@ def test_a_loss_that_is_not_finite_stops_the_training(network: Network, images: 
 
 
 def test_the_layer_that_loses_most_comes_first(network: Network, images: Tensor) -> None:
-    ranges = dict(observed_ranges(network, images, CONSTANTS))
+    ranges = dict(observed_ranges(network, images, normalization=CONSTANTS, batch=32))
     ranges["depthwise"] = (0.0, 1000 * ranges["depthwise"][1])  # all that it is given falls on a few steps
-    moved = sensitivities(network, images, ranges, ASYMMETRIC, normalization=CONSTANTS)
+    moved = sensitivities(network, images, ranges, ASYMMETRIC, normalization=CONSTANTS, batch=32)
     assert next(iter(moved)) == "depthwise"
     assert list(moved.values()) == sorted(moved.values(), reverse=True)
     assert set(moved) == {"first", "depthwise", "head"}

@@ -178,3 +178,13 @@ def test_nothing_is_printed(model: ModelProto, inputs: NDArray[np.float32], capf
     to_int8(model, inputs, Scheme())
     to_fp16(model)
     assert capfd.readouterr() == ("", "")
+
+
+def test_float32_behind_stored_float16_is_not_float16(model: ModelProto) -> None:
+    stored = onnx.ModelProto()
+    stored.CopyFrom(model)
+    weight = next(tensor for tensor in stored.graph.initializer if tensor.name == "head.weight")
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight).astype(np.float16), "head.weight.half"))
+    cast = onnx.helper.make_node("Cast", ["head.weight.half"], ["head.weight"], "cast", to=TensorProto.FLOAT)
+    stored.graph.node.insert(0, cast)
+    assert precision_problem(stored, "fp16") is not None

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.zoo import ZOO
-from ssdkd_cli import artifacts
+from ssdkd_cli import timing
 from ssdkd_cli.main import main
 
 CLASSES = 4
@@ -57,7 +57,7 @@ def run(*arguments: object) -> Ran:
 @pytest.fixture(scope="session", autouse=True)
 def _short_benchmarks() -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(artifacts, "BENCH_SECONDS", 0.02)
+        patch.setattr(timing, "BENCH_SECONDS", 0.02)
         yield
 
 

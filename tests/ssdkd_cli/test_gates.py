@@ -1,8 +1,11 @@
+import dataclasses
+
 import pytest
 
 from engine.errors import SSDKDError
-from ssdkd_cli.gates import Limits, check_limits, decide, judge, recommend
+from ssdkd_cli.gates import Limits, check_limits, decide, gate_line, judge, recommend
 from ssdkd_cli.report import Artifact, Percentiles
+from ssdkd_cli.target import Target, resolve_target
 
 
 def artifact(path: str, precision: str = "fp32", **changed: object) -> Artifact:
@@ -33,6 +36,12 @@ def fast(ms: float) -> Percentiles:
     return Percentiles(p50=ms, p90=ms, p99=ms)
 
 
+def target(**changed: object) -> Target:
+    values: dict[str, object] = {"formats": (), "precisions": (), "profile": None, "qat": "auto", "fallback": True}
+    return resolve_target(**{**values, **changed})  # type: ignore[arg-type]
+
+
+ANY, OF_INT8, JETSON = target(), target(precisions=["int8"]), target(profile="jetson-orin")
 SLOW = artifact("model.onnx")
 QUICK = artifact("model.int8.onnx", "int8", latency_ms=fast(1.0), size_bytes=500_000, accuracy=78.0)
 
@@ -76,39 +85,40 @@ def test_no_limit_no_gate() -> None:
 def test_the_fastest_verified_file_is_recommended() -> None:
     broken = artifact("model.fp16.onnx", "fp16", latency_ms=fast(0.1), verified=False)
     elsewhere = artifact("model.engine", verified=None, latency_ms=None)
-    passing, gates = decide(Limits(), (SLOW, QUICK, broken, elsewhere), (), 90.0)
+    passing, gates = decide(Limits(), (SLOW, QUICK, broken, elsewhere), ANY, 90.0)
     assert [item.path for item in passing] == ["model.int8.onnx", "model.onnx"]
     assert gates == ()
     recommendation = recommend(passing, teacher_latency_ms=4.0)
     assert recommendation is not None
     assert recommendation.artifact == "model.int8.onnx"
     assert recommendation.why == (
-        "the fastest of 2 files: 4.0 times the teacher's speed on this machine; model.onnx takes 2.0 times as long"
+        "the fastest of 2 files that pass: 4.0 times the teacher's speed on this machine; "
+        "model.onnx takes 2.0 times as long"
     )
-    assert recommend(decide(Limits(), (broken, elsewhere), (), None)[0], None) is None
+    assert recommend(decide(Limits(), (broken, elsewhere), ANY, None)[0], None) is None
 
 
 def test_a_slower_precision_is_said_to_be_slower() -> None:
     lame = artifact("model.int8.onnx", "int8", latency_ms=fast(5.0))
-    recommendation = recommend(decide(Limits(), (SLOW, lame), (), None)[0], None)
+    recommendation = recommend(decide(Limits(), (SLOW, lame), ANY, None)[0], None)
     assert recommendation is not None
     assert recommendation.artifact == "model.onnx"
     assert "model.int8.onnx takes 2.5 times as long" in recommendation.why
 
 
 def test_a_fast_file_that_breaks_a_limit_is_not_recommended() -> None:
-    passing, gates = decide(Limits(max_drop=11.0), (SLOW, QUICK), (), 90.0)
+    passing, gates = decide(Limits(max_drop=11.0), (SLOW, QUICK), ANY, 90.0)
     assert [item.path for item in passing] == ["model.onnx"]
     assert [(gate.artifact, gate.passed) for gate in gates] == [("model.onnx", True)]
 
 
 def test_what_was_asked_for_is_judged_whatever_else_passes() -> None:
-    _, gates = decide(Limits(max_drop=11.0), (SLOW, QUICK), ("int8",), 90.0)
+    _, gates = decide(Limits(max_drop=11.0), (SLOW, QUICK), OF_INT8, 90.0)
     assert [(gate.artifact, gate.value, gate.passed) for gate in gates] == [("model.int8.onnx", 12.0, False)]
 
 
 def test_where_nothing_passes_the_fastest_file_says_why() -> None:
-    passing, gates = decide(Limits(max_latency_ms=0.5, max_size_mb=1.0), (SLOW, QUICK), (), None)
+    passing, gates = decide(Limits(max_latency_ms=0.5, max_size_mb=1.0), (SLOW, QUICK), ANY, None)
     assert passing == []
     assert [(gate.name, gate.artifact, gate.passed) for gate in gates] == [
         ("max_latency_ms", "model.int8.onnx", False),
@@ -116,10 +126,33 @@ def test_where_nothing_passes_the_fastest_file_says_why() -> None:
     ]
 
 
+def test_of_a_file_that_cannot_run_here_only_the_size_is_judged() -> None:
+    plan = artifact("model.engine", format="trt", verified=None, latency_ms=None, accuracy=None, teacher_agreement=None)
+    everything = Limits(max_drop=1.0, max_latency_ms=1.0, max_size_mb=1.0, min_agreement=1.0)
+    assert [(gate.name, gate.passed) for gate in judge(everything, plan, 90.0)] == [("max_size_mb", False)]
+
+
+def test_a_device_s_files_are_recommended_for_it_alone() -> None:
+    passing, _ = decide(Limits(), (SLOW, QUICK), JETSON, None)
+    assert passing == []  # what is fast on this processor says nothing of a Jetson
+
+
 def test_limits_that_cannot_be_judged_are_errors_before_the_run() -> None:
     with pytest.raises(SSDKDError, match="--max-drop compares accuracies") as caught:
-        check_limits(Limits(max_drop=1.0), has_labels=False, runs_here=True)
+        check_limits(Limits(max_drop=1.0), ANY, has_labels=False, has_gpu=False)
     assert "--eval-data" in caught.value.hint
-    with pytest.raises(SSDKDError, match="cannot be run on this machine"):
-        check_limits(Limits(max_latency_ms=1.0), has_labels=True, runs_here=False)
-    check_limits(Limits(max_size_mb=1.0, min_agreement=1.0), has_labels=False, runs_here=False)
+    with pytest.raises(SSDKDError, match="--max-latency-ms cannot be judged here"):
+        check_limits(Limits(max_latency_ms=1.0), JETSON, has_labels=True, has_gpu=True)
+    plans_alone = dataclasses.replace(JETSON, formats=("trt",))
+    with pytest.raises(SSDKDError, match="--max-drop and --min-agreement cannot be judged here") as caught:
+        check_limits(Limits(max_drop=1.0, min_agreement=1.0), plans_alone, has_labels=True, has_gpu=False)
+    assert "--export onnx" in caught.value.hint
+    check_limits(Limits(max_size_mb=1.0, min_agreement=1.0), ANY, has_labels=False, has_gpu=False)
+
+
+def test_a_gate_in_words() -> None:
+    gates = judge(Limits(max_size_mb=0.5, max_drop=1.0), artifact("model.onnx", accuracy=None), 90.0)
+    assert [gate_line(gate) for gate in gates] == [
+        "--max-drop 1: model.onnx could not be measured",
+        "--max-size-mb 0.5: model.onnx has 2",
+    ]

@@ -13,7 +13,7 @@ from engine.device import choose_device
 from engine.teacher import load_teacher
 from exporters.precision import Scheme
 from ssdkd_cli import precisions, runs
-from ssdkd_cli.precisions import Graph, Subject, float_graph, graph_in, most_lost
+from ssdkd_cli.precisions import Graph, Integers, Subject, float_graph, half_graph, integer_graph, most_lost
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +29,8 @@ def subject(shared: Path) -> Subject:
 
 
 def int8(subject: Subject, *, qat: str = "auto", fallback: bool = True, scheme: Scheme | None = None) -> Graph:
-    return graph_in(
-        "int8",
-        subject,
-        float_graph(subject),
-        scheme or Scheme(),
-        qat=qat,
-        fallback=fallback,
-        compute=choose_device("cpu"),
-        seed=0,
-    )
+    integers = Integers(scheme or Scheme(), qat, fallback, choose_device("cpu"), seed=0)
+    return integer_graph(subject, float_graph(subject), integers)
 
 
 @pytest.fixture
@@ -46,14 +38,16 @@ def losing(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes `judged` say that a graph with fewer than so many layers in float loses 9 points."""
 
     def until(layers: int) -> None:
-        judged = precisions._Int8.judged
+        judged = precisions.judged
 
-        def worse(self: Any, exported: Any, done: str, float_layers: tuple[str, ...] = ()) -> Graph:
-            graph = judged(self, exported, done, float_layers)
+        def worse(
+            subject: Subject, exported: Any, integers: Any, done: str, float_layers: tuple[str, ...] = ()
+        ) -> Graph:
+            graph = judged(subject, exported, integers, done, float_layers)
             lost = 9.0 if len(float_layers) < layers else 0.0
             return dataclasses.replace(graph, lost=lost, notes=(f"{done}: {lost} points lost",))
 
-        monkeypatch.setattr(precisions._Int8, "judged", worse)
+        monkeypatch.setattr(precisions, "judged", worse)
         monkeypatch.setattr(precisions, "STEPS", 3)
 
     return until
@@ -68,13 +62,22 @@ def test_where_nothing_is_lost_the_ranges_are_enough(subject: Subject) -> None:
     assert graph.notes[0].startswith("calibrated on synthetic samples: ")
 
 
-def test_float32_and_float16_need_no_steps(subject: Subject) -> None:
-    exported = float_graph(subject)
-    for name in ("fp32", "fp16"):
-        graph = graph_in(
-            name, subject, exported, Scheme(), qat="auto", fallback=True, compute=choose_device("cpu"), seed=0
-        )
-        assert (graph.notes, graph.lost) == ((), 0.0)
+def test_float16_needs_no_steps(subject: Subject) -> None:
+    graph = half_graph(float_graph(subject))
+    assert (graph.precision, graph.notes, graph.lost) == ("fp16", (), 0.0)
+
+
+def test_the_step_that_helps_is_kept(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged, calls = precisions.judged, []
+
+    def first_is_bad(*given: Any) -> Graph:
+        calls.append(given)
+        return dataclasses.replace(judged(*given), lost=9.0 if len(calls) == 1 else 0.25)
+
+    monkeypatch.setattr(precisions, "judged", first_is_bad)
+    graph = int8(subject)
+    assert graph.lost == 0.25
+    assert [note.partition(":")[0] for note in graph.notes] == ["calibrated on synthetic samples", "biases corrected"]
 
 
 def test_every_step_is_tried_in_turn_and_said(subject: Subject, losing: Any) -> None:
@@ -82,7 +85,8 @@ def test_every_step_is_tried_in_turn_and_said(subject: Subject, losing: Any) -> 
     graph = int8(subject)
     words = " | ".join(graph.notes)
     assert "calibrated on synthetic samples: 9.0 points" in words
-    assert "quantization-aware distillation: 9.0 points" in words
+    assert "biases corrected: 9.0 points lost, no gain: it was left out" in words
+    assert "3 steps of quantization-aware distillation: 9.0 points lost, no gain: it was left out" in words
     assert f"2 layers left in float32 ({', '.join(graph.float_layers)})" in words
     assert len(graph.float_layers) == 2
     kept = {tensor.name for tensor in graph.model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}

@@ -1,9 +1,9 @@
 import pytest
 
 from engine.errors import SSDKDError
-from exporters import to_tensorrt
 from exporters.precision import Scheme
 from exporters.to_tensorrt import Flavour
+from ssdkd_cli import target as target_module
 from ssdkd_cli.target import Target, resolve_target
 
 RTX = Flavour("tensorrt_rtx", "TensorRT for RTX", "1.7")
@@ -26,7 +26,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> list[Flavour]:
                 return flavour
         raise SSDKDError(f"{wanted} is not installed", "pip install it")
 
-    monkeypatch.setattr(to_tensorrt, "find_flavour", find)
+    monkeypatch.setattr(target_module, "find_flavour", find)
     return flavours
 
 
@@ -86,7 +86,10 @@ def test_a_profile_wants_its_own_flavour(installed: list[Flavour]) -> None:
         ({"precisions": ["int4"]}, "there is no precision 'int4'", "fp32, fp16, int8"),
         ({"formats": ["tflite"]}, "there is no export format 'tflite'", "onnx or trt"),
         ({"profile": "x86-vni"}, "there is no device profile 'x86-vni'", "x86-vnni"),
-        ({"qat": "on", "precisions": ["fp16"]}, "--qat on is for INT8 files", "--precision int8"),
+        ({"qat": "on", "precisions": ["fp16"]}, "--qat on is for an INT8 file", "--precision int8"),
+        ({"qat": "on"}, "--qat on is for an INT8 file, and none is asked for", "--precision int8"),
+        ({"fallback": False}, "--no-fallback is for an INT8 file", "--precision int8"),
+        ({"formats": ["trt"], "profile": "x86-vnni"}, "x86-vnni is of a device without TensorRT", "--profile rtx"),
     ],
 )
 def test_what_does_not_exist_or_fit_stops_before_anything_else(
