@@ -14,7 +14,7 @@ from engine.losses import batchnorm_prior
 from engine.task import Classification
 
 LEARNING_ROUNDS = 24  # of the generator, before its images count: they are textures at first (docs/experiments.md)
-CLASS_WEIGHT = 1.0  # images that the teacher is sure of: there is no student for whom harder ones would be better
+CLASS_WEIGHT = 5.0  # the teacher is to be sure of them, as it is of photographs: no student wants harder ones
 
 
 @dataclass(frozen=True)

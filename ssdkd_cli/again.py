@@ -120,7 +120,7 @@ def inverted(teacher: Teacher, *, compute: Compute, seed: int) -> runs.Samples:
     )
     parts: list[torch.Tensor] = []
     prior = 0.0
-    with console.stage("samples", f"{number} synthetic samples of the teacher") as done:
+    with console.counted("samples", f"{number} synthetic samples of the teacher") as (tick, done):
         for progress, made in synthesize(
             teacher.module,
             number,
@@ -134,6 +134,7 @@ def inverted(teacher: Teacher, *, compute: Compute, seed: int) -> runs.Samples:
             seed=seed,
         ):
             parts.append(made.cpu())
+            tick(f"round {progress.round} of {progress.rounds}, prior loss {progress.prior_loss:.2g}")
             prior = progress.prior_loss
         done(f"{number} synthetic samples, prior loss {prior:.2g}")
     teacher.module.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]

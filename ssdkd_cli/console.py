@@ -92,6 +92,32 @@ def stage(name: str, doing: str) -> Iterator[Callable[..., None]]:
     finish(name, *outcome, started)
 
 
+@contextmanager
+def counted(name: str, doing: str) -> Iterator[tuple[Callable[[str], None], Callable[..., None]]]:
+    """A stage of many rounds: yields tick(text), which tells of a round, and the `done` of a stage."""
+    last, outcome, started = -PLAIN_LINE_SECONDS, (doing, True), time.perf_counter()
+    view = Live(waiting(name, doing), console=show, transient=True, refresh_per_second=FRAMES)
+
+    def tick(text: str) -> None:
+        nonlocal last
+        if show.is_terminal:
+            view.update(waiting(name, f"{doing}, {text}"))
+        elif time.perf_counter() - started - last >= PLAIN_LINE_SECONDS:
+            last = time.perf_counter() - started
+            note(f"{doing}, {text}")
+
+    def done(text: str, good: bool = True) -> None:
+        nonlocal outcome
+        outcome = (text, good)
+
+    if show.is_terminal:
+        with view:
+            yield tick, done
+    else:
+        yield tick, done
+    finish(name, *outcome, started)
+
+
 def waiting(name: str, doing: str) -> Spinner:
     """What a stage shows while it works."""
     return Spinner("dots", Text.assemble((f"{name:<{NAME_WIDTH}}", "bold"), (doing, QUIET)), style=ACCENT)
