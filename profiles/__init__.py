@@ -55,7 +55,8 @@ class DeviceProfile:
     """A device as the exporters need to know it; None is no limit.
 
     `precisions` are those that it can run, `precision` the one to take where none is asked for. `built_on_device`: the
-    plan is built there, from the ONNX file. `latency_budget_ms` is of one image. `sources` says for each dotted key
+    plan is built there, of the ONNX file. `latency_budget_ms` is of one image; on a `machine` of that kind, as Python's
+    platform.machine() calls it, it is a limit of what is measured. `sources` says for each dotted key
     (`batches.usual`) where its value comes from.
     """
 
@@ -69,6 +70,7 @@ class DeviceProfile:
     opset: int
     batches: Batches
     built_on_device: bool
+    machine: Text | None = None
     workspace_mb: Count | None = None
     latency_budget_ms: Annotated[float, Field(gt=0)] | None = None
     memory_budget_mb: Count | None = None

@@ -69,7 +69,7 @@ def compress(options: Options, *, command: str) -> Finished:
     """
     started = time.perf_counter()
     target = target_of(options)
-    limits = limits_of(options)
+    limits = limits_of(options, target)
     check_limits(limits, target, has_labels=options.eval_data is not None, has_gpu=torch.cuda.is_available())
     compute = choose_device(options.device)
     folder = options.out or runs.default_folder(options.teacher, options.student)
@@ -211,9 +211,11 @@ def target_of(options: Options) -> Target:
     )
 
 
-def limits_of(options: Options) -> Limits:
-    """What the files must keep to."""
-    return Limits(options.max_drop, options.max_latency_ms, options.max_size_mb, options.min_agreement)
+def limits_of(options: Options, target: Target) -> Limits:
+    """What the files must keep to: what was typed, and the latency budget of a profile that is of this machine."""
+    typed = options.max_latency_ms
+    latency_ms = typed if typed is not None else target.latency_budget_ms
+    return Limits(options.max_drop, latency_ms, options.max_size_mb, options.min_agreement)
 
 
 def build(

@@ -191,7 +191,8 @@ def export(
 
     precision = precision or ([] if profile or "trt" in export else ["fp32"])
     target = resolve_target(formats=export, precisions=precision, profile=profile, qat=qat, fallback=not no_fallback)
-    limits = Limits(max_drop, max_latency_ms, max_size_mb, min_agreement)
+    latency_ms = max_latency_ms if max_latency_ms is not None else target.latency_budget_ms
+    limits = Limits(max_drop, latency_ms, max_size_mb, min_agreement)
     check_limits(limits, target, has_labels=eval_data is not None, has_gpu=torch.cuda.is_available())
     compute = choose_device(device)
     folder = out or (source if source.is_dir() else Path("runs") / source.stem)

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -48,6 +49,13 @@ class Target:
     def timed_batch(self) -> int | None:
         """The batch of the throughput: that of a profile that was named; None: as large as suits the machine."""
         return self.profile.batches.usual if self.is_named else None
+
+    @property
+    def latency_budget_ms(self) -> float | None:
+        """The budget of a profile that was named, where this machine is of its kind; None: there is no such limit."""
+        profile = self.profile
+        is_here = profile.runtime == "onnxruntime" and profile.machine == platform.machine()
+        return profile.latency_budget_ms if self.is_named and is_here else None
 
     @property
     def scheme(self) -> Scheme:

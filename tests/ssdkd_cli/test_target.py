@@ -1,8 +1,11 @@
+import platform
+
 import pytest
 
 from engine.errors import SSDKDError
 from exporters.precision import Scheme
 from exporters.to_tensorrt import Flavour
+from profiles import load_profile
 from ssdkd_cli import target as target_module
 from ssdkd_cli.target import Target, resolve_target
 
@@ -51,6 +54,16 @@ def test_a_profile_sets_what_is_not_typed() -> None:
     assert not found.scheme.symmetric_activations
     assert "fp32" in found.tried
     assert target(profile="x86-vnni", precisions=["fp32"]).asked == ("fp32",)  # what is typed wins
+
+
+def test_a_budget_is_a_limit_on_a_machine_of_that_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    budget = target(profile="x86-vnni").latency_budget_ms
+    assert budget == load_profile("x86-vnni").latency_budget_ms
+    assert budget is not None
+    assert target(profile="arm64").latency_budget_ms is None
+    assert target(profile="jetson-orin").latency_budget_ms is None
+    assert target().latency_budget_ms is None
 
 
 def test_seven_bits_for_x86_without_vnni() -> None:
