@@ -36,6 +36,8 @@ INT8_HEAD = (
     *("network", "ranges from", "seeds", "float accuracy", "INT8 accuracy", "points lost", "agreement with float"),
     *("in integers", "file, of float's"),
 )
+CALIBRATIONS = ("our samples", "real images", "noise")
+INT8_SUMMARY_HEAD = ("network", "float32", *(f"INT8, {name}" for name in CALIBRATIONS), "agreement with float32, ours")
 INT8_SPEED_HEAD = (
     *("network", "parameters", "FP32, 1 image, ms", "INT8", "FP32, 32 images, ms", "INT8"),
     *("times faster, 1", "times faster, 32"),
@@ -118,6 +120,30 @@ def int8_table(results: Sequence[Result]) -> list[str]:
     return lines[:-1]
 
 
+def int8_summary(results: Sequence[Result]) -> list[str]:
+    """A row a network: its accuracy in float32, and in INT8 by what its ranges come from; `int8`."""
+    lines: list[str] = []
+    for result in results:
+        networks = dict.fromkeys(row["network"] for row in result["rows"])
+        table = []
+        for network in networks:
+            of = {name: [row for row in result["rows"] if (row["network"], row["calibration"]) == (network, name)]
+                  for name in CALIBRATIONS}  # fmt: skip
+            ours = of[CALIBRATIONS[0]]
+            scores = (spread(column(of[name], "accuracy"), " %", 2) for name in CALIBRATIONS)
+            table.append(
+                (
+                    network,
+                    spread(column(ours, "float_accuracy")[:1], " %", 2),
+                    *scores,
+                    spread(column(ours, "agreement"), " %", 1),
+                )
+            )
+        seeds = len({row["seed"] for row in result["rows"]})
+        lines += [*markdown(INT8_SUMMARY_HEAD, table), "", f"{provenance(result)} {seeds} seeds.", ""]
+    return lines[:-1]
+
+
 def int8_speed_table(results: Sequence[Result]) -> list[str]:
     """A row a network, how many times faster INT8 is; the kind `int8_speed`."""
     lines: list[str] = []
@@ -137,6 +163,7 @@ def int8_speed_table(results: Sequence[Result]) -> list[str]:
 
 PAGES = (
     Page("README.md", "results", ("demo", "cifar"), results_table),
+    Page("README.md", "int8", ("int8",), int8_summary),
     Page("docs/method.md", "ablation", ("ablation",), ablation_table),
     Page("docs/quantization.md", "int8", ("int8",), int8_table),
     Page("docs/quantization.md", "int8-speed", ("int8_speed",), int8_speed_table),

@@ -55,13 +55,56 @@ ABLATION = {
 }
 
 
+def quantized(seed: int, calibration: str, accuracy: float) -> dict[str, object]:
+    return {
+        "network": "some net",
+        "seed": seed,
+        "calibration": calibration,
+        "float_accuracy": 90.0,
+        "accuracy": accuracy,
+        "drop": 90.0 - accuracy,
+        "agreement": 99.0 + seed / 2,
+        "integer_share": 100.0,
+        "size_ratio": 0.285,
+    }
+
+
+INT8 = {
+    "kind": "int8",
+    "command": "python -m benchmarks.int8",
+    **ABOUT,
+    "rows": [
+        *(quantized(seed, "our samples", 89.5 + 0.2 * seed) for seed in (0, 1)),
+        *(quantized(seed, "real images", 89.8) for seed in (0, 1)),
+        *(quantized(seed, "noise", 85.0) for seed in (0, 1)),
+    ],
+}
+INT8_SPEED = {
+    "kind": "int8_speed",
+    "command": "python -m benchmarks.int8_speed",
+    **ABOUT,
+    "rows": [
+        {
+            **{"network": "resnet8", "parameters": 75290, "runtime": "onnxruntime 1"},
+            **{"fp32_ms_1": 0.2, "int8_ms_1": 0.1, "fp32_ms_32": 3.0, "int8_ms_32": 4.0},
+            **{"times_faster_1": 2.0, "times_faster_32": 0.75},
+        }
+    ],
+}
+
+
 def project(root: Path, *results: dict[str, object]) -> Path:
     """A project with two pages and these results, the file names in reverse order."""
     (root / "benchmarks" / "results").mkdir(parents=True)
     (root / "docs").mkdir()
     for index, result in enumerate(results):
         (root / "benchmarks" / "results" / f"{9 - index}.json").write_text(json.dumps(result))
-    (root / "README.md").write_text("before\n<!-- results -->\nan old table\n<!-- /results -->\nafter\n")
+    (root / "README.md").write_text(
+        "before\n<!-- results -->\nan old table\n<!-- /results -->\nafter\n<!-- int8 --><!-- /int8 -->\n"
+    )
+    (root / "docs" / "quantization.md").write_text(
+        "<!-- int8 --><!-- /int8 -->\n<!-- int8-speed --><!-- /int8-speed -->\n"
+    )
     (root / "docs" / "method.md").write_text("<!-- ablation --><!-- /ablation -->\nafter\n")
     return root
 
@@ -80,7 +123,7 @@ def test_results_are_means_and_deviations_over_the_seeds(tmp_path: Path) -> None
         "- `ssdkd demo --seed N`: 2030-01-02, commit `abc1234`; cpu Some CPU, cores 2; python 3.11, torch 2.0." in text
     )
     assert text.startswith("before\n<!-- results -->\n\n| command")
-    assert text.endswith("\n\n<!-- /results -->\nafter\n")
+    assert "\n\n<!-- /results -->\nafter\n" in text
     assert "an old table" not in text
 
 
@@ -99,9 +142,26 @@ def test_variants_are_compared_with_the_full_method(tmp_path: Path) -> None:
     ]
 
 
+def test_int8_is_shown_by_what_its_ranges_come_from(tmp_path: Path) -> None:
+    tables.write_tables(project(tmp_path, INT8))
+    row = "| some net | 90.00 % | 89.60 ± 0.14 % | 89.80 % | 85.00 % | 99.2 ± 0.4 % |"
+    assert row in (tmp_path / "README.md").read_text().splitlines()
+    rows = [line for line in (tmp_path / "docs" / "quantization.md").read_text().splitlines() if line.startswith("|")]
+    assert rows[2] == (
+        "| some net | our samples | 2 | 90.00 % | 89.60 ± 0.14 % | 0.40 ± 0.14 | 99.25 ± 0.35 % | 100 % | 0.285 |"
+    )
+    assert len(rows) == 2 + 3
+
+
+def test_int8_that_is_slower_is_shown_as_such(tmp_path: Path) -> None:
+    tables.write_tables(project(tmp_path, INT8_SPEED))
+    text = (tmp_path / "docs" / "quantization.md").read_text()
+    assert "| resnet8 | 75,290 | 0.200 | 0.100 | 3.000 | 4.000 | 2.00 | 0.75 |" in text
+
+
 def test_writing_again_changes_nothing(tmp_path: Path) -> None:
-    tables.write_tables(project(tmp_path, DEMO, ABLATION))
-    pages = [tmp_path / "README.md", tmp_path / "docs" / "method.md"]
+    tables.write_tables(project(tmp_path, DEMO, ABLATION, INT8, INT8_SPEED))
+    pages = [tmp_path / "README.md", *(tmp_path / "docs").iterdir()]
     once = [page.read_text() for page in pages]
     tables.write_tables(tmp_path)
     assert [page.read_text() for page in pages] == once
@@ -109,7 +169,9 @@ def test_writing_again_changes_nothing(tmp_path: Path) -> None:
 
 def test_without_results_there_is_no_table(tmp_path: Path) -> None:
     tables.write_tables(project(tmp_path))
-    assert (tmp_path / "README.md").read_text() == "before\n<!-- results -->\n<!-- /results -->\nafter\n"
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("before\n<!-- results -->\n<!-- /results -->\nafter\n")
+    assert "|" not in text
 
 
 def test_a_page_without_markers_is_named(tmp_path: Path) -> None:
@@ -120,7 +182,7 @@ def test_a_page_without_markers_is_named(tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text() == "no markers"
 
 
-@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.path)
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: f"{page.path}-{page.marker}")
 def test_the_committed_pages_show_the_committed_results(page: tables.Page) -> None:
     text = (tables.ROOT / page.path).read_text(encoding="utf-8")
     results = list(tables.read_results(tables.ROOT / "benchmarks" / "results"))
