@@ -26,7 +26,7 @@ from exporters.evaluate import LabelledImages, load_labelled
 from exporters.precision import Scheme, integer_share, to_int8
 from exporters.runtimes import inference_batch, open_runtime, to_input
 from profiles import load_profile
-from ssdkd_cli import again, runs
+from ssdkd_cli import material, runs
 from ssdkd_cli.precisions import CALIBRATION_IMAGES, Subject, float_graph
 
 REAL_IMAGES = 1000
@@ -37,9 +37,9 @@ Inputs = NDArray[np.float32]  # [N, C, H, W], normalised
 def subject_of(source: Path, seed: int) -> Subject:
     """The network of a run or teacher; of a teacher with samples of this seed."""
     if source.is_dir():
-        return again.from_run(source, trust_pickle=False, embed_preprocessing=False).subject
+        return material.from_run(source, trust_pickle=False, embed_preprocessing=False).subject
     teacher = load_teacher(source)
-    samples = again.inverted(teacher, compute=choose_device("auto"), seed=seed)
+    samples = material.inverted(teacher, compute=choose_device("auto"), seed=seed)
     return Subject(teacher.module, runs.teacher_card(teacher.spec, runs.SAME), samples, False)
 
 

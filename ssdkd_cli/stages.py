@@ -184,7 +184,7 @@ def export(
 
     from engine.device import choose_device
     from engine.errors import SSDKDError
-    from ssdkd_cli import again
+    from ssdkd_cli import again, material
     from ssdkd_cli.gates import Limits, check_limits, gate_line
     from ssdkd_cli.labels import read_classes
     from ssdkd_cli.target import resolve_target
@@ -205,10 +205,10 @@ def export(
             raise SSDKDError(
                 f"{' '.join(given)} describe a teacher's file; {source} is a run, which knows its own", "leave them out"
             )
-        material = again.from_run(source, trust_pickle=trust_pickle, embed_preprocessing=embed_preprocessing)
+        taken = material.from_run(source, trust_pickle=trust_pickle, embed_preprocessing=embed_preprocessing)
     else:
         number, names = read_classes(classes)
-        material = again.from_teacher(
+        taken = material.from_teacher(
             source,
             needs_samples="int8" in target.precisions,
             seed=seed,
@@ -223,7 +223,7 @@ def export(
             trust_pickle=trust_pickle,
         )
     exported = again.export(
-        material,
+        taken,
         target,
         folder,
         limits=limits,

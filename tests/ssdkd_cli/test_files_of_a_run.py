@@ -119,10 +119,10 @@ def test_integers_of_a_teacher_are_calibrated_on_samples_of_it(
     ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from engine import sampling
-    from ssdkd_cli import again
+    from ssdkd_cli import material
 
     monkeypatch.setattr(sampling, "LEARNING_ROUNDS", 1)
-    monkeypatch.setattr(again, "SYNTHETIC_SAMPLES", 64)
+    monkeypatch.setattr(material, "SYNTHETIC_SAMPLES", 64)
     ran = ssdkd("export", shared / "teacher.pt", *NORMALISED, "--precision", "int8", "--out", tmp_path, "--json")
     assert ran.code in (0, 3), ran.err
     assert [item["precision"] for item in ran.json] == ["fp32", "int8"]

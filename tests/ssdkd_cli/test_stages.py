@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ssdkd_cli import artifacts
-from ssdkd_cli.again import smooth_noise
+from ssdkd_cli.material import smooth_noise
 
 NORMALISED = ("--mean", "0.5", "--std", "0.5")
 

@@ -1,0 +1,128 @@
+"""What an export is made of: the student of a run, or a teacher as it is with synthetic samples of it."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engine.config import settings_for
+from engine.device import Compute
+from engine.sampling import synthesize
+from engine.task import Classification
+from engine.teacher import Teacher, batchnorm_layers, load_teacher
+from exporters.runtimes import inference_batch, predictor, to_input
+from ssdkd_cli import console, runs
+from ssdkd_cli.precisions import Subject
+
+NOISE_SAMPLES = 64
+ON_NOISE = "proven on smooth random images: a teacher that was not distilled has no synthetic samples"
+SYNTHETIC_SAMPLES = 512  # of a teacher that is exported as it is, to calibrate on, and as many to prove on
+SYNTHETIC_PIXELS = 128 * 224 * 224  # of them together: fewer where they are large
+
+
+@dataclass(frozen=True)
+class Material:
+    """What an export is made of. `folder`: where the files go unless --out says.
+
+    `run`: the folder of the run that the network was taken from, None for a teacher.
+    """
+
+    subject: Subject
+    folder: Path
+    run: Path | None
+    notes: tuple[str, ...]
+
+
+def from_run(folder: Path, *, trust_pickle: bool, embed_preprocessing: bool) -> Material:
+    """The student of a run. Raises SSDKDError where it cannot be built again."""
+    with console.stage("student", f"reading {folder}") as done:
+        run = runs.open_run(folder, trust_pickle=trust_pickle)
+        done(run.card.student)
+    return Material(Subject(run.module, run.card, runs.read_samples(folder), embed_preprocessing), folder, folder, ())
+
+
+def from_teacher(
+    path: Path, *, needs_samples: bool, seed: int, compute: Compute, embed_preprocessing: bool, **stated: Any
+) -> Material:
+    """A teacher's network as it is; `stated` are the arguments of engine.teacher.load_teacher.
+
+    `needs_samples`: ranges are to be taken, so synthetic samples are made of it; else noise is enough for the proof.
+    """
+    with console.stage("teacher", f"reading {path}") as done:
+        teacher = load_teacher(path, **stated)
+        done(teacher.spec.arch)
+    for sentence in teacher.spec.warnings:
+        console.warn(sentence)
+    card = runs.teacher_card(teacher.spec, runs.SAME)
+    if needs_samples:
+        samples = inverted(teacher, compute=compute, seed=seed)
+    else:
+        noise = smooth_noise(NOISE_SAMPLES, card.input_shape)
+        logits = logits_of(teacher, noise)
+        samples = runs.Samples(noise, logits, noise, logits)
+    subject = Subject(teacher.module, card, samples, embed_preprocessing)
+    return Material(subject, Path("runs") / path.stem, None, () if needs_samples else (ON_NOISE,))
+
+
+def inverted(teacher: Teacher, *, compute: Compute, seed: int) -> runs.Samples:
+    """Synthetic samples of a teacher that is not distilled, half of them to calibrate on and half to prove on."""
+    spec = teacher.spec
+    settings = settings_for("full", image_shape=spec.input_shape)
+    number = 2 * min(
+        SYNTHETIC_SAMPLES, max(settings.inversion_batch, SYNTHETIC_PIXELS // math.prod(spec.input_shape[1:]))
+    )
+    parts: list[torch.Tensor] = []
+    prior = 0.0
+    with console.counted("samples", f"{number} synthetic samples of the teacher") as (tick, done):
+        for progress, made in synthesize(
+            teacher.module,
+            number,
+            task=Classification(spec.classes),
+            image_shape=spec.input_shape,
+            mean=spec.preprocessing.mean,
+            std=spec.preprocessing.std,
+            batchnorm_layers=batchnorm_layers(teacher.module),
+            settings=settings,
+            compute=compute,
+            seed=seed,
+        ):
+            parts.append(made.cpu())
+            tick(f"round {progress.round} of {progress.rounds}, prior loss {progress.prior_loss:.2g}")
+            prior = progress.prior_loss
+        done(f"{number} synthetic samples, prior loss {prior:.2g}")
+    teacher.module.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    images: NDArray[np.uint8] = torch.cat(parts).numpy()[:number]
+    logits = logits_of(teacher, images)
+    half = number // 2
+    return runs.Samples(images[half:], logits[half:], images[:half], logits[:half])
+
+
+def logits_of(teacher: Teacher, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """What the teacher says of images uint8 [N, H, W, C]: float32 [N, classes]."""
+    run, preprocessing = predictor(teacher.module), teacher.spec.preprocessing
+    batch = inference_batch(teacher.spec.input_shape)
+    parts = [images[first : first + batch] for first in range(0, len(images), batch)]
+    return np.concatenate([run(to_input(part, preprocessing.mean, preprocessing.std)) for part in parts])
+
+
+def smooth_noise(number: int, input_shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """Random images with structure at every scale, uint8 [number, H, W, C]; always the same ones."""
+    rng = np.random.default_rng(0)
+    return np.stack([_smooth_image(rng, input_shape) for _ in range(number)])
+
+
+def _smooth_image(rng: np.random.Generator, input_shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    channels, height, width = input_shape
+    total = np.zeros((height, width, channels))
+    cells = 1
+    while cells <= min(height, width):
+        coarse = rng.standard_normal((cells, cells, channels))
+        rows, columns = (np.arange(side) * cells // side for side in (height, width))
+        total += coarse[rows[:, None], columns[None, :]]
+        cells *= 2
+    total -= total.min()
+    return np.asarray(255 * total / total.max(), dtype=np.uint8)
