@@ -14,6 +14,7 @@ from exporters.files import write_atomically
 from exporters.tensorrt_types import NOT_FOUND
 
 SCHEMA_VERSION = 1
+FLAVOURS = ("tensorrt", "tensorrt_rtx")
 BINDINGS = 2  # an input and an output
 LEAST_SHARE = 0.5  # of the weights compute in the precision that was asked for; layers may stay above it on purpose
 LOWER = {"fp32": ("fp16", "bf16", "fp8", "int8"), "fp16": ("fp8", "int8"), "int8": ()}  # than what was asked for
@@ -89,6 +90,8 @@ def read_sidecar(plan_path: Path) -> Sidecar:
                 f"{path}: expected schema_version {SCHEMA_VERSION}, found {values['schema_version']}",
                 "it was written by another version of ssdkd: build the plan again with this one",
             )
+        if values["flavour"] not in FLAVOURS:  # it names the module that is imported to open the plan
+            raise ValueError(f"flavour {values['flavour']!r}, expected {' or '.join(FLAVOURS)}")
         bindings = {name: _binding(values[name]) for name in ("input", "output")}
         return Sidecar(**(values | bindings | {"warnings": tuple(values["warnings"])}))
     except OSError as error:

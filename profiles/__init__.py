@@ -17,7 +17,8 @@ GENERIC: Final = "generic"  # the profile of no device: what runs anywhere
 
 Precision = Literal["fp32", "fp16", "int8"]
 Text = Annotated[str, Field(pattern=r"\S")]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Images = Annotated[int, Field(ge=1, le=4096)]
 
 _FOLDER = Path(__file__).parent
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -45,9 +46,9 @@ class Quantization:
 class Batches:
     """Images at once: TensorRT's optimization profile. `usual` is also the batch of the throughput benchmark."""
 
-    smallest: Count
-    usual: Count
-    largest: Count
+    smallest: Images
+    usual: Images
+    largest: Images
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -15,11 +15,11 @@ from torch import nn
 from engine.device import Compute
 from engine.errors import SSDKDError
 from exporters import FORMATS
-from exporters.evaluate import LabelledImages, accuracy
+from exporters.evaluate import LabelledImages, accuracy, predicted_classes
 from exporters.files import write_atomically
 from exporters.metadata import describe, preprocessing_of
 from exporters.precision import to_fp16, to_int8
-from exporters.runtimes import Runtime, open_runtime
+from exporters.runtimes import Runtime, open_runtime, predictor
 from exporters.tensorrt_sidecar import Sidecar, check_precision, check_sidecar, precision_notes, sidecar_path
 from exporters.to_onnx import to_onnx
 from exporters.to_tensorrt import build_plan, check_builder
@@ -152,7 +152,10 @@ def _write_and_prove(graph: Graph, subject: Subject, folder: Path, *, is_asked: 
             done(f"{path}, {size(unproven.stat().st_size)}")
         samples = subject.samples.held_out[: None if graph.precision == "int8" else PROOF_SAMPLES]
         with console.stage("proof", f"running {path.name} on {len(samples)} held-out synthetic samples") as done:
-            found = verify(subject.module, unproven, samples, mean=card.mean, std=card.std, precision=graph.precision)
+            source = graph.module or subject.module  # corrected and trained networks have logits of their own
+            found = verify(source, unproven, samples, mean=card.mean, std=card.std, precision=graph.precision)
+            if graph.module and found.verified:
+                found = replace(found, agreement=agreement_with_float(unproven, subject))
             allowed = most_lost(len(subject.samples.held_out))
             if found.verified and graph.precision == "int8" and graph.lost > allowed:
                 loss = (
@@ -168,6 +171,14 @@ def _write_and_prove(graph: Graph, subject: Subject, folder: Path, *, is_asked: 
     if not found.verified:
         console.warn(f"the file is not proven to compute what the student computes: it was set aside as {path.name}")
     return Proven(path, "onnx", "onnxruntime", graph, found)
+
+
+def agreement_with_float(path: Path, subject: Subject) -> float:
+    """Percent of the held-out samples on which a file predicts the class that the network itself predicts."""
+    images, card = subject.samples.held_out, subject.card
+    of_file = predicted_classes(open_runtime(path).run, images, mean=subject.fed[0], std=subject.fed[1])
+    of_network = predicted_classes(predictor(subject.module), images, mean=card.mean, std=card.std)
+    return 100 * float((of_file == of_network).mean())
 
 
 @contextlib.contextmanager
@@ -233,7 +244,8 @@ def _verify_plan(plan: Path, proof: Proven, sidecar: Sidecar, subject: Subject) 
         return Verification(None, f"{NOT_RUN}: {error.message}; {proof.path.name}, its source, is verified", None, None)
     precision, card = proof.graph.precision, subject.card
     samples = subject.samples.held_out[: None if precision == "int8" else PROOF_SAMPLES]
-    return verify(subject.module, plan, samples, mean=card.mean, std=card.std, precision=precision)
+    source = proof.graph.module or subject.module
+    return verify(source, plan, samples, mean=card.mean, std=card.std, precision=precision)
 
 
 def score_file(runtime: Runtime, labelled: LabelledImages) -> float:

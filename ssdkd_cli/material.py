@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from engine.config import settings_for
 from engine.device import Compute
+from engine.errors import SSDKDError
 from engine.sampling import synthesize
 from engine.task import Classification
 from engine.teacher import Teacher, batchnorm_layers, load_teacher
@@ -42,7 +43,19 @@ def from_run(folder: Path, *, trust_pickle: bool, embed_preprocessing: bool) -> 
     with console.stage("student", f"reading {folder}") as done:
         run = runs.open_run(folder, trust_pickle=trust_pickle)
         done(run.card.student)
-    return Material(Subject(run.module, run.card, runs.read_samples(folder), embed_preprocessing), folder, folder, ())
+    samples = runs.read_samples(folder)
+    channels, height, width = run.card.input_shape
+    for images, logits in (
+        (samples.held_out, samples.held_out_logits),
+        (samples.calibration, samples.calibration_logits),
+    ):
+        if images.shape[1:] != (height, width, channels) or logits.shape[1] != run.card.classes:
+            raise SSDKDError(
+                f"{folder / runs.SAMPLES} is of another network: expected images [N, {height}, {width}, {channels}] "
+                f"and {run.card.classes} logits, found {list(images.shape)} and {logits.shape[1]}",
+                "copy the whole folder of the run, or run `ssdkd compress` again",
+            )
+    return Material(Subject(run.module, run.card, samples, embed_preprocessing), folder, folder, ())
 
 
 def from_teacher(

@@ -90,6 +90,13 @@ def parse_classes(text: str) -> int | Path:
     return int(text)
 
 
+def finite(value: float | None) -> float | None:
+    """The number itself. Raises typer.BadParameter for infinity, which is no limit."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"expected a finite number; found {value}")
+    return value
+
+
 def without_repeats(names: list[str]) -> list[str]:
     """Each name once, in the order in which they were first given."""
     return list(dict.fromkeys(names))
@@ -177,18 +184,24 @@ EVAL_DATA = typer.Option(
 )
 MAX_DROP = typer.Option(
     min=0.0,
+    callback=finite,
     metavar="POINTS",
     help="Exit code 3 where a file's accuracy is further below the teacher's; needs --eval-data.",
     rich_help_panel="Limits",
 )
 MAX_LATENCY = typer.Option(
     min=0.0,
+    callback=finite,
     metavar="MS",
     help="Exit code 3 where a file takes longer for one image, in the median.",
     rich_help_panel="Limits",
 )
 MAX_SIZE = typer.Option(
-    min=0.0, metavar="MB", help="Exit code 3 where a file is larger (10^6 bytes).", rich_help_panel="Limits"
+    min=0.0,
+    callback=finite,
+    metavar="MB",
+    help="Exit code 3 where a file is larger (10^6 bytes).",
+    rich_help_panel="Limits",
 )
 MIN_AGREEMENT = typer.Option(
     min=0.0,

@@ -73,6 +73,7 @@ class Graph:
     lost: float = 0.0
     float_layers: tuple[str, ...] = ()  # of an INT8 graph
     notes: tuple[str, ...] = ()
+    module: nn.Module | None = None  # what it was made of, where that is no longer the network itself
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ def integer_graph(subject: Subject, exported: onnx.ModelProto, integers: Integer
     allowed = most_lost(len(subject.samples.held_out))
     module, graph = subject.module, judged(subject, exported, integers, "calibrated on synthetic samples")
     if not quantized_layers(module):
-        return replace(graph, notes=(*graph.notes, *UNTRAINABLE)) if graph.lost > allowed else graph
+        is_wanted = graph.lost > allowed or integers.qat == "on"
+        return replace(graph, notes=(*graph.notes, *UNTRAINABLE)) if is_wanted else graph
     if graph.lost > allowed:
         changed = corrected(subject, module, integers)
         module, graph = better(subject, module, graph, changed, integers, "biases corrected")
@@ -186,7 +188,7 @@ def better(
     """The changed module and its graph where that loses less, or is to be kept anyway; the notes tell of both cases."""
     other = judged(subject, float_graph(subject, changed), integers, done)
     if other.lost < graph.lost or keep:
-        return changed, replace(other, notes=(*graph.notes, *other.notes))
+        return changed, replace(other, notes=(*graph.notes, *other.notes), module=changed)
     return module, replace(graph, notes=(*graph.notes, f"{other.notes[0]}, no gain: it was left out"))
 
 
@@ -239,7 +241,7 @@ def with_float_layers(subject: Subject, module: nn.Module, graph: Graph, integer
         if other.integer_share < LEAST_INTEGER_SHARE:
             break
         if other.lost <= most_lost(len(subject.samples.held_out)):
-            return replace(other, notes=(*graph.notes, *other.notes))
+            return replace(other, notes=(*graph.notes, *other.notes), module=graph.module)
         number *= 2
     return replace(graph, notes=(*graph.notes, "leaving the worst layers in float32 did not bring it back"))
 

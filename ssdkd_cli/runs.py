@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -330,8 +331,8 @@ def read_samples(folder: Path) -> Samples:
             if not np.isfinite(logits).all():
                 raise ValueError("the teacher's logits hold NaN or infinity")
         return samples
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise SSDKDError(
-            f"{folder / SAMPLES} cannot be read: {error}",
+            f"{folder / SAMPLES} cannot be read: {error or 'it is empty'}",
             "an export is proven on these samples: run `ssdkd compress` again",
         ) from None

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib.util
+import json
 import platform
 import subprocess
 import sys
@@ -20,7 +21,15 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from engine.errors import SSDKDError
 from engine.students import build_network
-from exporters.tensorrt_sidecar import Sidecar, check_precision, check_sidecar, precision_notes, read_sidecar
+from exporters.tensorrt_sidecar import (
+    SCHEMA_VERSION,
+    Sidecar,
+    check_precision,
+    check_sidecar,
+    precision_notes,
+    read_sidecar,
+    sidecar_path,
+)
 from exporters.to_onnx import write_onnx
 from exporters.to_tensorrt import Flavour, build_plan, check_builder, find_flavour
 
@@ -416,3 +425,11 @@ def test_library_is_imported_only_when_it_is_used() -> None:
         "sys.exit(bool({'tensorrt', 'tensorrt_rtx', 'torch', 'onnxruntime'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_sidecar_names_no_module_to_import(tmp_path: Path) -> None:
+    plan = tmp_path / "model.engine"
+    plan.write_bytes(b"plan")
+    sidecar_path(plan).write_text(json.dumps({"schema_version": SCHEMA_VERSION, "flavour": "antigravity"}))
+    with pytest.raises(SSDKDError, match="flavour 'antigravity', expected tensorrt or tensorrt_rtx"):
+        read_sidecar(plan)

@@ -178,6 +178,7 @@ ROWS: list[tuple[str, Callable[[Path], None], tuple[str, ...], int, str, str]] =
     ("--qat of another kind", nothing, (*COMPRESS, "--qat", "maybe"), 2, "auto, on, off", ""),
     ("--qat for no integers", nothing, (*COMPRESS, "--precision", "fp16", "--qat", "on"), 1, "--qat on", "int8"),
     ("--max-drop and no labels", nothing, (*COMPRESS, "--max-drop", "1"), 1, "no labelled images", "--eval-data"),
+    ("an infinite limit", nothing, (*COMPRESS, "--max-size-mb", "inf"), 2, "finite number", ""),
     ("--max-drop below 0", nothing, (*COMPRESS, "--max-drop", "-1"), 2, "--max-drop", ""),
     ("--min-agreement above 100", nothing, (*COMPRESS, "--min-agreement", "101"), 2, "--min-agreement", ""),
     ("a latency that nobody can measure", nothing,

@@ -255,3 +255,32 @@ def test_plans_of_a_file_that_is_replaced_go_with_it(ssdkd: Any, compressed: Pat
         (folder / name).write_text("of the file that was")
     assert ssdkd("export", folder, "--overwrite").code == 0
     assert names_in(folder) == {"model.onnx"}
+
+
+def test_samples_of_another_network_are_named(ssdkd: Any, compressed: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(compressed, tmp_path / "run"))
+    arrays = dict(np.load(folder / "samples.npz"))
+    np.savez(
+        folder / "samples.npz", **{**arrays, "held_out_logits": np.zeros((len(arrays["held_out"]), 12), np.float32)}
+    )
+    ran = ssdkd("export", folder, "--precision", "fp16")
+    assert ran.code == 1
+    assert "samples.npz is of another network" in ran.err
+
+
+def test_a_trained_network_is_proven_against_itself(
+    ssdkd: Any, compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine import quantization
+    from ssdkd_cli import precisions
+
+    monkeypatch.setattr(quantization, "RATE", 0.05)  # it moves far from where it began
+    monkeypatch.setattr(precisions, "STEPS", 20)
+    proven: list[Any] = []
+    verify = artifacts.verify
+    monkeypatch.setattr(
+        artifacts, "verify", lambda module, *rest, **more: proven.append(module) or verify(module, *rest, **more)
+    )
+    ssdkd("export", compressed, "--precision", "int8", "--qat", "on", "--out", tmp_path / "out")
+    of_float, of_int8 = (next(module.parameters()) for module in proven)
+    assert (of_float - of_int8).abs().max() > 0.01

@@ -278,6 +278,10 @@ def test_samples_that_cannot_be_used(tmp_path: Path, changed: dict[str, object],
 
 
 def test_a_damaged_file_of_samples(tmp_path: Path) -> None:
-    (tmp_path / runs.SAMPLES).write_bytes(b"broken")
+    for content in (b"broken", b""):
+        (tmp_path / runs.SAMPLES).write_bytes(content)
+        with pytest.raises(SSDKDError, match=r"samples\.npz cannot be read"):
+            runs.read_samples(tmp_path)
+    np.savez(tmp_path / runs.SAMPLES, **{**vars(some_samples()), "held_out_logits": np.array([["a"], ["b"]])})
     with pytest.raises(SSDKDError, match=r"samples\.npz cannot be read"):
         runs.read_samples(tmp_path)
