@@ -68,6 +68,8 @@ def check_place(source: Path, target: Target, folder: Path, *, overwrite: bool, 
             f"{folder} holds another run ({', '.join(found)}): expected the run that is exported, or no run",
             "choose another folder with --out DIR",
         )
+    if is_own_run and (folder / runs.REPORT).exists():
+        read_report(folder)  # it is to be brought up to date
     for path in (folder / name for name in file_names(target)):
         if path.resolve() == source.resolve():
             raise SSDKDError(

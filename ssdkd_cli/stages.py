@@ -196,15 +196,15 @@ def export(
     check_limits(limits, target, has_labels=eval_data is not None, has_gpu=torch.cuda.is_available())
     compute = choose_device(device)
     folder = out or (source if source.is_dir() else Path("runs") / source.stem)
+    stated = {"--arch": arch, "--input": input, "--mean": mean, "--std": std, "--classes": classes}
+    given = [name for name, value in stated.items() if value is not None]
+    if given and source.is_dir():
+        raise SSDKDError(
+            f"{' '.join(given)} describe a teacher's file; {source} is a run, which knows its own", "leave them out"
+        )
     target = again.beside_what_is_there(target, source, folder, overwrite=overwrite)
     again.check_place(source, target, folder, overwrite=overwrite, eval_data=eval_data)
     if source.is_dir():
-        stated = {"--arch": arch, "--input": input, "--mean": mean, "--std": std, "--classes": classes}
-        given = [name for name, value in stated.items() if value is not None]
-        if given:
-            raise SSDKDError(
-                f"{' '.join(given)} describe a teacher's file; {source} is a run, which knows its own", "leave them out"
-            )
         taken = material.from_run(source, trust_pickle=trust_pickle, embed_preprocessing=embed_preprocessing)
     else:
         number, names = read_classes(classes)
