@@ -90,7 +90,7 @@ def test_files_that_are_not_there(plan: Path) -> None:
         ("", "is no sidecar of a plan: JSONDecodeError"),
         ("[1, 2]", "is no sidecar of a plan: TypeError"),
         ("{}", "is no sidecar of a plan: KeyError: 'schema_version'"),
-        ('{"schema_version": 1}', "is no sidecar of a plan: KeyError: 'input'"),
+        ('{"schema_version": 1}', "is no sidecar of a plan: KeyError: 'flavour'"),
         ('{"schema_version": 2}', "expected schema_version 1, found 2"),
         ("\xff", "is no sidecar of a plan"),
     ],
