@@ -13,14 +13,10 @@ out: torchao, nvidia-modelopt with requests, tensorrt-rtx-cu13.
 import argparse
 import importlib
 import importlib.util
-import io
 import json
-import logging
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -40,6 +36,7 @@ from engine.students import build_network
 from engine.teacher import load_teacher
 from exporters.bench import bench_together
 from exporters.evaluate import LabelledImages, load_labelled
+from exporters.quiet import quiet
 from exporters.runtimes import Shape, available_threads, open_runtime, to_input
 from exporters.to_onnx import INPUT_NAME, OPSET, OUTPUT_NAME, write_onnx
 from ssdkd_cli.compress import ASSETS, DEMO_TEACHER
@@ -352,17 +349,6 @@ def _run(module: Callable[[torch.Tensor], torch.Tensor], inputs: Inputs) -> None
     with torch.no_grad():
         for start in range(0, len(inputs), BATCH):
             module(torch.from_numpy(inputs[start : start + BATCH]))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def collect(teacher: Path, training_images: Path, test_images: Path, folder: Path) -> list[Network]:

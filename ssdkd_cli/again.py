@@ -42,7 +42,7 @@ class Score:
 
 @dataclass(frozen=True)
 class FileTiming:
-    """Latency of one image and throughput at `batch` of one file; see `artifacts.Timing`."""
+    """Latency of one image and throughput at `batch` of one file; see `timing.Timing`."""
 
     path: str
     latency_ms: Percentiles
@@ -52,16 +52,20 @@ class FileTiming:
     runtime: str
 
 
+def _is_own_run(source: Path, folder: Path) -> bool:
+    """Whether what is exported is the run in `folder` itself."""
+    return source.is_dir() and folder.resolve() == source.resolve()
+
+
 def beside_what_is_there(target: Target, source: Path, folder: Path, *, overwrite: bool) -> Target:
     """A run that has its float32 file keeps it where another precision is added: it need not be written again."""
-    is_own_run = source.is_dir() and folder.resolve() == source.resolve()
-    has_float32 = is_own_run and (folder / file_name("fp32", ".onnx")).exists() and not overwrite
+    has_float32 = _is_own_run(source, folder) and (folder / file_name("fp32", ".onnx")).exists() and not overwrite
     return dataclasses.replace(target, with_float32=not has_float32 or not target.asked)
 
 
 def check_place(source: Path, target: Target, folder: Path, *, overwrite: bool, eval_data: Path | None) -> None:
     """Raises SSDKDError for what would stop an export at its end: files that are there, another run, a disk."""
-    is_own_run = source.is_dir() and folder.resolve() == source.resolve()
+    is_own_run = _is_own_run(source, folder)
     found = [name for name in (runs.STUDENT, runs.REPORT, runs.METRICS) if (folder / name).exists()]
     if found and not is_own_run:
         raise SSDKDError(
@@ -112,8 +116,8 @@ def export(
     artifacts = tuple(
         artifact(proof, subject, timings, labelled, profile=profile, notes=material.notes) for proof in proofs
     )
-    own_report = material.run is not None and folder.resolve() == material.run.resolve()
-    report = read_report(folder) if own_report and (folder / runs.REPORT).exists() else None
+    is_own_run = material.run is not None and _is_own_run(material.run, folder)
+    report = read_report(folder) if is_own_run and (folder / runs.REPORT).exists() else None
     if report:
         artifacts = tuple(_still_known(item, report) for item in artifacts)
     _, gates = decide(limits, artifacts, target, teacher_accuracy)

@@ -15,17 +15,27 @@ from torch import nn
 from engine.device import Compute
 from engine.errors import SSDKDError
 from exporters import FORMATS
-from exporters.evaluate import LabelledImages, accuracy, predicted_classes
+from exporters.evaluate import LabelledImages, accuracy
 from exporters.files import write_atomically
 from exporters.metadata import describe, preprocessing_of
 from exporters.precision import to_fp16, to_int8
-from exporters.runtimes import Runtime, open_runtime, predictor
+from exporters.runtimes import Runtime, open_runtime
 from exporters.tensorrt_sidecar import Sidecar, check_precision, check_sidecar, precision_notes, sidecar_path
 from exporters.to_onnx import to_onnx
 from exporters.to_tensorrt import build_plan, check_builder
 from exporters.verify import Verification, reject, verify
 from ssdkd_cli import console, runs
-from ssdkd_cli.precisions import Graph, Integers, Subject, agreement, float_graph, half_graph, integer_graph, most_lost
+from ssdkd_cli.precisions import (
+    Graph,
+    Integers,
+    Subject,
+    agreement,
+    float_graph,
+    half_graph,
+    integer_graph,
+    most_lost,
+    predictions,
+)
 from ssdkd_cli.report import Artifact
 from ssdkd_cli.target import Target
 from ssdkd_cli.timing import Timing
@@ -155,7 +165,8 @@ def _write_and_prove(graph: Graph, subject: Subject, folder: Path, *, is_asked: 
             source = graph.module or subject.module  # corrected and trained networks have logits of their own
             found = verify(source, unproven, samples, mean=card.mean, std=card.std, precision=graph.precision)
             if graph.module and found.verified:
-                found = replace(found, agreement=agreement_with_float(unproven, subject))
+                of_file = predictions(subject, open_runtime(unproven).run)
+                found = replace(found, agreement=100 * float((of_file == subject.predicted).mean()))
             allowed = most_lost(len(subject.samples.held_out))
             if found.verified and graph.precision == "int8" and graph.lost > allowed:
                 loss = (
@@ -171,14 +182,6 @@ def _write_and_prove(graph: Graph, subject: Subject, folder: Path, *, is_asked: 
     if not found.verified:
         console.warn(f"the file is not proven to compute what the student computes: it was set aside as {path.name}")
     return Proven(path, "onnx", "onnxruntime", graph, found)
-
-
-def agreement_with_float(path: Path, subject: Subject) -> float:
-    """Percent of the held-out samples on which a file predicts the class that the network itself predicts."""
-    images, card = subject.samples.held_out, subject.card
-    of_file = predicted_classes(open_runtime(path).run, images, mean=subject.fed[0], std=subject.fed[1])
-    of_network = predicted_classes(predictor(subject.module), images, mean=card.mean, std=card.std)
-    return 100 * float((of_file == of_network).mean())
 
 
 @contextlib.contextmanager
@@ -286,7 +289,7 @@ def artifact(
         verified=verification.verified,
         verified_reason=verification.reason,
         notes=(*embedded, *graph.notes, *proven.notes, *notes),
-        teacher_agreement=agreement(subject, runtime.run, *subject.fed) if runtime else None,
+        teacher_agreement=agreement(subject, predictions(subject, runtime.run)) if runtime else None,
         integer_share=100 * graph.integer_share,
         float_layers=graph.float_layers,
     )

@@ -27,13 +27,9 @@ SYNTHETIC_PIXELS = 128 * 224 * 224  # of them together: fewer where they are lar
 
 @dataclass(frozen=True)
 class Material:
-    """What an export is made of. `folder`: where the files go unless --out says.
-
-    `run`: the folder of the run that the network was taken from, None for a teacher.
-    """
+    """What an export is made of. `run`: the folder of the run that the network was taken from, None for a teacher."""
 
     subject: Subject
-    folder: Path
     run: Path | None
     notes: tuple[str, ...]
 
@@ -55,7 +51,7 @@ def from_run(folder: Path, *, trust_pickle: bool, embed_preprocessing: bool) -> 
                 f"and {run.card.classes} logits, found {list(images.shape)} and {logits.shape[1]}",
                 "copy the whole folder of the run, or run `ssdkd compress` again",
             )
-    return Material(Subject(run.module, run.card, samples, embed_preprocessing), folder, folder, ())
+    return Material(Subject(run.module, run.card, samples, embed_preprocessing), folder, ())
 
 
 def from_teacher(
@@ -78,7 +74,7 @@ def from_teacher(
         logits = logits_of(teacher, noise)
         samples = runs.Samples(noise, logits, noise, logits)
     subject = Subject(teacher.module, card, samples, embed_preprocessing)
-    return Material(subject, Path("runs") / path.stem, None, () if needs_samples else (ON_NOISE,))
+    return Material(subject, None, () if needs_samples else (ON_NOISE,))
 
 
 def inverted(teacher: Teacher, *, compute: Compute, seed: int) -> runs.Samples:

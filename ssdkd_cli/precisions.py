@@ -7,6 +7,7 @@ distillation with every layer on the integers' grid; the layers that lose most l
 import copy
 import tempfile
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,12 @@ class Subject:
     card: StudentCard
     samples: Samples
     embed_preprocessing: bool
+
+    @cached_property
+    def predicted(self) -> NDArray[np.int64]:
+        """The class that the network predicts of each held-out sample, [M]: asked once, for all that is compared."""
+        mean, std = self.card.mean, self.card.std
+        return predicted_classes(predictor(self.module), self.samples.held_out, mean=mean, std=std)
 
     @property
     def fed(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -157,8 +164,8 @@ def judged(
     with tempfile.TemporaryDirectory(prefix="ssdkd-") as folder:
         path = Path(folder) / "int8.onnx"
         onnx.save(model, path)
-        found = agreement(subject, open_runtime(path).run, *subject.fed)
-    lost = agreement(subject, predictor(subject.module), subject.card.mean, subject.card.std) - found
+        predicted = predictions(subject, open_runtime(path).run)
+    lost = agreement(subject, subject.predicted) - agreement(subject, predicted)
     note = f"{done}: {abs(lost):.2f} points of agreement {'lost' if lost >= 0 else 'gained'}"
     return Graph("int8", model, integer_share(model), lost, float_layers, (note,))
 
@@ -168,11 +175,15 @@ def graph_names(subject: Subject, layers: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"module.{name}" for name in layers) if subject.embed_preprocessing else layers
 
 
-def agreement(subject: Subject, run: Predict, mean: tuple[float, ...], std: tuple[float, ...]) -> float:
-    """Percent of the held-out samples on which `run` predicts the teacher's class."""
-    samples = subject.samples
-    predicted = predicted_classes(run, samples.held_out, mean=mean, std=std)
-    return 100 * float((predicted == samples.held_out_logits.argmax(1)).mean())
+def predictions(subject: Subject, run: Predict) -> NDArray[np.int64]:
+    """The class that a file of the network, called as `run`, predicts of each held-out sample, [M]."""
+    mean, std = subject.fed
+    return predicted_classes(run, subject.samples.held_out, mean=mean, std=std)
+
+
+def agreement(subject: Subject, predicted: NDArray[np.int64]) -> float:
+    """Percent of the held-out samples of which the teacher predicts the same classes [M]."""
+    return 100 * float((predicted == subject.samples.held_out_logits.argmax(1)).mean())
 
 
 def better(

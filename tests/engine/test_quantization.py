@@ -20,7 +20,7 @@ from engine.quantization import (
 from engine.task import Classification
 
 CONSTANTS = normalization((0.5,), (0.25,), torch.device("cpu"))
-ASYMMETRIC, SYMMETRIC, SEVEN_BITS = Grid(False), Grid(True), Grid(False, 64)
+ASYMMETRIC, SYMMETRIC = Grid(False), Grid(True)
 
 
 class Network(nn.Module):
