@@ -1,5 +1,6 @@
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -17,6 +18,17 @@ def test_out_of_memory_advises_nothing_that_a_command_may_lack(capsys: pytest.Ca
     assert "--" not in said
 
 
+@pytest.fixture
+def as_started_from_a_terminal() -> Iterator[None]:
+    """Signals as a shell's foreground gives them: what runs the tests, `nohup` or a job behind `&`, may ignore them."""
+    usual = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("as_started_from_a_terminal")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_that_ends_the_process_is_an_interruption(
     number: signal.Signals, capsys: pytest.CaptureFixture[str]
