@@ -13,7 +13,8 @@ from exporters.runtimes import Runtime
 
 WARM_UP_SECONDS = 0.2
 WARM_UP_CALLS = 2  # the first call plans its memory
-TURN_SECONDS = 0.02  # of one file before the next has its turn: short against the moods of a busy machine
+TURN_SECONDS = 0.06  # of one file before the next has its turn: short against the moods of a busy machine
+SETTLE_SECONDS = 0.04  # of a turn before it counts: so long the threads of the file before it spin, and hold a core
 STABLE = 0.03  # the medians of the first and second half of the calls differ by at most this share
 GIVE_UP = 4  # times min_seconds: measuring ends here, stable or not
 FEWEST_CALLS = 5  # even so
@@ -45,6 +46,7 @@ def bench_together(
     All of them are measured to the same end. Raises SSDKDError where a file takes another batch size.
     """
     batch, turn_seconds = len(images), TURN_SECONDS
+    settle_seconds = SETTLE_SECONDS if len(runtimes) > 1 else 0.0
     for runtime in runtimes:
         if runtime.fixed_batch not in (None, batch):
             raise SSDKDError(
@@ -58,7 +60,7 @@ def bench_together(
     try:
         while not _enough(taken, min_seconds, min_repeats):
             for runtime, own in zip(runtimes, taken, strict=True):
-                own += _take_turn(runtime, images, turn_seconds)
+                own += _take_turn(runtime, images, settle_seconds, turn_seconds)
     finally:
         if collecting:
             gc.enable()
@@ -76,19 +78,22 @@ def _warm_up(runtime: Runtime, images: NDArray[np.float32]) -> float:
     return seconds
 
 
-def _take_turn(runtime: Runtime, images: NDArray[np.float32], turn_seconds: float) -> list[int]:
-    """Return the nanoseconds of each call of one turn, at least one.
+def _take_turn(runtime: Runtime, images: NDArray[np.float32], settle_seconds: float, turn_seconds: float) -> list[int]:
+    """Return the nanoseconds of each call of one turn, at least one; those of its first `settle_seconds` do not count.
 
-    The first call after another file's turn is left out where it is not the only one: measured on ResNet-8 after a
-    MobileNetV2, it takes 370 us and every later one 225 us.
+    ONNX Runtime's threads wait for more work by spinning. On two cores a ResNet-56 of 27 ms took 52 ms where the
+    threads of another file, which had just been called, held the second core (docs/experiments.md).
     """
+    turn_started = time.perf_counter()
+    while time.perf_counter() - turn_started < settle_seconds:
+        runtime.run(images)
     taken: list[int] = []
     turn_started = time.perf_counter()
     while not taken or time.perf_counter() - turn_started < turn_seconds:
         started = time.perf_counter_ns()
         runtime.run(images)
         taken.append(time.perf_counter_ns() - started)
-    return taken[1:] or taken
+    return taken
 
 
 def _enough(taken: Sequence[list[int]], min_seconds: float, min_repeats: int) -> bool:
