@@ -146,7 +146,7 @@ def distill(state: State, *, time_limit_seconds: float | None = None) -> Iterato
         NonFiniteLossError: a loss became NaN or infinite; names the round.
     """
     settings, started = state.settings, time.perf_counter() - state.seconds
-    progress = state.round / settings.rounds
+    progress = done_share(state, time_limit_seconds)
     while progress < 1:
         round_started = time.perf_counter()
         targets = choose_targets(state)
@@ -158,9 +158,8 @@ def distill(state: State, *, time_limit_seconds: float | None = None) -> Iterato
         measured = measure(state, inversion_losses, losses)
         now = time.perf_counter()
         state.seconds = now - started
-        progress = state.round / settings.rounds
-        if time_limit_seconds is not None and state.seconds / time_limit_seconds > progress:
-            progress, state.hurried = state.seconds / time_limit_seconds, True
+        progress = done_share(state, time_limit_seconds)
+        state.hurried |= progress > state.round / settings.rounds
         taught = len(losses) if state.round > settings.warmup_rounds else 0
         yield RoundMetrics(
             round=state.round,
@@ -174,6 +173,13 @@ def distill(state: State, *, time_limit_seconds: float | None = None) -> Iterato
             buffer_size=state.buffer.size,
             **measured,
         )
+
+
+def done_share(state: State, time_limit_seconds: float | None) -> float:
+    """How much of the run is done, 0 to 1 and beyond: by its rounds, or by the clock where that is ahead of them."""
+    by_rounds = state.round / state.settings.rounds
+    by_clock = state.seconds / time_limit_seconds if time_limit_seconds is not None else 0.0
+    return max(by_rounds, by_clock)
 
 
 def is_taught(state: State) -> bool:

@@ -267,6 +267,17 @@ def test_a_time_limit_ends_the_run_and_takes_the_rate_with_it(monkeypatch: pytes
     assert found[4:] == sorted(found[4:], reverse=True)
 
 
+def test_a_run_that_goes_on_under_a_time_limit_goes_on_at_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10_000))
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    state = begin(rounds=1000, student_rate=0.1, warmup_rounds=0, student_steps=1)
+    for _ in range(20):
+        next(distill(state, time_limit_seconds=60.0))
+    before = state.optimizer.param_groups[0]["lr"]
+    next(distill(state, time_limit_seconds=60.0))
+    assert state.optimizer.param_groups[0]["lr"] < before < 0.05
+
+
 def test_a_time_limit_that_is_not_reached_changes_nothing(finished: tuple[State, list[RoundMetrics]]) -> None:
     state = begin()
     assert len(list(distill(state, time_limit_seconds=1e9))) == 4
