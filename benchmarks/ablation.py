@@ -14,18 +14,10 @@ from typing import Any
 import torch
 
 from benchmarks.common import RESULTS, provenance, save, unfinished
+from benchmarks.race import DEMO, PLAIN, begin, scorer
 from engine.config import EFFORTS, settings_for
-from engine.device import choose_device
-from engine.distill import averaged_student, distill, start
-from engine.inheritance import inherit
-from engine.students import build_student
-from engine.task import Classification
-from engine.teacher import batchnorm_layers, load_teacher
-from exporters.evaluate import accuracy, load_labelled
-from exporters.runtimes import predictor
-from ssdkd_cli.compress import DEMO_DEFAULTS, DEMO_TEACHER
+from engine.distill import averaged_student, distill
 
-PLAIN = {"diversity": False, "difficulty": False, "priority": False, "replay": False}
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
     "without the diversity part": {"diversity": False},
@@ -41,37 +33,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def run(settings: dict[str, Any], *, rounds: int, seed: int) -> dict[str, Any]:
     """One distillation of the demo; accuracies in percent."""
-    teacher = load_teacher(DEMO_TEACHER)
-    spec = teacher.spec
-    labelled = load_labelled(
-        Path(str(DEMO_DEFAULTS["eval_data"])), input_shape=spec.input_shape, classes=spec.classes, class_names=None
-    )
-    student = build_student(str(DEMO_DEFAULTS["student"]), teacher=teacher, seed=seed)
-    sized = settings_for(
-        "quick",
-        image_shape=spec.input_shape,
-        **{"rounds": rounds, "samples": int(str(DEMO_DEFAULTS["samples"])), **settings},
-    )
+    teacher = DEMO.teacher()
+    score = scorer(teacher, DEMO.labelled())
+    sized = {"rounds": rounds, "samples": DEMO.samples, **settings}
     started = time.perf_counter()
-    state = start(
-        teacher.module,
-        student,
-        inherited=inherit(student, teacher.module) if sized.inherit else frozenset(),
-        task=Classification(spec.classes),
-        image_shape=spec.input_shape,
-        mean=spec.preprocessing.mean,
-        std=spec.preprocessing.std,
-        batchnorm_layers=batchnorm_layers(teacher.module),
-        settings=sized,
-        compute=choose_device("cpu"),
-        seed=seed,
-    )
+    state = begin(DEMO, teacher, settings_for("quick", image_shape=teacher.spec.input_shape, **sized), seed=seed)
     for metrics in distill(state):
         last = metrics
     seconds = time.perf_counter() - started
-    normalization = {"mean": spec.preprocessing.mean, "std": spec.preprocessing.std}
-    teacher_accuracy = accuracy(predictor(teacher.module), labelled, **normalization)
-    student_accuracy = accuracy(predictor(averaged_student(state)), labelled, **normalization)
+    teacher_accuracy, student_accuracy = score(teacher.module), score(averaged_student(state))
     return {
         "seed": seed,
         "teacher_accuracy": teacher_accuracy,

@@ -42,6 +42,19 @@ INT8_SPEED_HEAD = (
     *("network", "parameters", "FP32, 1 image, ms", "INT8", "FP32, 32 images, ms", "INT8"),
     *("times faster, 1", "times faster, 32"),
 )
+OURS, LEAST_RIVAL = "ssdkd", 60.0  # percent: a rival that ends below it is no measure
+RACE_HEAD = ("method", "seeds", "student accuracy at the end", "ours is there in its time times")
+DEFAULT_SAMPLES = 5000
+BUFFER_HEAD = ("samples", "seeds", "student accuracy", "accuracy kept", f"against {DEFAULT_SAMPLES:,}")
+GROWTH_NAMES = {"samples": "buffer, samples", "classes": "classes", "pixels": "pixels a side", "teacher": "teacher"}
+GROWTH_HEAD = (
+    "what varies",
+    "value",
+    "batch",
+    "s a round",
+    "s for 1,000 images that the student sees",
+    "peak memory, MB",
+)
 
 
 @dataclass(frozen=True)
@@ -158,6 +171,96 @@ def int8_speed_table(results: Sequence[Result]) -> list[str]:
             for row in result["rows"]
         ]
         lines += [*markdown(INT8_SPEED_HEAD, table), "", f"{provenance(result)} {result['rows'][0]['runtime']}.", ""]
+    return lines[:-1]
+
+
+def race_table(results: Sequence[Result]) -> list[str]:
+    """A table a result, a row a method: where it ends, and how long ours takes to get there; the kind `race`."""
+    lines: list[str] = []
+    for result in results:
+        curves: dict[str, list[Mapping[str, Any]]] = {}
+        for run in result["runs"]:
+            curves.setdefault(run["method"], []).append(run)
+        table = []
+        for method, runs in curves.items():
+            ends = [run["points"][-1][1] for run in runs]
+            goal = statistics.fmean(ends)
+            reached = [seconds_to(run["points"], goal) for run in curves.get(OURS, [])]
+            table.append(
+                (
+                    method,
+                    str(len(runs)),
+                    f"**{spread(ends, ' %', 2)}**" if method == OURS else spread(ends, " %", 2),
+                    UNKNOWN if method == OURS else times(reached, ends, result["seconds"]),
+                )
+            )
+        student = f"{result['task']}, to {result['student']}, {result['seconds']:g} s each"
+        accuracy = f"teacher {result['runs'][0]['teacher_accuracy']:.2f} %"
+        lines += [f"**{student}** ({accuracy}):", "", *markdown(RACE_HEAD, table), "", provenance(result), ""]
+    return lines[:-1]
+
+
+def seconds_to(points: Sequence[Sequence[float]], accuracy: float) -> float | None:
+    """The seconds of the first point of a curve that is at `accuracy` or above, None where there is none."""
+    return next((seconds for seconds, found in points if found >= accuracy), None)
+
+
+def times(reached: Sequence[float | None], ends: Sequence[float], budget: float) -> str:
+    """`1/3.4 (35 s)`: ours against a rival that takes `budget` seconds; none is claimed against a poor rival."""
+    if statistics.fmean(ends) < LEAST_RIVAL:
+        return f"not claimed: it ends below {LEAST_RIVAL:.0f} %"
+    known = [seconds for seconds in reached if seconds is not None]
+    if not known or len(known) < len(reached):
+        return f"not reached by {len(reached) - len(known)} of {len(reached)} seeds"
+    seconds = statistics.fmean(known)
+    return f"1/{budget / seconds:.1f} ({spread(known, ' s', 0)})"
+
+
+def steps_table(results: Sequence[Result]) -> list[str]:
+    """A row a pair and batch: the engine's step against the bare step; the kind `steps`."""
+    raise NotImplementedError
+
+
+def buffer_table(results: Sequence[Result]) -> list[str]:
+    """A row a buffer size, and what it loses against the default; the kind `buffer`."""
+    lines: list[str] = []
+    for result in results:
+        ends: dict[int, list[float]] = {}
+        for run in result["runs"]:
+            ends.setdefault(run["samples"], []).append(run["points"][-1][1])
+        base = statistics.fmean(ends[DEFAULT_SAMPLES])
+        table = [
+            (
+                f"{samples:,}",
+                str(len(found)),
+                spread(found, " %", 2),
+                f"{100 * statistics.fmean(found) / result['teacher_accuracy']:.1f} %",
+                UNKNOWN if samples == DEFAULT_SAMPLES else f"{statistics.fmean(found) - base:+.2f} points",
+            )
+            for samples, found in sorted(ends.items())
+        ]
+        lines += [*markdown(BUFFER_HEAD, table), "", provenance(result), ""]
+    return lines[:-1]
+
+
+def growth_table(results: Sequence[Result]) -> list[str]:
+    """A row a case of what varies; the kind `growth`."""
+    lines: list[str] = []
+    for result in results:
+        table = [
+            (
+                GROWTH_NAMES[row["axis"]],
+                f"{row['teacher']} ({row['teacher_parameters']:,})"
+                if row["axis"] == "teacher"
+                else f"{row[row['axis']]:,}",
+                str(row["batch"]),
+                f"{row['seconds_per_round']:.2f}",
+                f"{row['seconds_per_1000_images']:.2f}",
+                f"{row['peak_memory_mb']:,.0f}",
+            )
+            for row in result["rows"]
+        ]
+        lines += [*markdown(GROWTH_HEAD, table), "", provenance(result), ""]
     return lines[:-1]
 
 

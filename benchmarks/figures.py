@@ -1,0 +1,113 @@
+"""Draw docs/figures/*.svg from benchmarks/results/*.json: accuracy against time, the buffer's size, how cost grows.
+
+    python -m benchmarks.figures
+
+Needs matplotlib (`pip install -e ".[dev]"`). Lines are means over the seeds, and thin lines are the seeds.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.tables import GROWTH_NAMES, OURS, ROOT, Result, read_results
+
+FOLDER = ROOT / "docs" / "figures"
+COLOURS = {
+    **{OURS: "#d1495b", "SSD-KD off": "#edae49"},
+    **{"fast-2": "#8cb9bd", "fast-5": "#30638e", "fast-10": "#003d5b", "nayer": "#5b8e7d"},
+}
+
+
+def race(result: Result, figure: Figure) -> None:
+    """A curve a method: accuracy against the seconds of its clock."""
+    axes = figure.subplots()
+    for method, runs in by(result["runs"], "method").items():
+        colour = COLOURS.get(method)
+        for run in runs:
+            axes.plot(*zip(*run["points"], strict=True), color=colour, linewidth=0.6, alpha=0.5)
+        shared = zip(*(run["points"][: min(len(run["points"]) for run in runs)] for run in runs), strict=True)
+        means = [[statistics.fmean(values) for values in zip(*points, strict=True)] for points in shared]
+        axes.plot(*zip(*means, strict=True), color=colour, linewidth=2, label=method)
+    axes.set(xlabel="seconds", ylabel="student accuracy, %", title=f"{result['task']}, to {result['student']}")
+    finish(axes)
+    axes.legend(frameon=False)
+
+
+def buffer(result: Result, figure: Figure) -> None:
+    """Accuracy at the end against the number of samples in the buffer."""
+    axes = figure.subplots()
+    runs = by(result["runs"], "samples")
+    for samples, own in runs.items():
+        axes.plot([samples] * len(own), [run["points"][-1][1] for run in own], "o", color=COLOURS[OURS], markersize=4)
+    means = [statistics.fmean(run["points"][-1][1] for run in own) for own in runs.values()]
+    axes.plot(list(runs), means, color=COLOURS[OURS])
+    axes.set(xlabel="samples in the buffer", ylabel="student accuracy, %", title=f"{result['task']}: the buffer's size")
+    finish(axes)
+
+
+def growth(result: Result, figure: Figure) -> None:
+    """Seconds and memory, a pair of axes for each thing that varies."""
+    rows = by(result["rows"], "axis")
+    for index, (varied, points) in enumerate(rows.items()):
+        key = "teacher_parameters" if varied == "teacher" else varied
+        ordered = sorted(points, key=lambda row: row[key])
+        values = [row[key] for row in ordered]
+        seconds, memory = (
+            figure.add_subplot(2, len(rows), index + 1),
+            figure.add_subplot(2, len(rows), len(rows) + index + 1),
+        )
+        seconds.plot(values, [row["seconds_per_1000_images"] for row in ordered], "o-", color=COLOURS[OURS])
+        memory.plot(values, [row["peak_memory_mb"] for row in ordered], "o-", color=COLOURS["fast-5"])
+        name = "teacher's parameters" if varied == "teacher" else GROWTH_NAMES[varied]
+        for axes, label in ((seconds, "s for 1,000 images"), (memory, "peak memory, MB")):
+            axes.set(xlabel=name, ylabel=label if index == 0 else None, xscale="log")
+            axes.set_ylim(bottom=0)
+            finish(axes)
+
+
+def finish(axes: Axes) -> None:
+    """The look that all of them share."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+
+
+def by(rows: Sequence[Mapping[str, Any]], key: str) -> dict[Any, list[Mapping[str, Any]]]:
+    """The rows of each value of `key`, in the order in which they appear."""
+    found: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row[key], []).append(row)
+    return found
+
+
+DRAWN: dict[str, tuple[Callable[[Result, Figure], None], tuple[float, float]]] = {  # kind: how, and inches
+    "race": (race, (6.4, 4.2)),
+    "buffer": (buffer, (6.4, 3.4)),
+    "growth": (growth, (12.0, 5.2)),
+}
+
+
+def draw(results: Sequence[Result], folder: Path) -> list[Path]:
+    """Draw what there is, `KIND.svg` or `KIND_TASK.svg`, and return the files. The same results give the same bytes."""
+    mpl.rcParams.update({"svg.hashsalt": "ssdkd", "svg.fonttype": "none", "font.size": 9})
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for result in results:
+        if result["kind"] not in DRAWN:
+            continue
+        how, inches = DRAWN[result["kind"]]
+        figure = Figure(figsize=inches, layout="constrained")
+        how(result, figure)
+        path = folder / f"{'_'.join(filter(None, (result['kind'], result.get('task'))))}.svg"
+        figure.savefig(path, metadata={"Date": None})
+        drawn.append(path)
+    return drawn
+
+
+if __name__ == "__main__":
+    for path in draw(list(read_results(ROOT / "benchmarks" / "results")), FOLDER):
+        print(path)

@@ -1,0 +1,119 @@
+"""One distillation of ours on a fixed budget of seconds, looked at as it runs; the task and the rivals are given.
+
+The clock is the engine's own: it runs from the first round to the last and stands still while the student is scored.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from engine.config import DistillationSettings, settings_for
+from engine.device import choose_device
+from engine.distill import State, averaged_student, distill, start
+from engine.inheritance import inherit
+from engine.students import build_student
+from engine.task import Classification
+from engine.teacher import Teacher, batchnorm_layers, load_teacher
+from exporters.evaluate import LabelledImages, accuracy, load_labelled
+from exporters.runtimes import predictor
+from ssdkd_cli.compress import DEMO_DEFAULTS, DEMO_TEACHER
+
+PLAIN = {"diversity": False, "difficulty": False, "priority": False, "replay": False}
+OWN: Mapping[str, Mapping[str, Any]] = {"ssdkd": {}, "SSD-KD off": PLAIN}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A teacher, the name of its student, and labelled images that only the score sees."""
+
+    teacher_path: Path
+    student: str
+    test_images: Path
+    samples: int = DistillationSettings.samples
+
+    def teacher(self) -> Teacher:
+        """The teacher, read anew: a run changes the modules that it is given."""
+        return load_teacher(self.teacher_path)
+
+    def labelled(self) -> LabelledImages:
+        """The test images, at the teacher's size."""
+        spec = self.teacher().spec
+        return load_labelled(
+            self.test_images, input_shape=spec.input_shape, classes=spec.classes, class_names=spec.class_names
+        )
+
+
+DEMO = Task(
+    DEMO_TEACHER,
+    str(DEMO_DEFAULTS["student"]),
+    Path(str(DEMO_DEFAULTS["eval_data"])),
+    int(str(DEMO_DEFAULTS["samples"])),
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """The student after so many seconds: its accuracy in percent of the test images."""
+
+    seconds: float
+    accuracy: float
+
+
+def scorer(teacher: Teacher, labelled: LabelledImages) -> Callable[[nn.Module], float]:
+    """Module in eval mode to percent."""
+    preprocessing = teacher.spec.preprocessing
+
+    def score(module: nn.Module) -> float:
+        return accuracy(predictor(module), labelled, mean=preprocessing.mean, std=preprocessing.std)
+
+    return score
+
+
+def begin(task: Task, teacher: Teacher, settings: DistillationSettings, *, seed: int, device: str = "cpu") -> State:
+    """The engine's state before the first round, as `ssdkd compress` would make it."""
+    spec = teacher.spec
+    student = build_student(task.student, teacher=teacher, seed=seed)
+    return start(
+        teacher.module,
+        student,
+        inherited=inherit(student, teacher.module) if settings.inherit else frozenset(),
+        task=Classification(spec.classes),
+        image_shape=spec.input_shape,
+        mean=spec.preprocessing.mean,
+        std=spec.preprocessing.std,
+        batchnorm_layers=batchnorm_layers(teacher.module),
+        settings=settings,
+        compute=choose_device(device),
+        seed=seed,
+    )
+
+
+def run_own(
+    task: Task,
+    score: Callable[[nn.Module], float],
+    *,
+    seconds: float,
+    every: float,
+    seed: int,
+    changed: Mapping[str, Any],
+    device: str = "cpu",
+) -> list[Point]:
+    """The curve of a run with the settings of `--effort full --time-limit SECONDS` and what is `changed` in them."""
+    teacher = task.teacher()
+    sized = {"samples": task.samples, **changed}
+    state = begin(
+        task, teacher, settings_for("full", image_shape=teacher.spec.input_shape, **sized), seed=seed, device=device
+    )
+    points: list[Point] = []
+    finished = False
+    while not finished:
+        finished = True
+        for metrics in distill(state, time_limit_seconds=seconds):
+            if metrics.seconds_left > 0 and metrics.seconds >= every * (len(points) + 1):
+                finished = False
+                break  # the clock stands still until the next round is asked for
+        points.append(Point(state.seconds, score(averaged_student(state))))
+    return points
