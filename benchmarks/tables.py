@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/method.md from benchmarks/results/*.json.
+"""Write the tables of README.md and docs/ from benchmarks/results/*.json.
 
     python benchmarks/tables.py
 
@@ -44,6 +44,10 @@ INT8_SPEED_HEAD = (
 )
 OURS, LEAST_RIVAL = "ssdkd", 60.0  # percent: a rival that ends below it is no measure
 RACE_HEAD = ("method", "seeds", "student accuracy at the end", "ours is there in its time times")
+STEPS_HEAD = (
+    *("pair", "batch", "precision", "the engine's step, ms", "bare step, ms", "without teacher, ms"),
+    *("throughput, of the bare step's", "of the one without teacher"),
+)
 DEFAULT_SAMPLES = 5000
 BUFFER_HEAD = ("samples", "seeds", "student accuracy", "accuracy kept", f"against {DEFAULT_SAMPLES:,}")
 GROWTH_NAMES = {"samples": "buffer, samples", "classes": "classes", "pixels": "pixels a side", "teacher": "teacher"}
@@ -217,8 +221,21 @@ def times(reached: Sequence[float | None], ends: Sequence[float], budget: float)
 
 
 def steps_table(results: Sequence[Result]) -> list[str]:
-    """A row a pair and batch: the engine's step against the bare step; the kind `steps`."""
-    raise NotImplementedError
+    """A row a pair and batch: the engine's step against the bare ones, as shares of their throughput; `steps`."""
+    lines: list[str] = []
+    for result in results:
+        table = [
+            (
+                row["pair"],
+                str(row["batch"]),
+                row["precision"],
+                *(f"{row[f'{step}_ms']:.2f}" for step in ("engine", "bare", "bare_without_teacher")),
+                *(f"{100 / row[f'ratio_to_{step}']:.0f} %" for step in ("bare", "bare_without_teacher")),
+            )
+            for row in result["rows"]
+        ]
+        lines += [*markdown(STEPS_HEAD, table), "", provenance(result), ""]
+    return lines[:-1]
 
 
 def buffer_table(results: Sequence[Result]) -> list[str]:
@@ -270,6 +287,10 @@ PAGES = (
     Page("docs/method.md", "ablation", ("ablation",), ablation_table),
     Page("docs/quantization.md", "int8", ("int8",), int8_table),
     Page("docs/quantization.md", "int8-speed", ("int8_speed",), int8_speed_table),
+    Page("docs/benchmarks.md", "race", ("race",), race_table),
+    Page("docs/benchmarks.md", "steps", ("steps",), steps_table),
+    Page("docs/benchmarks.md", "buffer", ("buffer",), buffer_table),
+    Page("docs/benchmarks.md", "growth", ("growth",), growth_table),
 )
 
 

@@ -93,6 +93,46 @@ INT8_SPEED = {
 }
 
 
+def race(method: str, seed: int, *points: tuple[float, float]) -> dict[str, object]:
+    return {"method": method, "seed": seed, "teacher_accuracy": 90.0, "settings": {}, "points": points}
+
+
+RACE = {
+    "kind": "race",
+    "command": "python -m benchmarks.cpu demo",
+    **ABOUT,
+    **{"task": "demo", "student": "wrn10_1", "seconds": 100.0},
+    "runs": [
+        race("ssdkd", 0, (10, 50.0), (20, 70.5), (100, 80.0)),
+        race("ssdkd", 1, (10, 50.0), (20, 60.0), (30, 71.0), (100, 82.0)),
+        race("fast-5", 0, (50, 75.0), (100, 69.0)),
+        race("fast-5", 1, (50, 30.0), (100, 71.0)),
+        race("fast-2", 0, (50, 30.0), (100, 59.9)),
+        race("better", 0, (50, 30.0), (100, 81.0)),
+    ],
+}
+STEP = {"pair": "demo", "batch": 64, "precision": "bfloat16", "engine_ms": 10.0, "bare_ms": 9.0}
+STEPS = {
+    **{"kind": "steps", "command": "python -m benchmarks.steps", **ABOUT},
+    "rows": [{**STEP, "bare_without_teacher_ms": 8.0, "ratio_to_bare": 10 / 9, "ratio_to_bare_without_teacher": 1.25}],
+}
+BUFFER = {
+    **{"kind": "buffer", "command": "python -m benchmarks.buffer", **ABOUT, "task": "cifar", "teacher_accuracy": 80.0},
+    "runs": [
+        {"samples": samples, "seed": seed, "points": [[200.0, accuracy]]}
+        for samples, seed, accuracy in ((5000, 0, 70.0), (5000, 1, 72.0), (500, 0, 69.0))
+    ],
+}
+CASE = {"samples": 500, "classes": 10, "pixels": 32, "teacher": "resnet20", "teacher_parameters": 269722, "batch": 64}
+GROWTH = {
+    **{"kind": "growth", "command": "python -m benchmarks.growth", **ABOUT},
+    "rows": [
+        {**CASE, "axis": axis, "seconds_per_round": 1.5, "seconds_per_1000_images": 1.2, "peak_memory_mb": 1234.5}
+        for axis in ("samples", "classes", "pixels", "teacher")
+    ],
+}
+
+
 def project(root: Path, *results: dict[str, object]) -> Path:
     """A project with two pages and these results, the file names in reverse order."""
     (root / "benchmarks" / "results").mkdir(parents=True)
@@ -104,6 +144,9 @@ def project(root: Path, *results: dict[str, object]) -> Path:
     )
     (root / "docs" / "quantization.md").write_text(
         "<!-- int8 --><!-- /int8 -->\n<!-- int8-speed --><!-- /int8-speed -->\n"
+    )
+    (root / "docs" / "benchmarks.md").write_text(
+        "".join(f"<!-- {marker} --><!-- /{marker} -->\n" for marker in ("race", "steps", "buffer", "growth"))
     )
     (root / "docs" / "method.md").write_text("<!-- ablation --><!-- /ablation -->\nafter\n")
     return root
@@ -159,8 +202,37 @@ def test_int8_that_is_slower_is_shown_as_such(tmp_path: Path) -> None:
     assert "| resnet8 | 75,290 | 0.200 | 0.100 | 3.000 | 4.000 | 2.00 | 0.75 |" in text
 
 
+def rows_of(page: Path) -> list[str]:
+    return [line for line in page.read_text().splitlines() if line.startswith("|") and "---" not in line][1:]
+
+
+def test_a_rival_is_reached_at_the_accuracy_where_it_ends_and_not_at_its_best(tmp_path: Path) -> None:
+    tables.write_tables(project(tmp_path, RACE))
+    assert rows_of(tmp_path / "docs" / "benchmarks.md") == [
+        "| ssdkd | 2 | **81.00 ± 1.41 %** | – |",
+        "| fast-5 | 2 | 70.00 ± 1.41 % | 1/4.0 (25 ± 7 s) |",
+        "| fast-2 | 1 | 59.90 % | not claimed: it ends below 60 % |",
+        "| better | 1 | 81.00 % | not reached by 1 of 2 seeds |",
+    ]
+    assert "**demo, to wrn10_1, 100 s each** (teacher 90.00 %):" in (tmp_path / "docs" / "benchmarks.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("result", "row"),
+    [
+        (STEPS, "| demo | 64 | bfloat16 | 10.00 | 9.00 | 8.00 | 90 % | 80 % |"),
+        (BUFFER, "| 500 | 1 | 69.00 % | 86.2 % | -2.00 points |"),
+        (GROWTH, "| buffer, samples | 500 | 64 | 1.50 | 1.20 | 1,234 |"),
+        (GROWTH, "| teacher | resnet20 (269,722) | 64 | 1.50 | 1.20 | 1,234 |"),
+    ],
+)
+def test_rows_of_the_other_benchmarks(tmp_path: Path, result: dict[str, object], row: str) -> None:
+    tables.write_tables(project(tmp_path, result))
+    assert row in rows_of(tmp_path / "docs" / "benchmarks.md")
+
+
 def test_writing_again_changes_nothing(tmp_path: Path) -> None:
-    tables.write_tables(project(tmp_path, DEMO, ABLATION, INT8, INT8_SPEED))
+    tables.write_tables(project(tmp_path, DEMO, ABLATION, INT8, INT8_SPEED, RACE, STEPS, BUFFER, GROWTH))
     pages = [tmp_path / "README.md", *(tmp_path / "docs").iterdir()]
     once = [page.read_text() for page in pages]
     tables.write_tables(tmp_path)

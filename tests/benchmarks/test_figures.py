@@ -1,0 +1,33 @@
+from pathlib import Path
+
+from benchmarks.figures import draw
+
+RUNS = [
+    {"method": method, "seed": seed, "points": [[10.0, 50.0 + seed], [20.0, 60.0 + seed]]}
+    for method in ("ssdkd", "fast-5")
+    for seed in (0, 1)
+]
+RACE = {"kind": "race", "task": "demo", "student": "resnet8", "runs": RUNS}
+BUFFER = {
+    "kind": "buffer",
+    "task": "cifar",
+    "runs": [{"samples": samples, "points": [[200.0, 70.0]]} for samples in (500, 5000)],
+}
+CASE = {"samples": 500, "classes": 10, "pixels": 32, "teacher_parameters": 1000}
+GROWTH = {
+    "kind": "growth",
+    "rows": [
+        {**CASE, "axis": axis, "seconds_per_1000_images": 1.0, "peak_memory_mb": 500.0}
+        for axis in ("samples", "classes", "pixels", "teacher")
+    ],
+}
+
+
+def test_a_figure_a_result_named_by_what_it_shows_and_the_same_bytes_each_time(tmp_path: Path) -> None:
+    results = [RACE, {"kind": "demo"}, BUFFER, GROWTH]
+    drawn = draw(results, tmp_path / "one")
+    assert [path.name for path in drawn] == ["race_demo.svg", "buffer_cifar.svg", "growth.svg"]
+    text = drawn[0].read_text()
+    assert all(f">{word}<" in text for word in ("ssdkd", "fast-5", "student accuracy, %", "seconds"))
+    again = draw(results, tmp_path / "two")
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in drawn]

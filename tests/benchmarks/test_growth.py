@@ -1,0 +1,11 @@
+from benchmarks.growth import Case, measure
+
+
+def test_a_case_is_measured_with_a_full_buffer() -> None:
+    case = Case(samples=70, classes=3, pixels=16, teacher="resnet8")
+    row = measure(case, "cpu")
+    assert (row["samples"], row["classes"], row["pixels"], row["batch"]) == (70, 3, 16, 64)
+    assert row["teacher_parameters"] > 70_000
+    assert row["seconds_per_1000_images"] == 1000 * row["seconds_per_round"] / (20 * 64)
+    assert 0 < row["seconds_per_round"] < 60
+    assert row["peak_memory_mb"] > 100
