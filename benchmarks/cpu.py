@@ -15,8 +15,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.common import RESULTS, provenance, save, unfinished
 from benchmarks.peers import run_peer
 from benchmarks.race import DEMO, OWN, Task, run_own, scorer
@@ -38,13 +36,13 @@ def run(task: Task, method: str, *, checkout: Path | None, seconds: float, seed:
         found = run_peer(
             method,
             checkout,
-            teacher=teacher,
+            spec=teacher.spec,
+            teacher=teacher.module,
             student=build_student(task.student, teacher=teacher, seed=seed),
             evaluate=score,
             seconds=seconds,
             every=every,
             seed=seed,
-            device=torch.device("cpu"),
         )
         points, settings = found.points, found.settings
     return {
