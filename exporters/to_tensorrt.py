@@ -46,13 +46,14 @@ def find_flavour(wanted: str | None = None) -> Flavour:
     for name in LABELS if wanted is None else (wanted,):
         try:
             trt = import_flavour(name)
-        except (ImportError, OSError) as error:
+        except (ImportError, OSError, RuntimeError, AttributeError) as error:  # a damaged package raises what it likes
             absent = isinstance(error, ModuleNotFoundError) and error.name == name
             reason = "is not installed" if absent else f"is installed but cannot be imported: {_line(str(error))}"
         else:
-            if hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
-                return Flavour(name, LABELS[name], str(trt.__version__))
-            reason = f"is of version {trt.__version__}, which has no strongly typed networks"
+            version = getattr(trt, "__version__", "unknown")
+            if hasattr(getattr(trt, "NetworkDefinitionCreationFlag", None), "STRONGLY_TYPED"):
+                return Flavour(name, LABELS[name], str(version))
+            reason = f"is of version {version}, which has no strongly typed networks"
         problems.append(f"{LABELS[name]} {reason}")
     commands = [f"pip install {package}" for name, package in PACKAGES.items() if wanted in (None, name)]
     raise SSDKDError(f"a TensorRT plan cannot be made: {'; '.join(problems)}", " or ".join(commands))

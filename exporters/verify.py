@@ -109,11 +109,9 @@ def verify(
     return Verification(False, reason, verdict.max_abs_error, verdict.agreement)
 
 
-def reject(path: Path) -> Path:
-    """Rename a file that failed to `<name>.rejected`, over an earlier one, and return the new path."""
-    rejected = path.with_name(path.name + ".rejected")
-    path.replace(rejected)
-    return rejected
+def rejected_path(path: Path) -> Path:
+    """Where a file that failed is set aside: `<name>.rejected`."""
+    return path.with_name(path.name + ".rejected")
 
 
 def _failed(reason: str) -> Verification:

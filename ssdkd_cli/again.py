@@ -15,7 +15,6 @@ from exporters.runtimes import open_runtime, predictor
 from exporters.to_tensorrt import check_builder
 from ssdkd_cli import console, runs
 from ssdkd_cli.artifacts import PLAN, artifact, file_name, file_names, make_files, score_file, timed_paths
-from ssdkd_cli.files import check_writable
 from ssdkd_cli.gates import Limits, decide, recommend
 from ssdkd_cli.material import NOISE_SAMPLES, Material, smooth_noise
 from ssdkd_cli.report import Artifact, Gate, Percentiles, Report, read_report, write_report
@@ -57,14 +56,14 @@ def _is_own_run(source: Path, folder: Path) -> bool:
     return source.is_dir() and folder.resolve() == source.resolve()
 
 
-def beside_what_is_there(target: Target, source: Path, folder: Path, *, overwrite: bool) -> Target:
+def beside_what_is_there(target: Target, source: Path, folder: Path) -> Target:
     """A run that has its float32 file keeps it where another precision is added: it need not be written again."""
-    has_float32 = _is_own_run(source, folder) and (folder / file_name("fp32", ".onnx")).exists() and not overwrite
+    has_float32 = _is_own_run(source, folder) and (folder / file_name("fp32", ".onnx")).exists()
     return dataclasses.replace(target, with_float32=not has_float32 or not target.asked)
 
 
 def check_place(source: Path, target: Target, folder: Path, *, overwrite: bool, eval_data: Path | None) -> None:
-    """Raises SSDKDError for what would stop an export at its end: files that are there, another run, a disk."""
+    """Raises SSDKDError for what would stop an export at its end: files that are there, or another run."""
     is_own_run = _is_own_run(source, folder)
     found = [name for name in (runs.STUDENT, runs.REPORT, runs.METRICS) if (folder / name).exists()]
     if found and not is_own_run:
@@ -85,7 +84,6 @@ def check_place(source: Path, target: Target, folder: Path, *, overwrite: bool, 
         raise SSDKDError(f"{eval_data}: nothing there", LAYOUT_HINT)
     if target.flavour:
         check_builder(target.flavour)
-    check_writable(folder)
 
 
 def export(
@@ -152,10 +150,10 @@ def _with_artifacts(
 ) -> Report:
     """The report with these artifacts and what was judged of them, in place of those of the same files.
 
-    Files that are gone are left out.
+    Files that are gone are left out. A file that was proven stays beside one of its name that was rejected now.
     """
-    changed = {_own_name(item.path) for item in artifacts}
-    kept = [item for item in report.artifacts if _own_name(item.path) not in changed and (folder / item.path).exists()]
+    changed = {item.path for item in artifacts}
+    kept = [item for item in report.artifacts if item.path not in changed and (folder / item.path).exists()]
     together = sorted((*kept, *artifacts), key=lambda item: PRECISIONS.index(item.precision))
     kept_gates = [gate for gate in report.gates if gate.artifact in {item.path for item in kept}]
     judged = (*kept_gates, *gates)
@@ -170,10 +168,6 @@ def _still_known(item: Artifact, report: Report) -> Artifact:
     """The artifact with the accuracy that the report has of the very same bytes, where it was not measured again."""
     known = [before.accuracy for before in report.artifacts if before.sha256 == item.sha256]
     return dataclasses.replace(item, accuracy=known[0]) if known and item.accuracy is None else item
-
-
-def _own_name(path: str) -> str:
-    return path.removesuffix(".rejected")
 
 
 def evaluate(

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from torch import nn
 
+from engine.checkpoints import sha256_of
 from engine.device import Compute
 from engine.errors import SSDKDError
 from exporters import FORMATS
@@ -23,7 +24,7 @@ from exporters.runtimes import Runtime, open_runtime
 from exporters.tensorrt_sidecar import Sidecar, check_precision, check_sidecar, precision_notes, sidecar_path
 from exporters.to_onnx import to_onnx
 from exporters.to_tensorrt import build_plan, check_builder
-from exporters.verify import Verification, reject, verify
+from exporters.verify import Verification, rejected_path, verify
 from ssdkd_cli import console, runs
 from ssdkd_cli.precisions import (
     Graph,
@@ -112,6 +113,7 @@ def make_files(subject: Subject, target: Target, folder: Path, *, compute: Compu
         proofs.append(proof)
         if "trt" in target.formats and precision in target.asked and proof.verification.verified:
             proofs += _for_tensorrt(proof, subject, target)
+        drop_outdated(proof.path)
     return proofs
 
 
@@ -177,8 +179,7 @@ def _write_and_prove(graph: Graph, subject: Subject, folder: Path, *, is_asked: 
         if not found.verified and not is_asked:
             console.warn(f"no {graph.precision} file: ask for it with --precision {graph.precision}, and more is tried")
             return None
-        drop_derived(path)
-        path = unproven.replace(path) if found.verified else reject(unproven.replace(path))
+        path = accept(unproven, path) if found.verified else unproven.replace(rejected_path(path))
     if not found.verified:
         console.warn(f"the file is not proven to compute what the student computes: it was set aside as {path.name}")
     return Proven(path, "onnx", "onnxruntime", graph, found)
@@ -191,15 +192,25 @@ def _unproven(path: Path) -> Iterator[Path]:
     try:
         yield beside
     finally:
-        beside.unlink(missing_ok=True)
+        for file in (beside, sidecar_path(beside)):
+            file.unlink(missing_ok=True)
 
 
-def drop_derived(path: Path) -> None:
-    """Delete what was made of the ONNX file `path`, which is about to be replaced: plan, sidecar, script, rejects."""
+def accept(unproven: Path, path: Path) -> Path:
+    """Give a proven file its own name, over an earlier one, and drop the reject of that name."""
+    rejected_path(path).unlink(missing_ok=True)
+    return unproven.replace(path)
+
+
+def drop_outdated(path: Path) -> None:
+    """Delete the plan and the build script that were made of another ONNX file than the one now at `path`."""
     plan = path.with_suffix(PLAN)
-    others = (plan, sidecar_path(plan), plan.with_name(f"build_{plan.name}.sh"))
-    for file in (*others, *(each.with_name(f"{each.name}.rejected") for each in (path, plan))):
-        file.unlink(missing_ok=True)
+    script = plan.with_name(f"build_{plan.name}.sh")
+    if plan.exists() and check_sidecar(plan, path):
+        plan.unlink()
+        sidecar_path(plan).unlink(missing_ok=True)
+    if script.exists() and sha256_of(path) not in script.read_text(encoding="utf-8"):
+        script.unlink()
 
 
 def _for_tensorrt(proof: Proven, subject: Subject, target: Target) -> list[Proven]:
@@ -219,19 +230,21 @@ def _for_tensorrt(proof: Proven, subject: Subject, target: Target) -> list[Prove
         console.note(f"{script} builds {plan.name} of {proof.path.name} on the device; it needs no Python there")
         return []
     said = f"{target.flavour.label} {target.flavour.version}"
-    with console.stage("tensorrt", f"building {plan.name} with {said}") as done:
+    with _unproven(plan) as unproven, console.stage("tensorrt", f"building {plan.name} with {said}") as done:
         sidecar = build_plan(
             proof.path,
-            plan,
+            unproven,
             precision=precision,
             batches=target.batches,
             workspace_mb=target.profile.workspace_mb,
             timing_cache=plan.parent / runs.TIMING_CACHE,
             flavour=target.flavour,
         )
-        found = _verify_plan(plan, proof, sidecar, subject)
+        found = _verify_plan(unproven, proof, sidecar, subject)
         if found.verified is False:
-            plan = reject(plan)
+            plan = rejected_path(plan)
+        sidecar_path(unproven).replace(sidecar_path(plan))
+        plan = unproven.replace(plan) if found.verified is False else accept(unproven, plan)
         done(f"{plan}, {size(plan.stat().st_size)}; {found.reason}", good=found.verified)
     return [Proven(plan, "trt", said, proof.graph, found, precision_notes(sidecar))]
 

@@ -4,6 +4,7 @@ What is not known keeps its traceback: it is a bug.
 """
 
 import contextlib
+import ctypes
 import errno
 import functools
 import os
@@ -60,7 +61,7 @@ def within_boundary(command: Callable[..., Outcome]) -> Callable[..., None]:
 def exit_code_of(command: Callable[[], Outcome]) -> int:
     """Run a command, print its result on stdout or its error on stderr, and return the exit code."""
     try:
-        with interruptible(), contextlib.redirect_stdout(sys.stderr):  # users' own code and libraries print, too
+        with interruptible(), stdout_for_the_result():
             outcome = command()
         outcome.show()
         sys.stdout.flush()
@@ -83,6 +84,29 @@ def exit_code_of(command: Callable[[], Outcome]) -> int:
             raise
         console.error("out of memory", "close what else uses the memory, or take a machine that has more")
     return KNOWN_ERROR
+
+
+@contextlib.contextmanager
+def stdout_for_the_result() -> Iterator[None]:
+    """Within the context all that is written to stdout goes to stderr: users' own code and libraries print, too.
+
+    By Python, and by C code, which writes to the file descriptor behind it.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        with contextlib.suppress(OSError):  # one of the two is closed: there is nothing to keep apart
+            kept = os.dup(1)
+            stack.callback(os.close, kept)
+            os.dup2(2, 1)
+            stack.callback(os.dup2, kept, 1)
+            stack.callback(flush_c_buffers)
+        yield
+
+
+def flush_c_buffers() -> None:
+    """Write out what C code has printed, while it still goes to stderr."""
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # Windows has no such handle, and buffers nothing
+        ctypes.CDLL(None).fflush(None)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ def read_config(path: Path) -> dict[str, dict[str, object]]:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SSDKDError(f"--config {path} cannot be read: {error.strerror}", "check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SSDKDError(f"--config {path} is not TOML: {error}", "a run's config.toml shows the form") from None
     for name, table in tables.items():
         if name not in TABLES or not isinstance(table, dict):
@@ -50,7 +50,11 @@ def apply_config(context: typer.Context, path: Path | None) -> Path | None:
         )
     known = [str(option.name) for option in context.command.params if option.name not in ("config", "help")]
     check_keys(values, known, f"--config {path}, table [compress]")
-    defaults = {key: _as_typed(value) for key, value in values.items()}
+    repeatable = {option.name for option in context.command.params if getattr(option, "multiple", False)}
+    defaults = {
+        key: [value] if key in repeatable and isinstance(value, str) else _as_typed(value)
+        for key, value in values.items()
+    }
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
 

@@ -1,7 +1,9 @@
 """Texts that are there whole or not at all, and the folder that a run may write to."""
 
+import contextlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from engine.errors import SSDKDError
@@ -28,6 +30,20 @@ def check_writable(folder: Path) -> None:
         raise SSDKDError(f"{folder} cannot be made", "choose another folder with --out DIR") from None
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(b"1" * 4096)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """The folder, tried for writing; what fails inside takes it and new parents away again if they are still empty."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        check_writable(folder)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # it holds something
+            for path in new:
+                path.rmdir()
+        raise
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:

@@ -56,7 +56,7 @@ def check_limits(limits: Limits, target: "Target", *, has_labels: bool, has_gpu:
     if limits.max_latency_ms is not None and target.profile.runtime != "onnxruntime" and not runs_plans:
         raise SSDKDError(
             f"--max-latency-ms cannot be judged here: files for {target.profile.name} cannot be run on this machine",
-            "leave it out and measure on the device, or ask for files of this machine with --export onnx",
+            "leave it out and measure on the device, or name a profile of this machine: `ssdkd profiles`",
         )
     computed = {"--max-drop": limits.max_drop, "--min-agreement": limits.min_agreement}
     given = [flag for flag, limit in computed.items() if limit is not None]

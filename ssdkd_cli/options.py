@@ -326,12 +326,14 @@ NOT_IN_CONFIG = ("config", "out", "overwrite", "json")
 
 def as_typed(options: Options) -> dict[str, object]:
     """The options as config.toml holds them: the words that the command line takes, files by their full path."""
+    from profiles import profile_names
+
     values = {
         name: value for name, value in vars(options).items() if name not in NOT_IN_CONFIG and value not in (None, [])
     }
     words: dict[str, Callable[[Any], str]] = {"input": shape, "time_limit": lambda seconds: f"{seconds:.0f}s"}
-    if options.profile and Path(options.profile).suffix == ".toml":
-        values["profile"] = Path(options.profile)
+    if options.profile not in profile_names() and Path(options.profile or "").is_file():
+        values["profile"] = Path(str(options.profile))
     return {
         name: str(value.resolve()) if isinstance(value, Path) else words[name](value) if name in words else value
         for name, value in values.items()

@@ -3,12 +3,11 @@
 Each is a function from named values to one value. Labelled images reach the scoring alone.
 """
 
-import contextlib
 import copy
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from ssdkd_cli import console, runs
 from ssdkd_cli.artifacts import artifact, make_files, timed_paths, try_target
 from ssdkd_cli.config_file import read_config, write_config
 from ssdkd_cli.describe import Scores, count_parameters, describe_run, run_warnings
-from ssdkd_cli.files import check_space, check_writable, write_text
+from ssdkd_cli.files import check_space, new_folder, write_text
 from ssdkd_cli.gates import Limits, check_limits
 from ssdkd_cli.labels import read_classes
 from ssdkd_cli.options import Options, as_typed
@@ -132,20 +131,6 @@ def compress(options: Options, *, command: str) -> Finished:
             )
             write_report(report, folder)
     return Finished(folder, report)
-
-
-@contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[None]:
-    """The folder, tried for writing; what fails inside takes it and new parents away again if they are still empty."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        check_writable(folder)
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):  # it holds something
-            for path in new:
-                path.rmdir()
-        raise
 
 
 def settings_of(options: Options, ablations: Mapping[str, Any], teacher: Teacher) -> DistillationSettings:

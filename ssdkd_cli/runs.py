@@ -37,7 +37,7 @@ EXPORTED = (
         for format in FORMATS.values()
         for precision in ("", ".fp16", ".int8")
         for file in (f"{MODEL}{precision}{format.suffix}",)
-        for name in (file, f"{file}.rejected", f"{file}.json", f"build_{file}.sh")  # the last two are of plans
+        for name in (file, f"{file}.rejected", f"{file}.json", f"{file}.rejected.json", f"build_{file}.sh")
     ),
     TIMING_CACHE,
 )

@@ -185,6 +185,7 @@ def export(
     from engine.device import choose_device
     from engine.errors import SSDKDError
     from ssdkd_cli import again, material
+    from ssdkd_cli.files import new_folder
     from ssdkd_cli.gates import Limits, check_limits, gate_line
     from ssdkd_cli.labels import read_classes
     from ssdkd_cli.target import resolve_target
@@ -202,35 +203,36 @@ def export(
         raise SSDKDError(
             f"{' '.join(given)} describe a teacher's file; {source} is a run, which knows its own", "leave them out"
         )
-    target = again.beside_what_is_there(target, source, folder, overwrite=overwrite)
+    target = again.beside_what_is_there(target, source, folder)
     again.check_place(source, target, folder, overwrite=overwrite, eval_data=eval_data)
-    if source.is_dir():
-        taken = material.from_run(source, trust_pickle=trust_pickle, embed_preprocessing=embed_preprocessing)
-    else:
-        number, names = read_classes(classes)
-        taken = material.from_teacher(
-            source,
-            needs_samples="int8" in target.precisions,
-            seed=seed,
+    with new_folder(folder):
+        if source.is_dir():
+            taken = material.from_run(source, trust_pickle=trust_pickle, embed_preprocessing=embed_preprocessing)
+        else:
+            number, names = read_classes(classes)
+            taken = material.from_teacher(
+                source,
+                needs_samples="int8" in target.precisions,
+                seed=seed,
+                compute=compute,
+                embed_preprocessing=embed_preprocessing,
+                arch=arch,
+                input_shape=input,
+                mean=mean,
+                std=std,
+                classes=number,
+                class_names=names,
+                trust_pickle=trust_pickle,
+            )
+        exported = again.export(
+            taken,
+            target,
+            folder,
+            limits=limits,
+            eval_data=eval_data,
             compute=compute,
-            embed_preprocessing=embed_preprocessing,
-            arch=arch,
-            input_shape=input,
-            mean=mean,
-            std=std,
-            classes=number,
-            class_names=names,
-            trust_pickle=trust_pickle,
+            seed=seed,
         )
-    exported = again.export(
-        taken,
-        target,
-        folder,
-        limits=limits,
-        eval_data=eval_data,
-        compute=compute,
-        seed=seed,
-    )
     rows = [
         (
             item.path,

@@ -81,7 +81,7 @@ def resolve_target(
         flavour = _flavour_for_this_machine()
         device = load_profile(TENSORRT_PROFILES[flavour.name])
     else:
-        device = load_profile(profile or GENERIC)
+        device = load_profile(GENERIC if profile is None else profile)
     chosen = tuple(formats) or device.export
     check_formats(chosen)
     if "trt" in chosen and device.runtime == "onnxruntime":
@@ -91,7 +91,7 @@ def resolve_target(
         )
     if "trt" in chosen and not device.built_on_device and flavour is None:
         flavour = find_flavour(device.runtime)
-    asked = tuple(precisions) or ((device.precision,) if profile or flavour else ())
+    asked = tuple(precisions) or ((device.precision,) if profile is not None or flavour else ())
     for name in asked:
         if name not in device.precisions:
             raise SSDKDError(

@@ -16,7 +16,7 @@ from exporters.metadata import PREFIX, metadata_for
 from exporters.precision import Scheme, to_fp16, to_int8
 from exporters.runtimes import to_input
 from exporters.to_onnx import WithPreprocessing, write_onnx
-from exporters.verify import Verification, reject, verify
+from exporters.verify import Verification, verify
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 SHAPE = (3, 8, 8)
@@ -318,14 +318,6 @@ def test_the_student_is_compared_in_eval_mode_and_left_in_train_mode(
     assert all(child.training for child in student.modules())
     for name, value in network.state_dict().items():
         assert torch.equal(student.state_dict()[name], value)
-
-
-def test_rejected_file_is_set_aside_over_an_earlier_one(tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes(b"new")
-    (tmp_path / "model.onnx.rejected").write_bytes(b"old")
-    rejected = reject(tmp_path / "model.onnx")
-    assert rejected == tmp_path / "model.onnx.rejected"
-    assert [(entry.name, entry.read_bytes()) for entry in tmp_path.iterdir()] == [("model.onnx.rejected", b"new")]
 
 
 @pytest.fixture(scope="module")
