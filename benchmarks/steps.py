@@ -10,7 +10,8 @@ that the student sees). So there are two bare steps, on one batch that lies on t
 pass, as distillation usually has it, and without. Both do forward, the same loss, backward, the same SGD, and nothing
 else. All three run in the same precision, in short turns one after another in one process; ratios are of medians.
 
-Weights and samples are random: they cost as much time as others. Writes results/steps_cpu.json or steps_gpu.json.
+Weights (but the demo's teacher's) and samples are random: they cost as much time as others. Writes
+results/steps_cpu.json or steps_gpu.json.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from benchmarks.common import RESULTS, provenance, save
 from engine.config import settings_for
 from engine.device import Compute, choose_device
 from engine.distill import State, new_optimizer, rate_factor, remember, start, teach
+from engine.inheritance import inherit
 from engine.students import STUDENTS, build_network
 from engine.task import Classification
 from engine.teacher import load_teacher
@@ -86,10 +88,11 @@ def filled_state(pair: Pair, batch: int, turn_steps: int, compute: Compute) -> S
         student_batch=batch,
         student_steps=turn_steps,
     )
-    channels = pair.image_shape[0]
+    channels, student = pair.image_shape[0], copy.deepcopy(pair.student)
     state = start(
         StandIn(channels),
-        copy.deepcopy(pair.student),
+        student,
+        inherited=inherit(student, pair.teacher),
         task=Classification(CLASSES),
         image_shape=pair.image_shape,
         mean=(0.5,) * channels,
@@ -197,9 +200,9 @@ def breakdown(turn: Callable[[], object], device: torch.device) -> str:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         timed(turn, device)
-    key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     table: str = profiler.key_averages().table(sort_by=key, row_limit=SHOWN_OPERATIONS, max_name_column_width=50)
     return table
 

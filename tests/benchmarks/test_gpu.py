@@ -96,6 +96,13 @@ def test_the_training_images_are_needed_for_a_new_teacher_alone(data: Path, meas
     assert len(run(tmp_path, measured, "--seeds", "2", "--buffer", "16", "64", "--seconds", "215")["runs"]) == 2 + 2
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_the_peak_of_its_memory_is_measured(data: Path, tmp_path: Path) -> None:
+    (only,) = run(data, tmp_path, "--seeds", "1", "--device", "cuda")["runs"]
+    assert 0 < only["peak_memory_gb"] < 2
+
+
 def test_packed_images_are_the_folders(data: Path, tmp_path: Path) -> None:
     gpu.main([str(data), "--pack", str(tmp_path)])
     for split in ("train", "test"):
