@@ -6,9 +6,10 @@
 The engine's step is `engine.distill.teach`: draw by priority, render a view, take the teacher's kept logits, forward,
 weighted loss, backward, SGD, new priorities, weight average. It has NO forward pass of the teacher: the teacher looks
 at a sample's views once, when it enters the buffer (`teacher_forwards_per_draw` says how often that is for each image
-that the student sees). So there are two bare steps, on one batch that lies on the device: with the teacher's forward
-pass, as distillation usually has it, and without. Both do forward, the same loss, backward, the same SGD, and nothing
-else. All three run in the same precision, in short turns one after another in one process; ratios are of medians.
+that the student sees, `ratio_to_bare_with_those` counts them in). So there are two bare steps, on one batch that lies
+on the device: with the teacher's forward pass, as distillation usually has it, and without. Both do forward, the same
+loss, backward, the same SGD, and nothing else. All three run in the same precision, in short turns one after another in
+one process; ratios are of medians.
 
 Weights (but the demo's teacher's) and samples are random: they cost as much time as others. Writes
 results/steps_cpu.json or steps_gpu.json.
@@ -181,6 +182,8 @@ def measure(name: str, batch: int, *, turns: int, turn_steps: int, compute: Comp
     if profile:
         print(breakdown(steps["engine"], compute.device))
     usual = settings_for("full", image_shape=pair.image_shape)
+    forwards = usual.views * usual.inversion_batch / (usual.student_steps * batch)
+    teacher_ms = medians["bare"] - medians["bare_without_teacher"]
     return {
         "pair": name,
         "batch": batch,
@@ -189,7 +192,8 @@ def measure(name: str, batch: int, *, turns: int, turn_steps: int, compute: Comp
         **{f"{step}_quartiles_ms": statistics.quantiles(values, n=4)[::2] for step, values in step_ms.items()},
         "ratio_to_bare": medians["engine"] / medians["bare"],
         "ratio_to_bare_without_teacher": medians["engine"] / medians["bare_without_teacher"],
-        "teacher_forwards_per_draw": usual.views * usual.inversion_batch / (usual.student_steps * batch),
+        "teacher_forwards_per_draw": forwards,
+        "ratio_to_bare_with_those": (medians["engine"] + forwards * teacher_ms) / medians["bare"],
         "turns": turns,
         "steps_per_turn": turn_steps,
     }
