@@ -16,13 +16,10 @@ def provenance(command: str) -> dict[str, Any]:
     """Command, commit, time, machine and versions of a result."""
     import torch
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
     model = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
         "command": command,
-        "commit": commit.stdout.strip(),
+        "commit": _commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
             "cpu": model[0] if model else platform.processor(),
@@ -57,6 +54,16 @@ def unfinished(path: Path, source: dict[str, Any]) -> dict[str, Any]:
             f"{path} holds another measurement (other {', '.join(other)}): delete it, or write elsewhere with --out"
         )
     return found
+
+
+def _commit() -> str:
+    """Of the code that runs; empty where that is a copy without its history, or a machine without git."""
+    question = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        answer = subprocess.run(question, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    except OSError:
+        return ""
+    return answer.stdout.strip()
 
 
 def _lines(path: str) -> list[str]:

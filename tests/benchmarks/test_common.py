@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.common import unfinished
+from benchmarks.common import provenance, unfinished
 
 SOURCE: dict[str, Any] = {"command": "ssdkd demo", "commit": "abc1234", "machine": {"cores": 2}, "created": "today"}
 
@@ -25,3 +25,8 @@ def test_another_commit_machine_or_command_is_never_mixed_in(tmp_path: Path, oth
     path.write_text(json.dumps({**SOURCE, "runs": []}))
     with pytest.raises(SystemExit, match=f"other {next(iter(other))}"):
         unfinished(path, SOURCE | other)
+
+
+def test_a_machine_without_git_gives_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert provenance("ssdkd demo")["commit"] == ""

@@ -1,0 +1,310 @@
+"""All that needs a GPU: teachers of CIFAR-10, their students with one set of settings, accuracy against seconds.
+
+    python -m benchmarks.gpu DATA --pack FOLDER        (any machine: train.npz and test.npz, 57 MB, to carry along)
+    python -m benchmarks.gpu DATA --out FOLDER [--pairs wrn40_2-wrn16_2 ...] [--seeds 3] [--minutes 8] [--device cuda]
+    python -m benchmarks.gpu DATA --out FOLDER --buffer 500 2500 5000 10000      (the first pair, by size of the buffer)
+
+DATA holds train/ and test/, a folder a class, or what --pack made of them; the training images only make teachers that
+FOLDER does not hold yet. A pair takes --minutes at most: its runs share what the teacher leaves of them, whether or not
+that is there already, so that all of them have the same time; --seconds gives each run a time of its own instead. Goes
+on where it was stopped: runs that FOLDER holds are not repeated, one that was interrupted starts again.
+
+FOLDER: teachers/NAME.pt, runs/PAIR-METHOD-SAMPLES-SEED.json, and gpu.json with all of them.
+"""
+
+import argparse
+import copy
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.common import provenance, save
+from benchmarks.gpu_data import load_split, pack
+from benchmarks.gpu_teachers import Schedule, open_teacher, percent_correct, train_and_save
+from engine.config import settings_for
+from engine.device import Compute, choose_device
+from engine.distill import State, averaged_student, distill, start
+from engine.errors import SSDKDError
+from engine.inheritance import inherit
+from engine.students import build_student
+from engine.task import Classification
+from engine.teacher import Teacher, batchnorm_layers
+from exporters.evaluate import LabelledImages
+
+# Pairs of the data-free papers: name -> teacher in engine.zoo, student as --student names it.
+PAIRS = {
+    "wrn40_2-wrn16_2": ("wrn40_2", "wrn16_2"),
+    "resnet34-resnet18": ("resnet34_cifar", "resnet18"),
+    "wrn40_2-wrn16_1": ("wrn40_2", "wrn16_1"),
+    "wrn40_2-wrn40_1": ("wrn40_2", "wrn40_1"),
+    "wrn40_2-mobilenetv2": ("wrn40_2", "mobilenetv2"),
+    "vgg11-resnet18": ("vgg11_blocks", "resnet18"),
+    "wrn16_1-wrn10_1": ("wrn16_1", "wrn10_1"),  # --tiny takes this one
+}
+SAMPLES = 5000  # a tenth of the training images
+RUN_OVERHEAD_SECONDS = 15.0  # of a run: building, and looking at the test images afterwards
+SAME = ("seconds_limit", "tiny", "commit")  # what runs of one result must share, beside the GPU and torch
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything; `settings` are overrides of the engine's own."""
+
+    schedule: Schedule = field(default_factory=Schedule)
+    settings: dict[str, Any] = field(default_factory=dict)
+    points: int = 20  # of the curve
+
+
+TINY = Size(
+    Schedule(epochs=1, seconds=20.0, batch=32),
+    {"rounds": 8, "warmup_rounds": 2, "inversion_batch": 16, "inversion_steps": 1, "student_batch": 16}
+    | {"student_steps": 2, "held_out": 16, "views": 2, "generator_width": 4},
+    points=3,
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: what every method is given, the same for all. Images are (C, H, W)."""
+
+    pair: str
+    student: str
+    teacher: Teacher
+    samples: int
+    seed: int
+    seconds: float
+    compute: Compute
+    size: Size
+    evaluate: Callable[[nn.Module], float]  # a student's accuracy in percent on the test images, outside the clock
+
+
+Method = Callable[[Job], dict[str, Any]]
+
+
+def run_ssdkd(job: Job) -> dict[str, Any]:
+    """Our own engine. The test images are looked at when the clock has stopped, through students kept on the way."""
+    spec = job.teacher.spec
+    settings = settings_for("full", image_shape=spec.input_shape, **{"samples": job.samples, **job.size.settings})
+    student = build_student(job.student, teacher=job.teacher, seed=job.seed)
+    state = start(
+        job.teacher.module,
+        student,
+        inherited=inherit(student, job.teacher.module) if settings.inherit else frozenset(),
+        task=Classification(spec.classes),
+        image_shape=spec.input_shape,
+        mean=spec.preprocessing.mean,
+        std=spec.preprocessing.std,
+        batchnorm_layers=batchnorm_layers(job.teacher.module),
+        settings=settings,
+        compute=job.compute,
+        seed=job.seed,
+    )
+    if job.compute.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(job.compute.device)
+    kept, last = keep_students(state, job.seconds, job.size.points)
+    gigabytes = torch.cuda.max_memory_allocated(job.compute.device) / 1e9 if job.compute.device.type == "cuda" else None
+    curve = [{**about, "accuracy": job.evaluate(average)} for about, average in kept]
+    return {
+        "seconds": state.seconds,
+        "student_accuracy": curve[-1]["accuracy"],
+        "curve": curve,
+        "student_parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "agreement": last["agreement"],
+        "class_balance": last["class_balance"],
+        "rounds": state.round,
+        "steps": state.steps,
+        "images_seen": state.images_seen,
+        "images_synthesized": state.round * settings.inversion_batch,
+        "images_per_second": state.images_seen / state.seconds,
+        "synthesized_per_second": state.round * settings.inversion_batch / state.seconds,
+        "peak_memory_gb": gigabytes,
+        "hurried": state.hurried,
+        "settings": asdict(settings),
+    }
+
+
+def keep_students(
+    state: State, seconds: float, points: int
+) -> tuple[list[tuple[dict[str, float], nn.Module]], dict[str, Any]]:
+    """Distil for `seconds`, or to the last round.
+
+    Returns:
+        the start, `points` averaged students at equal parts of the run, with (round, seconds) and the agreement in
+        percent, and the last round's metrics. Copying one to the host counts as time of the run: milliseconds.
+    """
+    kept: list[tuple[dict[str, float], nn.Module]] = [({"round": 0, "seconds": 0.0}, averaged_student(state))]
+    metrics = None
+    for metrics in distill(state, time_limit_seconds=seconds):
+        progress = max(metrics.round / metrics.rounds, metrics.seconds / seconds)
+        if progress >= min(1.0, len(kept) / points):
+            about = {"round": metrics.round, "seconds": metrics.seconds, "agreement": metrics.agreement}
+            kept.append((about, averaged_student(state)))
+    if metrics is None or not state.steps:
+        raise SSDKDError(f"the student took no step in {seconds:.0f} s", "give more --minutes, or fewer --seeds")
+    return kept, asdict(metrics)
+
+
+# A rival joins here, under the name that its runs carry: a function from a Job to what `run_ssdkd` returns, of which
+# `seconds`, `student_accuracy` and `curve` (seconds, accuracy) are required. It has the job's teacher, student, seed
+# and seconds, and asks `job.evaluate` outside its own clock.
+METHODS: dict[str, Method] = {"ssdkd": run_ssdkd}
+
+
+def run_seconds(minutes: float, runs: int, teacher_seconds: float) -> float:
+    """The time of one of `runs` runs of a pair, so that the pair with its teacher takes `minutes`."""
+    return (60 * minutes - teacher_seconds) / runs - RUN_OVERHEAD_SECONDS
+
+
+def name_of(pair: str, method: str, samples: int, seed: int) -> str:
+    """The file name of a run, without its suffix."""
+    return f"{pair}-{method}-{samples}-seed{seed}"
+
+
+def finished(out: Path, wanted: dict[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The runs called `names` that `out` holds. Stops where one was measured otherwise than `wanted`.
+
+    `wanted` holds SAME, and `machine` and `versions` of this run's provenance.
+    """
+    found = {}
+    for name in names:
+        path = out / "runs" / f"{name}.json"
+        if not path.exists():
+            continue
+        run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        other = [key for key in SAME if run.get(key) != wanted[key]]
+        other += ["gpu"] if run["machine"]["gpu"] != wanted["machine"]["gpu"] else []
+        other += ["torch"] if run["versions"]["torch"] != wanted["versions"]["torch"] else []
+        if other:
+            sys.exit(f"{path} is of another measurement (other {', '.join(other)}): delete it, or give another --out")
+        found[name] = run
+    return found
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each pair, method and number of samples: mean and standard deviation over its seeds, in percent."""
+    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    for run in runs:
+        if run["failed"] is None:
+            groups.setdefault((run["pair"], run["method"], run["samples"]), []).append(run)
+    rows = []
+    for (pair, method, samples), group in groups.items():
+        row: dict[str, Any] = {"pair": pair, "method": method, "samples": samples, "seeds": len(group)}
+        for key in ("teacher_accuracy", "student_accuracy", "ratio_percent", "seconds"):
+            values = [run[key] for run in group]
+            row |= {key: mean(values), f"{key}_deviation": stdev(values) if len(values) > 1 else None}
+        rows.append(row)
+    return rows
+
+
+def merge(out: Path, source: dict[str, Any]) -> None:
+    """Write gpu.json: every run in `out`, each with where it was measured, and their summary."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "runs").glob("*.json"))]
+    save(out / "gpu.json", {"kind": "gpu", **source, "summary": summary(runs), "runs": runs})
+
+
+def teacher_for(
+    arch: str, data: Path, out: Path, test: LabelledImages, compute: Compute, schedule: Schedule
+) -> tuple[Teacher, dict[str, Any]]:
+    """The teacher called `arch`, trained where `out` has none yet, and what is said about it in a run."""
+    path = out / "teachers" / f"{arch}.pt"
+    if not path.exists():
+        train_and_save(path, arch, load_split(data, "train"), compute, schedule=schedule)
+    _, height, width, channels = test.images.shape
+    teacher, training = open_teacher(path, arch, (channels, height, width))
+    correct = percent_correct(copy.deepcopy(teacher.module), test.images, test.labels, compute.device)
+    print(f"{arch}: {correct:.2f} % after {training['trained_seconds']:.0f} s", flush=True)
+    parameters = teacher.spec.parameters
+    return teacher, {"teacher_accuracy": correct, "teacher_parameters": parameters, "teacher_training": training}
+
+
+def run_pair(
+    pair: str, jobs: Sequence[tuple[str, int, int]], arguments: argparse.Namespace, source: dict[str, Any]
+) -> None:
+    """All runs (method, samples, seed) of a pair that --out does not hold yet."""
+    out, size = arguments.out, TINY if arguments.tiny else Size()
+    seconds = arguments.seconds or run_seconds(arguments.minutes, len(jobs), size.schedule.seconds)
+    if seconds <= 0:
+        sys.exit(f"{arguments.minutes} minutes are too few for a teacher and {len(jobs)} runs: give more --minutes")
+    about = {**source, "pair": pair, "seconds_limit": seconds, "tiny": arguments.tiny}
+    done = finished(out, about, [name_of(pair, *job) for job in jobs])
+    left = [job for job in jobs if name_of(pair, *job) not in done]
+    if not left:
+        print(f"{pair}: all {len(jobs)} runs are there", flush=True)
+        return
+    teacher_arch, student = PAIRS[pair]
+    compute = choose_device(arguments.device)
+    test = load_split(arguments.data, "test")
+    teacher, known = teacher_for(teacher_arch, arguments.data, out, test, compute, size.schedule)
+
+    def evaluate(network: nn.Module) -> float:
+        return percent_correct(network, test.images, test.labels, compute.device)
+
+    for method, samples, seed in left:
+        started = time.perf_counter()
+        job = Job(pair, student, teacher, samples, seed, seconds, compute, size, evaluate)
+        result: dict[str, Any] = {"failed": None}
+        try:
+            result |= METHODS[method](job)
+            result["ratio_percent"] = 100 * result["student_accuracy"] / known["teacher_accuracy"]
+        except SSDKDError as error:  # a run that fails is a result too, and the others go on
+            result["failed"] = error.message
+        entry = {"kind": "gpu_run", **about, "method": method, "student": student, "samples": samples, "seed": seed}
+        result = {**entry, **known, **result, "seconds_total": time.perf_counter() - started}
+        save(out / "runs" / f"{name_of(pair, method, samples, seed)}.json", result)
+        merge(out, source)
+        says = result["failed"] or f"{result['student_accuracy']:.2f} % after {result['seconds']:.0f} s"
+        print(f"{name_of(pair, method, samples, seed)}: {says}", flush=True)
+
+
+def without_paths(words: Sequence[str], arguments: argparse.Namespace) -> list[str]:
+    """The command line as it is published: folders of this machine under the names that the usage has for them."""
+    named = {str(arguments.data): "DATA", str(arguments.out): "FOLDER"}
+    return [named.get(word.rstrip("/"), word) for word in words]
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, help="folder of teachers and results")
+    parser.add_argument("--pack", type=Path, help="only write train.npz and test.npz into this folder")
+    parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=list(PAIRS)[:-1])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=8, help="of a pair, its teacher included")
+    parser.add_argument("--seconds", type=float, help="of a run, in place of its share of --minutes")
+    parser.add_argument("--buffer", nargs="+", type=int, help="samples: run the first pair with each of these")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--commit", help="of the code, where it is a copy without its history")
+    parser.add_argument("--tiny", action="store_true", help="try everything in seconds, on any machine; means nothing")
+    arguments = parser.parse_args(words)
+    if arguments.pack:
+        for path in pack(arguments.data, arguments.pack):
+            print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+        return
+    if not arguments.out:
+        parser.error("give --out FOLDER, or --pack FOLDER")
+    source = provenance(
+        shlex.join(["python", "-m", "benchmarks.gpu", *without_paths(words or sys.argv[1:], arguments)])
+    )
+    source["commit"] = arguments.commit or source["commit"]
+    pairs = arguments.pairs[:1] if arguments.buffer else arguments.pairs
+    jobs = [
+        (method, samples, seed)
+        for seed in range(arguments.seeds)
+        for samples in arguments.buffer or [64 if arguments.tiny else SAMPLES]
+        for method in METHODS
+    ]
+    for pair in pairs:
+        run_pair(pair, jobs, arguments, source)
+
+
+if __name__ == "__main__":
+    main()
