@@ -1,0 +1,129 @@
+"""The code of a published distiller, from the user's own checkout of it: imported, and made to run on any device.
+
+Nothing of theirs is copied or changed on disk. What they need and this environment may lack: kornia, scipy, matplotlib,
+termcolor, tqdm (`pip install kornia scipy matplotlib termcolor tqdm`).
+"""
+
+import contextlib
+import importlib.util
+import os
+import pickle
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from engine.device import Compute
+from engine.errors import SSDKDError
+
+PACKAGE = "datafree"  # the name that both peers gave to their package
+GENERATORS = Path(PACKAGE, "models", "generator.py")  # a file of its own: its package imports what torchvision dropped
+CPU_WORKERS = 0
+
+
+class Reduced(nn.Module):
+    """A network that computes in the precision of `compute` and returns float32 logits."""
+
+    def __init__(self, network: nn.Module, compute: Compute) -> None:
+        super().__init__()
+        self.network = network
+        self.compute = compute
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images [B, C, H, W] -> logits [B, classes]."""
+        return reduced(self.network.__call__, self.compute)(images)
+
+
+def reduced(forward: Callable[..., Tensor], compute: Compute) -> Callable[..., Tensor]:
+    """`forward` in the precision of `compute`, its result in float32."""
+
+    def call(*arguments: Any, **options: Any) -> Tensor:
+        with compute.autocast():
+            return forward(*arguments, **options).float()
+
+    return call
+
+
+@contextlib.contextmanager
+def checkout_modules(checkout: Path, synthesizer: str) -> Iterator[tuple[Any, Any]]:
+    """Their package and the module of their generators; forgotten on exit, since both peers' have the same name.
+
+    `synthesizer`: the file in datafree/synthesis/ that a checkout of the right repository has.
+
+    Raises:
+        SSDKDError: no such checkout, or a package that it imports is not installed.
+    """
+    expected = checkout / PACKAGE / "synthesis" / f"{synthesizer}.py"
+    if not expected.is_file():
+        raise SSDKDError(
+            f"{checkout} is no checkout of that method's repository: {expected.relative_to(checkout)} is not in it",
+            "clone it (`python -m benchmarks.peers --help` has the addresses), and give the path of the clone",
+        )
+    theirs = _loaded()
+    for name in theirs:
+        del sys.modules[name]
+    sys.path.insert(0, str(checkout.resolve()))
+    try:
+        package = importlib.import_module(PACKAGE)
+        spec = importlib.util.spec_from_file_location("peer_generator", checkout / GENERATORS)
+        if spec is None or spec.loader is None:
+            raise SSDKDError(f"{checkout / GENERATORS} cannot be imported", "clone the repository again")
+        generators = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(generators)
+        yield package, generators
+    except ModuleNotFoundError as error:
+        raise SSDKDError(
+            f"{checkout} imports {error.name}, which is not installed", f"pip install {error.name}"
+        ) from error
+    finally:
+        sys.path.remove(str(checkout.resolve()))
+        for name in _loaded():
+            del sys.modules[name]
+        sys.modules.update(theirs)
+
+
+def _loaded() -> dict[str, Any]:
+    return {name: module for name, module in sys.modules.items() if name.split(".")[0] == PACKAGE}
+
+
+@contextlib.contextmanager
+def running_on(device: torch.device) -> Iterator[None]:
+    """What is hard-coded in their code is led to `device` here, and put back on exit.
+
+    `.cuda()` moves to `device` (networks in channels_last); their four loader processes, which a pass over the few
+    images of a short run starts anew, become none on a CPU, whose cores they would share; grey images [H, W, 1] can be
+    saved; what they print is dropped.
+    """
+    make_loader, make_image = torch.utils.data.DataLoader, Image.fromarray
+    on_cpu = {"num_workers": CPU_WORKERS, "pin_memory": False} if device.type == "cpu" else {}
+
+    def loader(*arguments: Any, **options: Any) -> Any:
+        return make_loader(*arguments, **(options | on_cpu))
+
+    def image(pixels: Any, *arguments: Any, **options: Any) -> Image.Image:
+        grey = pixels.ndim == 3 and pixels.shape[2] == 1
+        return make_image(pixels[:, :, 0] if grey else pixels, *arguments, **options)
+
+    def place(network: nn.Module, *_: Any, **__: Any) -> nn.Module:
+        return network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(nn.Module, "cuda", place))
+        stack.enter_context(patch.object(Tensor, "cuda", lambda tensor, *_, **__: tensor.to(device)))
+        stack.enter_context(patch.object(torch.utils.data, "DataLoader", loader))
+        stack.enter_context(patch.object(Image, "fromarray", image))
+        dropped = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+        stack.enter_context(contextlib.redirect_stdout(dropped))
+        yield
+
+
+def label_embedding(checkout: Path, name: str, device: torch.device) -> Tensor:
+    """NAYER's text embedding of each class, float32 [classes, width]; a pickle, trusted as the code beside it is."""
+    with (checkout / "label_embedding" / f"{name}_le.pickle").open("rb") as file:
+        embedding: Tensor = pickle.load(file)
+    return embedding.to(device).float()

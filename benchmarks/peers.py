@@ -1,0 +1,382 @@
+"""PLACEHOLDER"""
+
+import argparse
+import contextlib
+import copy
+import itertools
+import math
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision import transforms
+
+from benchmarks.common import RESULTS, provenance, save
+from benchmarks.peer_code import Reduced, checkout_modules, label_embedding, reduced, running_on
+from engine.device import Compute, choose_device
+from engine.errors import SSDKDError
+from engine.students import build_student
+from engine.teacher import Teacher, TeacherSpec, load_teacher
+from exporters.evaluate import accuracy, load_labelled
+from exporters.runtimes import predictor
+from ssdkd_cli.compress import DEMO_DEFAULTS, DEMO_TEACHER
+
+Shape = tuple[int, int, int]  # C, H, W
+RATE, LOWEST_RATE, MOMENTUM, DECAY, TEMPERATURE = 0.2, 2e-4, 0.9, 1e-4, 20.0  # the student's, in both peers' scripts
+BATCHNORM_WEIGHT, BATCHNORM_MOMENTUM, PADDING = 10.0, 0.9, 4
+GENERATOR_WIDTH, GENERATOR_LIFE, LATENT, NOISY_WIDTH = 64, 10, 256, 1000
+SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Script:
+    """A run as the peer's own script for CIFAR-10 has it; times in epochs, one call of the synthesizer each."""
+
+    synthesizer: str  # their file
+    epochs: int
+    warmup: int  # epochs without a student step
+    steps: int  # of the generator for a batch of images
+    generator_rate: float
+    batch: int  # of the student
+    synthesis_batch: int
+    adversarial_weight: float
+    class_weight: float
+    latent_rate: float = 0.0
+    reset: int = 0  # the epoch that starts the generator's first layer afresh; 0: none does
+    batches: int = 1  # batches of images an epoch
+    warmup_batches: int = 1
+
+
+FAST = Script("fast_meta", 220, 20, 2, 5e-3, 256, 256, 1.1, 0.4, latent_rate=0.015, reset=140)
+METHODS = {
+    "fast-2": FAST,
+    "fast-5": replace(FAST, steps=5, generator_rate=3e-3, latent_rate=0.01),
+    "fast-10": replace(FAST, steps=10, generator_rate=2e-3, latent_rate=0.01),
+    "nayer": Script("nayer", 120, 20, 30, 4e-3, 512, 400, 1.33, 0.5, batches=2, warmup_batches=10),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """The student's accuracy in percent after so many seconds of the run."""
+
+    seconds: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class PeerRun:
+    """The curve of a run, its last point the student at the end, and the settings that it ran with."""
+
+    points: list[Point]
+    settings: dict[str, Any]
+
+
+class Clock:
+    """Seconds since it was made, less those spent in `stopped`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.started = time.perf_counter()
+
+    def seconds(self) -> float:
+        """The seconds of the run until now."""
+        return time.perf_counter() - self.started
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Time in here does not count; what the GPU still has to do on entry does."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        entered = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.started += time.perf_counter() - entered
+
+
+def run_peer(
+    method: str,
+    checkout: Path,
+    *,
+    teacher: nn.Module,
+    student: nn.Module,
+    spec: TeacherSpec,
+    evaluate: Callable[[nn.Module], float],
+    seconds: float,
+    every: float,
+    seed: int,
+    device: torch.device,
+    batch: int | None = None,
+    synthesis_batch: int | None = None,
+    share: float = SHARE,
+) -> PeerRun:
+    """One run of a published distiller; `student` is trained in place, `teacher` is left as it is.
+
+    `evaluate` is given the student in eval mode, on `device`, and returns percent; it is called about `every` seconds
+    and at the end, with the clock stopped. The module's docstring says what `batch`, `synthesis_batch` (None: of their
+    script) and `share` are.
+
+    Raises:
+        SSDKDError: an unknown method, no checkout of it, a package that it needs, a task that it has no words for.
+    """
+    if method not in METHODS:
+        raise SSDKDError(f"unknown method '{method}'", f"use one of {', '.join(METHODS)}")
+    script = METHODS[method]
+    script = replace(script, batch=batch or script.batch, synthesis_batch=synthesis_batch or script.synthesis_batch)
+    compute = choose_device(str(device))
+    random.seed(seed)
+    torch.manual_seed(seed)
+    points: list[Point] = []
+    settings: dict[str, Any] = {"method": method, "compute": compute.describe(), **asdict(script)}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        checkout_modules(checkout, script.synthesizer) as (package, generators),
+        running_on(compute.device),
+    ):
+        clock = Clock(compute.device)
+        student.cuda().train()  # to `device`, in channels_last
+        # Theirs computes the BatchNorm statistics of student batches too, and drops them: that is spared here.
+        hooked, plain = (Reduced(copy.deepcopy(teacher).cuda().eval(), compute) for _ in range(2))
+        learner = Reduced(student, compute)
+        synthesizer = _synthesizer(
+            script, package, generators, hooked, learner, spec=spec, checkout=checkout, folder=folder, compute=compute
+        )
+        criterion = package.criterions.KLDiv(T=TEMPERATURE)
+        for made in _run(script, synthesizer, learner, plain, criterion, clock, seconds=seconds, share=share):
+            settings.update(made)
+            if every * (len(points) + 1) <= clock.seconds() < seconds:
+                points.append(_look(student, evaluate, clock))
+        points.append(_look(student, evaluate, clock))
+    return PeerRun(points, settings)
+
+
+def _look(student: nn.Module, evaluate: Callable[[nn.Module], float], clock: Clock) -> Point:
+    with clock.stopped():
+        student.eval()
+        point = Point(clock.seconds(), evaluate(student))
+        student.train()
+    return point
+
+
+def _synthesizer(
+    script: Script,
+    package: Any,
+    generators: Any,
+    teacher: nn.Module,
+    student: nn.Module,
+    *,
+    spec: TeacherSpec,
+    checkout: Path,
+    folder: str,
+    compute: Compute,
+) -> Any:
+    """Their synthesizer with its generator, built as their main program builds it."""
+    channels, height, width = spec.input_shape
+    mean, std = spec.preprocessing.mean, spec.preprocessing.std
+    augmentation = transforms.Compose(
+        [
+            transforms.RandomCrop((height, width), padding=PADDING),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(mean, std),
+        ]
+    )
+    common = {
+        "num_classes": spec.classes,
+        "img_size": spec.input_shape,
+        "save_dir": folder,
+        "transform": augmentation,
+        "normalizer": package.utils.Normalizer(mean, std),
+        "device": compute.device,
+        "synthesis_batch_size": script.synthesis_batch,
+        "sample_batch_size": script.batch,
+        "lr_g": script.generator_rate,
+        "warmup": script.warmup,
+        "adv": script.adversarial_weight,
+        "bn": BATCHNORM_WEIGHT,
+        "oh": script.class_weight,
+        "bn_mmt": BATCHNORM_MOMENTUM,
+    }
+    size = {"ngf": GENERATOR_WIDTH, "img_size": width, "nc": channels}
+    if script.synthesizer == "nayer":
+        embedding = label_embedding(checkout, "cifar10", compute.device)
+        generators.NLGenerator.forward = reduced(generators.NLGenerator.forward, compute)
+        noisy = {"nl": spec.classes, "le_emb_size": NOISY_WIDTH, "sbz": script.synthesis_batch}
+        generator = generators.NLGenerator(**size, **noisy, label_emb=embedding).cuda()
+        loops = {"g_loops": script.batches, "gwp_loops": script.warmup_batches, "g_life": GENERATOR_LIFE}
+        return package.synthesis.NAYER(teacher, student, generator, g_steps=script.steps, **loops, **common)
+    generators.Generator.forward = reduced(generators.Generator.forward, compute)
+    generator = generators.Generator(nz=LATENT, **size).cuda()
+    fast = {"nz": LATENT, "iterations": script.steps, "lr_z": script.latent_rate, "is_maml": 1}
+    return package.synthesis.FastMetaSynthesizer(teacher, student, generator, **fast, **common)
+
+
+def _run(
+    script: Script,
+    synthesizer: Any,
+    student: nn.Module,
+    teacher: nn.Module,
+    criterion: nn.Module,
+    clock: Clock,
+    *,
+    seconds: float,
+    share: float,
+) -> Iterator[dict[str, Any]]:
+    """Their main loop, shrunk to `seconds`; what it has done so far after each synthesis and each student step."""
+    optimizer = torch.optim.SGD(student.parameters(), RATE, momentum=MOMENTUM, weight_decay=DECAY)
+    device = next(student.parameters()).device
+    epochs, warmup = script.epochs, script.warmup
+    steps = images = 0
+    fastest = math.inf  # seconds for a batch of images
+    for epoch in itertools.count():
+        batches = script.warmup_batches if epoch < warmup else script.batches
+        if seconds - clock.seconds() > batches * fastest or not images:
+            began = clock.seconds()
+            _synthesize(script, synthesizer, epoch=epoch, epochs=epochs, warmup=warmup)
+            fastest = min(fastest, (clock.seconds() - began) / batches)
+            images += batches * script.synthesis_batch
+        if epoch < 2:  # the first has to warm the machine up; no student step before the second is planned
+            epochs, warmup = shrunk(script, share * seconds / fastest)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs - warmup, LOWEST_RATE)
+        made = {"epochs": epochs, "warmup": warmup, "seconds_a_batch": fastest, "images": images}
+        yield {**made, "student_steps": steps}
+        if epoch < warmup:
+            learning_from = clock.seconds()
+            continue
+        until = learning_from + (seconds - learning_from) * min(1.0, (epoch + 1 - warmup) / (epochs - warmup))
+        while True:
+            views = synthesizer.sample().to(device)  # [B, C, H, W]
+            _teach(student, teacher, views, criterion, optimizer)
+            steps += 1
+            yield {**made, "student_steps": steps}
+            if clock.seconds() >= until:
+                break
+        schedule.step()
+        if clock.seconds() >= seconds:
+            return
+
+
+def shrunk(script: Script, batches: float) -> tuple[int, int]:
+    """Epochs and, among them, epochs of warm-up, of a run that makes about `batches` batches of images.
+
+    As many as the script's at most, and as large a share of warm-up; one of each at least.
+    """
+    warm_share = script.warmup / script.epochs
+    an_epoch = warm_share * script.warmup_batches + (1 - warm_share) * script.batches
+    epochs = max(2, min(script.epochs, int(batches / an_epoch)))
+    return epochs, max(1, round(epochs * warm_share))
+
+
+def _synthesize(script: Script, synthesizer: Any, *, epoch: int, epochs: int, warmup: int) -> None:
+    """One call of theirs; where the script starts a layer afresh, at the same share of the run."""
+    learning = script.epochs - script.warmup
+    reset_after = script.reset - script.warmup
+    due = script.reset > 0 and epoch == warmup + round(reset_after / learning * (epochs - warmup)) - 1
+    synthesizer.reset_l0 = int(due)
+    # Theirs counts its calls (`ep`), and resets in the 120th after `ep_start`.
+    synthesizer.ep_start = synthesizer.ep + 1 - reset_after if due else warmup
+    synthesizer.synthesize()
+
+
+def _teach(
+    student: nn.Module, teacher: nn.Module, views: Tensor, criterion: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    with torch.no_grad():
+        targets = teacher(views)
+    loss = criterion(student(views), targets)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def task(
+    name: str, teacher: Path | None, test_folder: Path | None
+) -> tuple[Teacher, str, Callable[[nn.Module], float]]:
+    """The teacher, the student's name and the measure of a task, `demo` or `cifar`; only `cifar` reads the paths."""
+    student = str(DEMO_DEFAULTS["student"])
+    if name == "demo":
+        teacher, test_folder = DEMO_TEACHER, Path(str(DEMO_DEFAULTS["eval_data"]))
+    elif teacher is None or test_folder is None:
+        raise SSDKDError("the task cifar has no files in the package", "give --teacher FILE and --test-folder DIR")
+    else:
+        student = "resnet8"
+    loaded = load_teacher(teacher)
+    spec = loaded.spec
+    labelled = load_labelled(test_folder, input_shape=spec.input_shape, classes=spec.classes, class_names=None)
+    preprocessing = spec.preprocessing
+
+    def evaluate(network: nn.Module) -> float:
+        return accuracy(predictor(network), labelled, mean=preprocessing.mean, std=preprocessing.std)
+
+    return loaded, student, evaluate
+
+
+def commit_of(checkout: Path) -> str:
+    """The commit of a clone; nothing where it is none."""
+    asked = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("checkout", type=Path)
+    parser.add_argument("--task", choices=("demo", "cifar"), default="demo")
+    parser.add_argument("--teacher", type=Path, help="of --task cifar, a ResNet-20")
+    parser.add_argument("--test-folder", type=Path, help="of --task cifar, a folder a class")
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--every", type=float, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--batch", type=int, help="views a student step")
+    parser.add_argument("--synthesis-batch", type=int, help="images a batch of the generator")
+    parser.add_argument("--share", type=float, default=SHARE, help="of the time, that synthesis is planned to take")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    try:
+        teacher, student, evaluate = task(arguments.task, arguments.teacher, arguments.test_folder)
+        finished = run_peer(
+            arguments.method,
+            arguments.checkout,
+            teacher=teacher.module,
+            student=build_student(student, teacher=teacher, seed=arguments.seed),
+            spec=teacher.spec,
+            evaluate=evaluate,
+            seconds=arguments.seconds,
+            every=arguments.every,
+            seed=arguments.seed,
+            device=torch.device(arguments.device),
+            batch=arguments.batch,
+            synthesis_batch=arguments.synthesis_batch,
+            share=arguments.share,
+        )
+    except SSDKDError as error:
+        sys.exit(f"{error.message}: {error.hint}")
+    for point in finished.points:
+        print(f"{point.seconds:7.1f} s  {point.accuracy:5.2f} %")
+    words = (
+        f"{arguments.method} CHECKOUT --task {arguments.task} --seconds {arguments.seconds:g} --seed {arguments.seed}"
+    )
+    result = {
+        "kind": "peer",
+        **provenance(f"python -m benchmarks.peers {words}"),
+        "peer_commit": commit_of(arguments.checkout),
+        "task": arguments.task,
+        **asdict(finished),
+    }
+    save(arguments.out or RESULTS / f"peer-{arguments.task}-{arguments.method}.json", result)
+
+
+if __name__ == "__main__":
+    main()
