@@ -6,6 +6,7 @@ termcolor, tqdm (`pip install kornia scipy matplotlib termcolor tqdm`).
 
 import contextlib
 import importlib.util
+import io
 import os
 import pickle
 import sys
@@ -124,6 +125,11 @@ def running_on(device: torch.device) -> Iterator[None]:
 
 def label_embedding(checkout: Path, name: str, device: torch.device) -> Tensor:
     """NAYER's text embedding of each class, float32 [classes, width]; a pickle, trusted as the code beside it is."""
-    with (checkout / "label_embedding" / f"{name}_le.pickle").open("rb") as file:
+
+    def storage(data: bytes) -> Any:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)  # it was pickled on a GPU
+
+    path = checkout / "label_embedding" / f"{name}_le.pickle"
+    with path.open("rb") as file, patch.object(torch.storage, "_load_from_bytes", storage):
         embedding: Tensor = pickle.load(file)
     return embedding.to(device).float()

@@ -32,13 +32,14 @@ from ssdkd_cli.compress import DEMO_DEFAULTS, DEMO_TEACHER
 Shape = tuple[int, int, int]  # C, H, W
 RATE, LOWEST_RATE, MOMENTUM, DECAY, TEMPERATURE = 0.2, 2e-4, 0.9, 1e-4, 20.0  # the student's, in both peers' scripts
 BATCHNORM_WEIGHT, BATCHNORM_MOMENTUM, PADDING = 10.0, 0.9, 4
-GENERATOR_WIDTH, GENERATOR_LIFE, LATENT, NOISY_WIDTH = 64, 10, 256, 1000
+GENERATOR_WIDTH, LATENT, NOISY_WIDTH = 64, 256, 1000
 SHARE = 0.5
+NEVER = 10**9  # epochs
 
 
 @dataclass(frozen=True)
 class Script:
-    """A run as the peer's own script for CIFAR-10 has it; times in epochs, one call of the synthesizer each."""
+    """A run as the peer's script for CIFAR-10 has it; an epoch is a batch of new images, then the student's steps."""
 
     synthesizer: str  # their file
     epochs: int
@@ -51,8 +52,8 @@ class Script:
     class_weight: float
     latent_rate: float = 0.0
     reset: int = 0  # the epoch that starts the generator's first layer afresh; 0: none does
-    batches: int = 1  # batches of images an epoch
-    warmup_batches: int = 1
+    warmup_life: int = 0  # epochs of warm-up until a new generator takes over; 0: never
+    life: int = 0  # the same after the warm-up, at whose end a new one comes in any case
 
 
 FAST = Script("fast_meta", 220, 20, 2, 5e-3, 256, 256, 1.1, 0.4, latent_rate=0.015, reset=140)
@@ -60,7 +61,7 @@ METHODS = {
     "fast-2": FAST,
     "fast-5": replace(FAST, steps=5, generator_rate=3e-3, latent_rate=0.01),
     "fast-10": replace(FAST, steps=10, generator_rate=2e-3, latent_rate=0.01),
-    "nayer": Script("nayer", 120, 20, 30, 4e-3, 512, 400, 1.33, 0.5, batches=2, warmup_batches=10),
+    "nayer": Script("nayer", 400, 200, 30, 4e-3, 512, 400, 1.33, 0.5, warmup_life=100, life=20),
 }
 
 
@@ -212,8 +213,9 @@ def _synthesizer(
         generators.NLGenerator.forward = reduced(generators.NLGenerator.forward, compute)
         noisy = {"nl": spec.classes, "le_emb_size": NOISY_WIDTH, "sbz": script.synthesis_batch}
         generator = generators.NLGenerator(**size, **noisy, label_emb=embedding).cuda()
-        loops = {"g_loops": script.batches, "gwp_loops": script.warmup_batches, "g_life": GENERATOR_LIFE}
-        return package.synthesis.NAYER(teacher, student, generator, g_steps=script.steps, **loops, **common)
+        return package.synthesis.NAYER(
+            teacher, student, generator, g_steps=script.steps, g_loops=1, gwp_loops=1, **common
+        )
     generators.Generator.forward = reduced(generators.Generator.forward, compute)
     generator = generators.Generator(nz=LATENT, **size).cuda()
     fast = {"nz": LATENT, "iterations": script.steps, "lr_z": script.latent_rate, "is_maml": 1}
@@ -238,12 +240,11 @@ def _run(
     steps = images = 0
     fastest = math.inf  # seconds for a batch of images
     for epoch in itertools.count():
-        batches = script.warmup_batches if epoch < warmup else script.batches
-        if seconds - clock.seconds() > batches * fastest or not images:
+        if seconds - clock.seconds() > fastest or not images:
             began = clock.seconds()
             _synthesize(script, synthesizer, epoch=epoch, epochs=epochs, warmup=warmup)
-            fastest = min(fastest, (clock.seconds() - began) / batches)
-            images += batches * script.synthesis_batch
+            fastest = min(fastest, clock.seconds() - began)
+            images += script.synthesis_batch
         if epoch < 2:  # the first has to warm the machine up; no student step before the second is planned
             epochs, warmup = shrunk(script, share * seconds / fastest)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs - warmup, LOWEST_RATE)
@@ -265,25 +266,27 @@ def _run(
             return
 
 
-def shrunk(script: Script, batches: float) -> tuple[int, int]:
-    """Epochs and, among them, epochs of warm-up, of a run that makes about `batches` batches of images.
+def shrunk(script: Script, epochs: float) -> tuple[int, int]:
+    """Epochs and, among them, epochs of warm-up of a run of about so many, with as large a share of warm-up as theirs.
 
-    As many as the script's at most, and as large a share of warm-up; one of each at least.
+    No more than the script's; one of warm-up and one of learning at least.
     """
-    warm_share = script.warmup / script.epochs
-    an_epoch = warm_share * script.warmup_batches + (1 - warm_share) * script.batches
-    epochs = max(2, min(script.epochs, int(batches / an_epoch)))
-    return epochs, max(1, round(epochs * warm_share))
+    whole = max(2, min(script.epochs, int(epochs)))
+    return whole, max(1, round(whole * script.warmup / script.epochs))
 
 
 def _synthesize(script: Script, synthesizer: Any, *, epoch: int, epochs: int, warmup: int) -> None:
-    """One call of theirs; where the script starts a layer afresh, at the same share of the run."""
-    learning = script.epochs - script.warmup
-    reset_after = script.reset - script.warmup
-    due = script.reset > 0 and epoch == warmup + round(reset_after / learning * (epochs - warmup)) - 1
-    synthesizer.reset_l0 = int(due)
-    # Theirs counts its calls (`ep`), and resets in the 120th after `ep_start`.
-    synthesizer.ep_start = synthesizer.ep + 1 - reset_after if due else warmup
+    """One call of theirs. It counts its calls from `ep_start` on, so what is due in this one is told to it anew."""
+    synthesizer.ep_start = warmup
+    if script.reset:  # at the same share of the time after the warm-up
+        learning, reset_after = script.epochs - script.warmup, script.reset - script.warmup
+        due = epoch == warmup + round(reset_after / learning * (epochs - warmup)) - 1
+        synthesizer.reset_l0 = int(due)
+        if due:
+            synthesizer.ep_start = synthesizer.ep + 1 - reset_after
+    if script.life:
+        due = epoch % script.warmup_life == 0 if epoch < warmup else (epoch - warmup) % script.life == 0
+        synthesizer.g_life = 1 if due else NEVER
     synthesizer.synthesize()
 
 
