@@ -35,6 +35,7 @@ BATCHNORM_WEIGHT, BATCHNORM_MOMENTUM, PADDING = 10.0, 0.9, 4
 GENERATOR_WIDTH, LATENT, NOISY_WIDTH = 64, 256, 1000
 SHARE = 0.5
 NEVER = 10**9  # epochs
+CIFAR10 = ((3, 32, 32), 10)  # image and classes
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,8 @@ def run_peer(
     """
     if method not in METHODS:
         raise SSDKDError(f"unknown method '{method}'", f"use one of {', '.join(METHODS)}")
+    if method == "nayer" and (spec.input_shape, spec.classes) != CIFAR10:
+        raise SSDKDError("NAYER's label embeddings are of CIFAR-10: this is another task", "use --task cifar")
     script = METHODS[method]
     script = replace(script, batch=batch or script.batch, synthesis_batch=synthesis_batch or script.synthesis_batch)
     compute = choose_device(str(device))
@@ -365,7 +368,7 @@ def main() -> None:
             share=arguments.share,
         )
     except SSDKDError as error:
-        sys.exit(f"{error.message}: {error.hint}")
+        sys.exit(f"{error.message}; {error.hint}")
     for point in finished.points:
         print(f"{point.seconds:7.1f} s  {point.accuracy:5.2f} %")
     words = (
