@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision import transforms
 
 from benchmarks.common import RESULTS, provenance, save
-from benchmarks.peer_code import Reduced, checkout_modules, label_embedding, reduced, running_on
-from engine.device import Compute, choose_device
+from benchmarks.peer_code import METHODS, Reduced, Script, build_synthesizer, checkout_modules, running_on
+from engine.device import choose_device
 from engine.errors import SSDKDError
 from engine.students import build_student
 from engine.teacher import Teacher, TeacherSpec, load_teacher
@@ -29,41 +28,10 @@ from exporters.evaluate import accuracy, load_labelled
 from exporters.runtimes import predictor
 from ssdkd_cli.compress import DEMO_DEFAULTS, DEMO_TEACHER
 
-Shape = tuple[int, int, int]  # C, H, W
 RATE, LOWEST_RATE, MOMENTUM, DECAY, TEMPERATURE = 0.2, 2e-4, 0.9, 1e-4, 20.0  # the student's, in both peers' scripts
-BATCHNORM_WEIGHT, BATCHNORM_MOMENTUM, PADDING = 10.0, 0.9, 4
-GENERATOR_WIDTH, LATENT, NOISY_WIDTH = 64, 256, 1000
 SHARE = 0.5
 NEVER = 10**9  # epochs
 CIFAR10 = ((3, 32, 32), 10)  # image and classes
-
-
-@dataclass(frozen=True)
-class Script:
-    """A run as the peer's script for CIFAR-10 has it; an epoch is a batch of new images, then the student's steps."""
-
-    synthesizer: str  # their file
-    epochs: int
-    warmup: int  # epochs without a student step
-    steps: int  # of the generator for a batch of images
-    generator_rate: float
-    batch: int  # of the student
-    synthesis_batch: int
-    adversarial_weight: float
-    class_weight: float
-    latent_rate: float = 0.0
-    reset: int = 0  # the epoch that starts the generator's first layer afresh; 0: none does
-    warmup_life: int = 0  # epochs of warm-up until a new generator takes over; 0: never
-    life: int = 0  # the same after the warm-up, at whose end a new one comes in any case
-
-
-FAST = Script("fast_meta", 220, 20, 2, 5e-3, 256, 256, 1.1, 0.4, latent_rate=0.015, reset=140)
-METHODS = {
-    "fast-2": FAST,
-    "fast-5": replace(FAST, steps=5, generator_rate=3e-3, latent_rate=0.01),
-    "fast-10": replace(FAST, steps=10, generator_rate=2e-3, latent_rate=0.01),
-    "nayer": Script("nayer", 400, 200, 30, 4e-3, 512, 400, 1.33, 0.5, warmup_life=100, life=20),
-}
 
 
 @dataclass(frozen=True)
@@ -149,9 +117,9 @@ def run_peer(
         clock = Clock(compute.device)
         student.cuda().train()  # to `device`, in channels_last
         # Theirs computes the BatchNorm statistics of student batches too, and drops them: that is spared here.
-        hooked, plain = (Reduced(copy.deepcopy(teacher).cuda().eval(), compute) for _ in range(2))
+        hooked, plain = (Reduced(copy.deepcopy(teacher).cuda().eval().requires_grad_(False), compute) for _ in range(2))
         learner = Reduced(student, compute)
-        synthesizer = _synthesizer(
+        synthesizer = build_synthesizer(
             script, package, generators, hooked, learner, spec=spec, checkout=checkout, folder=folder, compute=compute
         )
         criterion = package.criterions.KLDiv(T=TEMPERATURE)
@@ -169,60 +137,6 @@ def _look(student: nn.Module, evaluate: Callable[[nn.Module], float], clock: Clo
         point = Point(clock.seconds(), evaluate(student))
         student.train()
     return point
-
-
-def _synthesizer(
-    script: Script,
-    package: Any,
-    generators: Any,
-    teacher: nn.Module,
-    student: nn.Module,
-    *,
-    spec: TeacherSpec,
-    checkout: Path,
-    folder: str,
-    compute: Compute,
-) -> Any:
-    """Their synthesizer with its generator, built as their main program builds it."""
-    channels, height, width = spec.input_shape
-    mean, std = spec.preprocessing.mean, spec.preprocessing.std
-    augmentation = transforms.Compose(
-        [
-            transforms.RandomCrop((height, width), padding=PADDING),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(mean, std),
-        ]
-    )
-    common = {
-        "num_classes": spec.classes,
-        "img_size": spec.input_shape,
-        "save_dir": folder,
-        "transform": augmentation,
-        "normalizer": package.utils.Normalizer(mean, std),
-        "device": compute.device,
-        "synthesis_batch_size": script.synthesis_batch,
-        "sample_batch_size": script.batch,
-        "lr_g": script.generator_rate,
-        "warmup": script.warmup,
-        "adv": script.adversarial_weight,
-        "bn": BATCHNORM_WEIGHT,
-        "oh": script.class_weight,
-        "bn_mmt": BATCHNORM_MOMENTUM,
-    }
-    size = {"ngf": GENERATOR_WIDTH, "img_size": width, "nc": channels}
-    if script.synthesizer == "nayer":
-        embedding = label_embedding(checkout, "cifar10", compute.device)
-        generators.NLGenerator.forward = reduced(generators.NLGenerator.forward, compute)
-        noisy = {"nl": spec.classes, "le_emb_size": NOISY_WIDTH, "sbz": script.synthesis_batch}
-        generator = generators.NLGenerator(**size, **noisy, label_emb=embedding).cuda()
-        return package.synthesis.NAYER(
-            teacher, student, generator, g_steps=script.steps, g_loops=1, gwp_loops=1, **common
-        )
-    generators.Generator.forward = reduced(generators.Generator.forward, compute)
-    generator = generators.Generator(nz=LATENT, **size).cuda()
-    fast = {"nz": LATENT, "iterations": script.steps, "lr_z": script.latent_rate, "is_maml": 1}
-    return package.synthesis.FastMetaSynthesizer(teacher, student, generator, **fast, **common)
 
 
 def _run(
@@ -258,7 +172,7 @@ def _run(
             continue
         until = learning_from + (seconds - learning_from) * min(1.0, (epoch + 1 - warmup) / (epochs - warmup))
         while True:
-            views = synthesizer.sample().to(device)  # [B, C, H, W]
+            views = synthesizer.sample().to(device, non_blocking=True)  # [B, C, H, W]
             _teach(student, teacher, views, criterion, optimizer)
             steps += 1
             yield {**made, "student_steps": steps}
