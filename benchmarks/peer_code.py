@@ -1,7 +1,6 @@
 """The code of a published distiller, from the user's own checkout of it: imported, and made to run on any device.
 
-Nothing of theirs is copied or changed on disk. What they need and this environment may lack: kornia, scipy, matplotlib,
-termcolor, tqdm (`pip install kornia scipy matplotlib termcolor tqdm`).
+Nothing of theirs is copied or changed on disk. Both import kornia, termcolor and tqdm, which ours does not.
 """
 
 import contextlib

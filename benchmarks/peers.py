@@ -1,4 +1,31 @@
-"""PLACEHOLDER"""
+"""Two published data-free distillers, from their own code, on our teacher, student, images and clock.
+
+    python -m benchmarks.peers METHOD CHECKOUT [--task demo|cifar] [--seconds 300] [--every 20] [--seed 0] [--out FILE]
+
+METHOD is fast-2, fast-5 or fast-10 (Fast-DFKD, Fang et al., AAAI 2022; https://github.com/zju-vipa/Fast-Datafree), or
+nayer (Tran et al., CVPR 2024; https://github.com/tmtuan1307/NAYER), on CIFAR-10 alone, whose label embeddings it brings.
+CHECKOUT is a clone of that repository; no line of it is in ours. It needs `pip install kornia termcolor tqdm`.
+
+What is theirs: the generator, the synthesizer, its losses and its meta step; the pool of images on disk and its loader;
+the student's loss, SGD, rate and cosine; every number of their CIFAR-10 scripts (of Fast-DFKD's, those of the pair
+WRN-40-2 to WRN-16-1, the nearest to our narrow networks). What the driver decides, for them where in doubt:
+
+- Their schedules count epochs: a batch of new images, then 400 student steps. On a CPU that would not leave the warm-up
+  within minutes. Here a run has as many epochs as let synthesis take half of the time (`--share`), no more than the
+  script's, with its share of warm-up; each epoch after that has student steps until its part of the remaining time is
+  over. So the cosine ends at the time limit, and what falls due in an epoch (the reset of a layer, the adversarial
+  term) does so at the same share of the run. No batch of images is begun that would not be done in time.
+- NAYER makes ten batches an epoch in its warm-up and two afterwards: here an epoch is one batch, 200 of 400 of them
+  warm-up. A generator lives as many batches as theirs, not shortened with the run.
+- Batches on a CPU are CPU_BATCHES, since theirs were chosen for GPUs; on a GPU they are theirs.
+- bfloat16 where `choose_device` would use it for ours (1.8 times as fast on our CPU), and channels_last; `--float32` is
+  as their scripts compute. The teacher is frozen, and the one that teaches has no hooks, whose statistics theirs
+  computes there and drops. On a CPU the loader has no processes of its own.
+- Metrics of the training batches are left out, as is the evaluation after each epoch.
+
+The clock starts before the generator is built and stands still while the student is evaluated. The last point is the
+student at the limit: no best epoch is picked.
+"""
 
 import argparse
 import contextlib
@@ -30,6 +57,7 @@ from ssdkd_cli.compress import DEMO_DEFAULTS, DEMO_TEACHER
 
 RATE, LOWEST_RATE, MOMENTUM, DECAY, TEMPERATURE = 0.2, 2e-4, 0.9, 1e-4, 20.0  # the student's, in both peers' scripts
 SHARE = 0.5
+CPU_BATCHES = {"fast_meta": (64, 64), "nayer": (64, 100)}  # of the student, of the generator
 NEVER = 10**9  # epochs
 CIFAR10 = ((3, 32, 32), 10)  # image and classes
 
@@ -88,12 +116,13 @@ def run_peer(
     batch: int | None = None,
     synthesis_batch: int | None = None,
     share: float = SHARE,
+    float32: bool = False,
 ) -> PeerRun:
     """One run of a published distiller; `student` is trained in place, `teacher` is left as it is.
 
     `evaluate` is given the student in eval mode, on `device`, and returns percent; it is called about `every` seconds
-    and at the end, with the clock stopped. The module's docstring says what `batch`, `synthesis_batch` (None: of their
-    script) and `share` are.
+    and at the end, with the clock stopped. `batch` is the student's, `synthesis_batch` the generator's; None: the
+    script's, or CPU_BATCHES on a CPU. `share` and `float32`: see the module's docstring.
 
     Raises:
         SSDKDError: an unknown method, no checkout of it, a package that it needs, a task that it has no words for.
@@ -102,13 +131,21 @@ def run_peer(
         raise SSDKDError(f"unknown method '{method}'", f"use one of {', '.join(METHODS)}")
     if method == "nayer" and (spec.input_shape, spec.classes) != CIFAR10:
         raise SSDKDError("NAYER's label embeddings are of CIFAR-10: this is another task", "use --task cifar")
-    script = METHODS[method]
-    script = replace(script, batch=batch or script.batch, synthesis_batch=synthesis_batch or script.synthesis_batch)
     compute = choose_device(str(device))
+    if float32:
+        compute = replace(compute, autocast_dtype=None)
+    script = METHODS[method]
+    usual = CPU_BATCHES[script.synthesizer] if compute.device.type == "cpu" else (script.batch, script.synthesis_batch)
+    script = replace(script, batch=batch or usual[0], synthesis_batch=synthesis_batch or usual[1])
     random.seed(seed)
     torch.manual_seed(seed)
     points: list[Point] = []
-    settings: dict[str, Any] = {"method": method, "compute": compute.describe(), **asdict(script)}
+    settings: dict[str, Any] = {
+        "method": method,
+        "share": share,
+        "compute": compute.describe(),
+        "script": asdict(script),
+    }
     with (
         tempfile.TemporaryDirectory() as folder,
         checkout_modules(checkout, script.synthesizer) as (package, generators),
@@ -124,7 +161,7 @@ def run_peer(
         )
         criterion = package.criterions.KLDiv(T=TEMPERATURE)
         for made in _run(script, synthesizer, learner, plain, criterion, clock, seconds=seconds, share=share):
-            settings.update(made)
+            settings["made"] = made
             if every * (len(points) + 1) <= clock.seconds() < seconds:
                 points.append(_look(student, evaluate, clock))
         points.append(_look(student, evaluate, clock))
@@ -261,6 +298,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="views a student step")
     parser.add_argument("--synthesis-batch", type=int, help="images a batch of the generator")
     parser.add_argument("--share", type=float, default=SHARE, help="of the time, that synthesis is planned to take")
+    parser.add_argument("--float32", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -280,17 +318,17 @@ def main() -> None:
             batch=arguments.batch,
             synthesis_batch=arguments.synthesis_batch,
             share=arguments.share,
+            float32=arguments.float32,
         )
     except SSDKDError as error:
         sys.exit(f"{error.message}; {error.hint}")
     for point in finished.points:
         print(f"{point.seconds:7.1f} s  {point.accuracy:5.2f} %")
-    words = (
-        f"{arguments.method} CHECKOUT --task {arguments.task} --seconds {arguments.seconds:g} --seed {arguments.seed}"
-    )
+    words = [arguments.method, "CHECKOUT", "--task", arguments.task, "--seconds", f"{arguments.seconds:g}"]
     result = {
         "kind": "peer",
-        **provenance(f"python -m benchmarks.peers {words}"),
+        **provenance(" ".join(["python -m benchmarks.peers", *words])),
+        "seed": arguments.seed,
         "peer_commit": commit_of(arguments.checkout),
         "task": arguments.task,
         **asdict(finished),
