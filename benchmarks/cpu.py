@@ -15,6 +15,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.common import RESULTS, provenance, save, unfinished
 from benchmarks.peers import run_peer
 from benchmarks.race import DEMO, OWN, Task, run_own, scorer
@@ -43,6 +45,7 @@ def run(task: Task, method: str, *, checkout: Path | None, seconds: float, seed:
             seconds=seconds,
             every=every,
             seed=seed,
+            device=torch.device("cpu"),
         )
         points, settings = found.points, found.settings
     return {

@@ -1,372 +1,318 @@
-"""The authors' own Fast-DFKD and NAYER on our teacher, student, data and clock.
+"""Two published data-free distillers, from their own code, on our teacher, student, images and clock.
 
-    python -m benchmarks.peers METHOD CHECKOUT TEACHER STUDENT TEST_IMAGES [--seconds 300] [--batch 64] ...
+    python -m benchmarks.peers METHOD CHECKOUT [--task demo|cifar] [--seconds 300] [--every 20] [--seed 0] [--out FILE]
 
-METHOD is fast-2, fast-5, fast-10 or nayer; CHECKOUT a clone of zju-vipa/Fast-Datafree or tmtuan1307/NAYER, whose
-synthesizer, generator, hooks, image pool and loss are imported and used as they are. They import kornia, termcolor and
-xlsxwriter, which `pip install` brings. Nothing of theirs is in this file: it drives them as their scripts for CIFAR-10
-do, with the same rates, weights and temperature (`SCRIPTS`), but for what follows.
+METHOD is fast-2, fast-5 or fast-10 (Fast-DFKD, Fang et al., AAAI 2022; https://github.com/zju-vipa/Fast-Datafree), or
+nayer (Tran et al., CVPR 2024; https://github.com/tmtuan1307/NAYER) on CIFAR-10, of which it brings label embeddings.
+CHECKOUT is a clone of that repository; no line of it is in ours. It needs `pip install kornia termcolor tqdm`.
 
-- Device: `.cuda()` means "to the device of this run".
-- Time limit: their runs are 220 and 120 epochs long, hours on a CPU. Here an epoch is one call of their synthesizer and
-  then as many steps of the student as fit into `student_share` times the seconds that it took (theirs: 400 steps). The
-  epoch number that the synthesizer sees, its warm-up, its resets and the cosine of the student's rate follow the clock,
-  so that the schedule ends with the budget. The warm-up takes the share of the time that it takes in their schedule.
-- Batches of 64 (theirs: 256, and 512 and 400), as ours: at 256 they do not get through a warm-up on two cores.
-- One image channel: their pool writes RGB files, so that grey networks stand behind a mean over the channels.
-- Students step in the precision that ours do (bfloat16 where the processor has it); their inversion stays in float32.
-  No worker processes: on two cores they cost more than they bring.
-- The last student counts. Theirs is the best epoch on the labelled test set.
+What is theirs: the generator, the synthesizer, its losses and its meta step; the pool of images on disk and its loader;
+the student's loss, SGD, rate and cosine; every number of their CIFAR-10 scripts (of Fast-DFKD's, those of the pair
+WRN-40-2 to WRN-16-1, the nearest to our narrow networks). What the driver decides, for them where in doubt:
+
+- Their schedules count epochs: a batch of new images, then 400 student steps. On a CPU that would not leave the warm-up
+  within minutes. Here a run has as many epochs as let synthesis take half of the time (`--share`), no more than the
+  script's, with its share of warm-up; each epoch after that has student steps until its part of the remaining time is
+  over. So the cosine ends at the time limit, and what falls due in an epoch (the reset of a layer, the adversarial
+  term) does so at the same share of the run. No batch of images is begun that would not be done in time.
+- NAYER makes ten batches an epoch in its warm-up and two afterwards: here an epoch is one batch, 200 of 400 of them
+  warm-up. A generator lives as many batches as theirs, not shortened with the run.
+- Batches on a CPU are CPU_BATCHES, on a GPU theirs, which were chosen for one. Fast-2 on the demo's task, 100 seconds
+  of one thread: 49.0 % with their 256, 71.4 % with 64 (and 72.4 % with a quarter of the time for synthesis).
+- bfloat16 where `choose_device` would use it for ours (1.8 times as fast on our CPU), and channels_last; `--float32` is
+  as their scripts compute. The teacher is frozen, and the one that teaches has no hooks, whose statistics theirs
+  computes there and drops. On a CPU the loader has no processes of its own.
+- Metrics of the training batches are left out, as is the evaluation after each epoch.
+
+The clock starts before the generator is built and stands still while the student is evaluated. The last point is the
+student at the limit: no best epoch is picked.
 """
 
 import argparse
 import contextlib
-import importlib
-import importlib.util
+import copy
+import itertools
 import math
-import os
-import pickle
 import random
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
-from unittest import mock
 
-import numpy as np
 import torch
-import torchvision.transforms as transforms
 from torch import Tensor, nn
 
-from benchmarks.common import provenance, save
-from benchmarks.race import Point, Task, scorer
+from benchmarks.common import RESULTS, provenance, save
+from benchmarks.peer_code import METHODS, Reduced, Script, build_synthesizer, checkout_modules, running_on
+from benchmarks.race import DEMO, Point, Task, scorer
 from engine.device import choose_device
 from engine.errors import SSDKDError
 from engine.students import build_student
 from engine.teacher import TeacherSpec
 
-LATENT = 256  # of Fast-DFKD's generator
-GENERATOR_WIDTH = 64
-RATE, LOWEST_RATE, MOMENTUM, DECAY, TEMPERATURE = 0.2, 2e-4, 0.9, 1e-4, 20.0  # of the student, in both repositories
-STATISTICS_MOMENTUM = 0.9
-EMBEDDING_FILE = "label_embedding/cifar10_le.pickle"
-EMBEDDING_WIDTH = 1000  # of NAYER's noisy layer
-
-
-@dataclass(frozen=True)
-class Script:
-    """What an authors' script for CIFAR-10 sets; the same for all of its pairs but `adversarial` and `target`."""
-
-    steps: int  # of the inversion
-    generator_rate: float
-    latent_rate: float
-    adversarial: float
-    target: float
-    prior: float
-    epochs: int
-    warmup_epochs: int
-    warmup_share: float  # of the time
-
-
-SCRIPTS = {
-    "fast-2": Script(2, 5e-3, 0.015, 1.1, 0.4, 10.0, 220, 20, 0.05),
-    "fast-5": Script(5, 3e-3, 0.01, 1.1, 0.4, 10.0, 220, 20, 0.05),
-    "fast-10": Script(10, 2e-3, 0.01, 1.1, 0.4, 10.0, 220, 20, 0.05),
-    "nayer": Script(30, 4e-3, 0.0, 1.33, 0.5, 10.0, 120, 20, 0.15),
-}
+RATE, LOWEST_RATE, MOMENTUM, DECAY, TEMPERATURE = 0.2, 2e-4, 0.9, 1e-4, 20.0  # the student's, in both peers' scripts
+SHARE = 0.5
+CPU_BATCHES = {"fast_meta": (64, 64), "nayer": (64, 100)}  # of the student, of the generator
+NEVER = 10**9  # epochs
+CIFAR10 = ((3, 32, 32), 10)  # image and classes
 
 
 @dataclass(frozen=True)
 class PeerRun:
-    """The curve of a rival and all that it was run with."""
+    """The curve of a run, its last point the student at the end, and the settings that it ran with."""
 
     points: list[Point]
     settings: dict[str, Any]
 
 
-class Stopwatch:
-    """Seconds since it was made, without those in `paused`."""
+class Clock:
+    """Seconds since it was made, less those spent in `stopped`."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.started = time.perf_counter()
 
-    @property
     def seconds(self) -> float:
-        """Seconds on the clock."""
+        """The seconds of the run until now."""
         return time.perf_counter() - self.started
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """The clock stands still within the context."""
-        began = time.perf_counter()
+    def stopped(self) -> Iterator[None]:
+        """Time in here does not count; what the GPU still has to do on entry does."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        entered = time.perf_counter()
         try:
             yield
         finally:
-            self.started += time.perf_counter() - began
-
-
-class Grey(nn.Module):
-    """A network of one channel behind a mean over three."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, K]."""
-        logits: Tensor = self.network(images.mean(1, keepdim=True))
-        return logits
-
-
-@contextlib.contextmanager
-def peer_code(checkout: Path, device: torch.device) -> Iterator[ModuleType]:
-    """The package `datafree` of a checkout, with `.cuda()` bound to `device`; afterwards nothing of it is left.
-
-    Raises SSDKDError where the folder is no checkout, or a library that it imports is missing.
-    """
-    if not (checkout / "datafree" / "synthesis").is_dir():
-        raise SSDKDError(f"{checkout}: expected a clone of Fast-Datafree or NAYER", "git clone it, and give its folder")
-
-    def to_device(tensor: Any, *_: Any, **__: Any) -> Any:
-        return tensor.to(device)
-
-    def plain_loader(*positional: Any, **named: Any) -> Any:
-        return loader(*positional, **{**named, "num_workers": 0, "pin_memory": False})
-
-    loader = torch.utils.data.DataLoader
-    patches = (
-        mock.patch.object(torch.Tensor, "cuda", to_device),
-        mock.patch.object(nn.Module, "cuda", to_device),
-        mock.patch.object(torch.utils.data, "DataLoader", plain_loader),
-    )
-    sys.path.insert(0, str(checkout))
-    try:
-        with contextlib.ExitStack() as stack, Path(os.devnull).open("w", encoding="utf-8") as nowhere:
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            try:
-                code = importlib.import_module("datafree")
-            except ImportError as error:
-                hint = "pip install kornia termcolor xlsxwriter"
-                raise SSDKDError(f"{checkout} cannot be imported: {error}", hint) from error
-            for patch in patches:
-                stack.enter_context(patch)
-            yield code
-    finally:
-        sys.path.remove(str(checkout))
-        for name in [name for name in sys.modules if name.split(".")[0] == "datafree"]:
-            del sys.modules[name]
+            self.started += time.perf_counter() - entered
 
 
 def run_peer(
     method: str,
     checkout: Path,
     *,
-    spec: TeacherSpec,
     teacher: nn.Module,
     student: nn.Module,
+    spec: TeacherSpec,
     evaluate: Callable[[nn.Module], float],
     seconds: float,
     every: float,
     seed: int,
-    device: str = "cpu",
-    batch: int = 64,
-    student_share: float = 1.0,
-) -> PeerRun:
-    """The curve of a rival: `student` is trained from `teacher` for so many seconds and scored about every `every`.
-
-    `evaluate` takes the student in eval mode and returns percent; the clock stands still during it. The last point is
-    the student at the end.
-    """
-    script, compute = SCRIPTS[method], choose_device(device)
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)  # of theirs, as their scripts do
-    networks = [Grey(network) if spec.input_shape[0] == 1 else network for network in (teacher, student)]
-    shown_teacher, shown_student = (channels_last(network, compute.device).eval() for network in networks)
-    points: list[Point] = []
-    with peer_code(checkout, compute.device) as code, tempfile.TemporaryDirectory() as folder:
-        clock = Stopwatch()
-        synthesizer = new_synthesizer(
-            code, method, checkout, spec, shown_teacher, shown_student, batch, Path(folder), compute.device
-        )
-        loss_function = code.criterions.KLDiv(T=TEMPERATURE)
-        optimizer = torch.optim.SGD(student.parameters(), RATE, momentum=MOMENTUM, weight_decay=DECAY)
-        synthesized = steps = 0
-        while clock.seconds < seconds:
-            began = clock.seconds
-            follow_the_clock(synthesizer, script, began / seconds)
-            synthesizer.synthesize()
-            synthesized += 1
-            until = min(seconds, clock.seconds + student_share * (clock.seconds - began))
-            shown_student.train()
-            while began / seconds >= script.warmup_share and clock.seconds < until:
-                optimizer.param_groups[0]["lr"] = rate(script, clock.seconds / seconds)
-                images = synthesizer.sample().to(compute.device)
-                with compute.autocast():
-                    with torch.no_grad():
-                        teacher_logits = shown_teacher(images)
-                    student_logits = shown_student(images)
-                loss = loss_function(student_logits.float(), teacher_logits.float())
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                steps += 1
-            if clock.seconds >= min(seconds, every * (len(points) + 1)):
-                with clock.paused():
-                    shown_student.eval()
-                    points.append(Point(clock.seconds, evaluate(student)))
-    used = {"batch": batch, "student_share": student_share, "syntheses": synthesized, "student_steps": steps}
-    return PeerRun(points, {**asdict(script), **used, "code": commit(checkout)})
-
-
-def new_synthesizer(
-    code: ModuleType,
-    method: str,
-    checkout: Path,
-    spec: TeacherSpec,
-    teacher: nn.Module,
-    student: nn.Module,
-    batch: int,
-    folder: Path,
     device: torch.device,
-) -> Any:
-    """The authors' synthesizer with its generator and image pool, which writes into `folder`."""
-    script, pixels = SCRIPTS[method], spec.input_shape[1]
-    mean, std = (list(values) * (3 // len(values)) for values in (spec.preprocessing.mean, spec.preprocessing.std))
-    generators = generator_module(checkout)
-    common = {
-        "num_classes": spec.classes,
-        "img_size": (3, pixels, pixels),
-        "save_dir": str(folder),
-        "device": device,
-        "transform": transforms.Compose(
-            [
-                transforms.RandomCrop(pixels, padding=4),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(mean, std),
-            ]
-        ),
-        "normalizer": code.utils.Normalizer(mean, std),
-        "synthesis_batch_size": batch,
-        "sample_batch_size": batch,
-        "lr_g": script.generator_rate,
-        "warmup": script.warmup_epochs,
-        "adv": script.adversarial,
-        "bn": script.prior,
-        "oh": script.target,
-        "bn_mmt": STATISTICS_MOMENTUM,
+    batch: int | None = None,
+    synthesis_batch: int | None = None,
+    share: float = SHARE,
+    float32: bool = False,
+) -> PeerRun:
+    """One run of a published distiller; `student` is trained in place, `teacher` is left as it is.
+
+    `evaluate` is given the student in eval mode, on `device`, and returns percent; it is called about `every` seconds
+    and at the end, with the clock stopped. `batch` is the student's, `synthesis_batch` the generator's; None: the
+    script's, or CPU_BATCHES on a CPU. `share` and `float32`: see the module's docstring.
+
+    Raises:
+        SSDKDError: an unknown method, no checkout of it, a package that it needs, a task that it has no words for.
+    """
+    if method not in METHODS:
+        raise SSDKDError(f"unknown method '{method}'", f"use one of {', '.join(METHODS)}")
+    if method == "nayer" and (spec.input_shape, spec.classes) != CIFAR10:
+        raise SSDKDError("NAYER's label embeddings are of CIFAR-10: this is another task", "use --task cifar")
+    compute = choose_device(str(device))
+    if float32:
+        compute = replace(compute, autocast_dtype=None)
+    script = METHODS[method]
+    usual = CPU_BATCHES[script.synthesizer] if compute.device.type == "cpu" else (script.batch, script.synthesis_batch)
+    script = replace(script, batch=batch or usual[0], synthesis_batch=synthesis_batch or usual[1])
+    random.seed(seed)
+    torch.manual_seed(seed)
+    points: list[Point] = []
+    settings: dict[str, Any] = {
+        "method": method,
+        "share": share,
+        "compute": compute.describe(),
+        "script": asdict(script),
     }
-    if method == "nayer":
-        with (checkout / EMBEDDING_FILE).open("rb") as file:
-            embedding = pickle.load(file).to(device).float()
-        generator = generators.NLGenerator(
-            ngf=GENERATOR_WIDTH,
-            img_size=pixels,
-            nc=3,
-            nl=spec.classes,
-            label_emb=embedding,
-            le_emb_size=EMBEDDING_WIDTH,
-            sbz=batch,
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        checkout_modules(checkout, script.synthesizer) as (package, generators),
+        running_on(compute.device),
+    ):
+        clock = Clock(compute.device)
+        student.cuda().train()  # to `device`, in channels_last
+        # Theirs computes the BatchNorm statistics of student batches too, and drops them: that is spared here.
+        hooked, plain = (Reduced(copy.deepcopy(teacher).cuda().eval().requires_grad_(False), compute) for _ in range(2))
+        learner = Reduced(student, compute)
+        synthesizer = build_synthesizer(
+            script, package, generators, hooked, learner, spec=spec, checkout=checkout, folder=folder, compute=compute
         )
-        loops = {"g_life": 10, "g_loops": 2, "gwp_loops": 10}
-        return code.synthesis.NAYER(
-            teacher, student, channels_last(generator, device), g_steps=script.steps, **loops, **common
-        )
-    generator = generators.Generator(nz=LATENT, ngf=GENERATOR_WIDTH, img_size=pixels, nc=3)
-    meta = {"is_maml": 1, "reset_l0": 1, "reset_bn": 0}
-    return code.synthesis.FastMetaSynthesizer(
-        teacher,
-        student,
-        channels_last(generator, device),
-        nz=LATENT,
-        iterations=script.steps,
-        lr_z=script.latent_rate,
-        **meta,
-        **common,
-    )
+        criterion = package.criterions.KLDiv(T=TEMPERATURE)
+        for made in _run(script, synthesizer, learner, plain, criterion, clock, seconds=seconds, share=share):
+            settings["made"] = made
+            if every * (len(points) + 1) <= clock.seconds() < seconds:
+                points.append(_look(student, evaluate, clock))
+        points.append(_look(student, evaluate, clock))
+    return PeerRun(points, settings)
 
 
-def channels_last(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module on `device` in the memory format in which convolutions are fastest; it changes no result."""
-    return module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+def _look(student: nn.Module, evaluate: Callable[[nn.Module], float], clock: Clock) -> Point:
+    with clock.stopped():
+        student.eval()
+        point = Point(clock.seconds(), evaluate(student))
+        student.train()
+    return point
 
 
-def generator_module(checkout: Path) -> ModuleType:
-    """Their generators, by the file: the package around it wants a torchvision of long ago."""
-    place = importlib.util.spec_from_file_location("datafree.generator", checkout / "datafree/models/generator.py")
-    if place is None or place.loader is None:
-        raise SSDKDError(f"{checkout} holds no datafree/models/generator.py", "git clone it again")
-    module = importlib.util.module_from_spec(place)
-    place.loader.exec_module(module)
-    return module
+def _run(
+    script: Script,
+    synthesizer: Any,
+    student: nn.Module,
+    teacher: nn.Module,
+    criterion: nn.Module,
+    clock: Clock,
+    *,
+    seconds: float,
+    share: float,
+) -> Iterator[dict[str, Any]]:
+    """Their main loop, shrunk to `seconds`; what it has done so far after each synthesis and each student step."""
+    optimizer = torch.optim.SGD(student.parameters(), RATE, momentum=MOMENTUM, weight_decay=DECAY)
+    device = next(student.parameters()).device
+    epochs, warmup = script.epochs, script.warmup
+    steps = images = 0
+    fastest = math.inf  # seconds for a batch of images
+    for epoch in itertools.count():
+        if seconds - clock.seconds() > fastest or not images:
+            began = clock.seconds()
+            _synthesize(script, synthesizer, epoch=epoch, epochs=epochs, warmup=warmup)
+            fastest = min(fastest, clock.seconds() - began)
+            images += script.synthesis_batch
+        if epoch < 2:  # the first has to warm the machine up; no student step before the second is planned
+            epochs, warmup = shrunk(script, share * seconds / fastest)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs - warmup, LOWEST_RATE)
+        made = {"epochs": epochs, "warmup": warmup, "seconds_a_batch": fastest, "images": images}
+        yield {**made, "student_steps": steps}
+        if epoch < warmup:
+            learning_from = clock.seconds()
+            continue
+        until = learning_from + (seconds - learning_from) * min(1.0, (epoch + 1 - warmup) / (epochs - warmup))
+        while True:
+            views = synthesizer.sample().to(device, non_blocking=True)  # [B, C, H, W]
+            _teach(student, teacher, views, criterion, optimizer)
+            steps += 1
+            yield {**made, "student_steps": steps}
+            if clock.seconds() >= until:
+                break
+        schedule.step()
+        if clock.seconds() >= seconds:
+            return
 
 
-def follow_the_clock(synthesizer: Any, script: Script, progress: float) -> None:
-    """Set the epoch that the synthesizer believes in; an epoch where it resets something is never passed over."""
-    learning = max(0.0, progress - script.warmup_share) / (1 - script.warmup_share)
-    warming = min(1.0, progress / script.warmup_share)
-    epoch = int(script.warmup_epochs * warming + (script.epochs - script.warmup_epochs) * learning)
-    reset = 120 + script.warmup_epochs - 1  # the first layer of Fast-DFKD's generator begins afresh once
-    before = getattr(synthesizer, "ep", 0)
-    synthesizer.ep = reset if hasattr(synthesizer, "reset_l0") and before < reset < epoch else max(before, epoch)
+def shrunk(script: Script, epochs: float) -> tuple[int, int]:
+    """Epochs and, among them, epochs of warm-up of a run of about so many, with as large a share of warm-up as theirs.
+
+    No more than the script's; one of warm-up and one of learning at least.
+    """
+    whole = max(2, min(script.epochs, int(epochs)))
+    return whole, max(1, round(whole * script.warmup / script.epochs))
 
 
-def rate(script: Script, progress: float) -> float:
-    """The student's learning rate: a half cosine over what follows the warm-up."""
-    learning = (progress - script.warmup_share) / (1 - script.warmup_share)
-    return LOWEST_RATE + (RATE - LOWEST_RATE) * 0.5 * (1 + math.cos(math.pi * min(1.0, learning)))
+def _synthesize(script: Script, synthesizer: Any, *, epoch: int, epochs: int, warmup: int) -> None:
+    """One call of theirs. It counts its calls from `ep_start` on, so what is due in this one is told to it anew."""
+    synthesizer.ep_start = warmup
+    if script.reset:  # at the same share of the time after the warm-up
+        learning, reset_after = script.epochs - script.warmup, script.reset - script.warmup
+        due = epoch == warmup + round(reset_after / learning * (epochs - warmup)) - 1
+        synthesizer.reset_l0 = int(due)
+        if due:
+            synthesizer.ep_start = synthesizer.ep + 1 - reset_after
+    if script.life:
+        due = epoch % script.warmup_life == 0 if epoch < warmup else (epoch - warmup) % script.life == 0
+        synthesizer.g_life = 1 if due else NEVER
+    synthesizer.synthesize()
 
 
-def commit(checkout: Path) -> str:
-    """The commit of a clone, or nothing where it is none."""
-    found = subprocess.run(
-        ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip()
+def _teach(
+    student: nn.Module, teacher: nn.Module, views: Tensor, criterion: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    with torch.no_grad():
+        targets = teacher(views)
+    loss = criterion(student(views), targets)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def task(name: str, teacher: Path | None, test_folder: Path | None) -> Task:
+    """The task `demo` or `cifar`; only `cifar` reads the paths."""
+    if name == "demo":
+        return DEMO
+    if teacher is None or test_folder is None:
+        raise SSDKDError("the task cifar has no files in the package", "give --teacher FILE and --test-folder DIR")
+    return Task(teacher, "resnet8", test_folder)
+
+
+def commit_of(checkout: Path) -> str:
+    """The commit of a clone; nothing where it is none."""
+    asked = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", choices=SCRIPTS)
+    parser.add_argument("method", choices=METHODS)
     parser.add_argument("checkout", type=Path)
-    parser.add_argument("teacher", type=Path)
-    parser.add_argument("student")
-    parser.add_argument("test_images", type=Path)
-    parser.add_argument("--seconds", type=float, default=300.0)
-    parser.add_argument("--every", type=float, default=30.0)
+    parser.add_argument("--task", choices=("demo", "cifar"), default="demo")
+    parser.add_argument("--teacher", type=Path, help="of --task cifar, a ResNet-20")
+    parser.add_argument("--test-folder", type=Path, help="of --task cifar, a folder a class")
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--every", type=float, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--student-share", type=float, default=1.0)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--batch", type=int, help="views a student step")
+    parser.add_argument("--synthesis-batch", type=int, help="images a batch of the generator")
+    parser.add_argument("--share", type=float, default=SHARE, help="of the time, that synthesis is planned to take")
+    parser.add_argument("--float32", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    task = Task(arguments.teacher, arguments.student, arguments.test_images)
-    teacher = task.teacher()
-    found = run_peer(
-        arguments.method,
-        arguments.checkout,
-        spec=teacher.spec,
-        teacher=teacher.module,
-        student=build_student(task.student, teacher=teacher, seed=arguments.seed),
-        evaluate=scorer(teacher, task.labelled()),
-        **{name: getattr(arguments, name) for name in ("seconds", "every", "seed", "device", "batch", "student_share")},
-    )
-    for point in found.points:
-        print(f"{point.seconds:.0f} s: {point.accuracy:.2f} %")
-    print(found.settings)
-    if arguments.out:
-        points = [[point.seconds, point.accuracy] for point in found.points]
-        source = provenance(f"python -m benchmarks.peers {arguments.method}")
-        save(arguments.out, {"kind": "peer", **source, "settings": found.settings, "points": points})
+    torch.set_num_threads(arguments.threads)
+    try:
+        chosen = task(arguments.task, arguments.teacher, arguments.test_folder)
+        teacher = chosen.teacher()
+        finished = run_peer(
+            arguments.method,
+            arguments.checkout,
+            teacher=teacher.module,
+            student=build_student(chosen.student, teacher=teacher, seed=arguments.seed),
+            spec=teacher.spec,
+            evaluate=scorer(teacher, chosen.labelled()),
+            seconds=arguments.seconds,
+            every=arguments.every,
+            seed=arguments.seed,
+            device=torch.device(arguments.device),
+            batch=arguments.batch,
+            synthesis_batch=arguments.synthesis_batch,
+            share=arguments.share,
+            float32=arguments.float32,
+        )
+    except SSDKDError as error:
+        sys.exit(f"{error.message}; {error.hint}")
+    for point in finished.points:
+        print(f"{point.seconds:7.1f} s  {point.accuracy:5.2f} %")
+    words = [arguments.method, "CHECKOUT", "--task", arguments.task, "--seconds", f"{arguments.seconds:g}"]
+    result = {
+        "kind": "peer",
+        **provenance(" ".join(["python -m benchmarks.peers", *words])),
+        "seed": arguments.seed,
+        "peer_commit": commit_of(arguments.checkout),
+        "task": arguments.task,
+        **asdict(finished),
+    }
+    save(arguments.out or RESULTS / f"peer-{arguments.task}-{arguments.method}.json", result)
 
 
 if __name__ == "__main__":
