@@ -217,7 +217,7 @@ def shrunk(script: Script, epochs: float) -> tuple[int, int]:
     No more than the script's; one of warm-up and one of learning at least.
     """
     whole = max(2, min(script.epochs, int(epochs)))
-    return whole, max(1, round(whole * script.warmup / script.epochs))
+    return whole, max(1, whole * script.warmup // script.epochs)
 
 
 def _synthesize(script: Script, synthesizer: Any, *, epoch: int, epochs: int, warmup: int) -> None:

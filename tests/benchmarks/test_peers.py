@@ -149,6 +149,7 @@ def test_what_falls_due_in_their_script_falls_due_at_the_same_share_of_a_short_r
 def test_a_script_is_shrunk_with_its_share_of_warmup_and_never_grown() -> None:
     assert shrunk(METHODS["fast-2"], 1e6) == (220, 20)
     assert shrunk(METHODS["fast-2"], 55.9) == (55, 5)
+    assert shrunk(METHODS["nayer"], 3) == (3, 1)  # where in doubt, the student begins earlier
     assert shrunk(METHODS["nayer"], 40) == (40, 20)
     assert shrunk(METHODS["nayer"], 0.3) == (2, 1)
 
