@@ -80,9 +80,13 @@ def write_sidecar(plan_path: Path, sidecar: Sidecar) -> None:
 
 
 def read_sidecar(plan_path: Path) -> Sidecar:
+<<<<<<< HEAD
     """Read the sidecar of a plan. Raises SSDKDError where it is missing or unreadable."""
     if not plan_path.exists():
         raise SSDKDError(f"{plan_path} is not there", "give the path of the file")
+=======
+    """Read the sidecar of a plan. Raises SSDKDError where it or the plan is missing, or it is unreadable."""
+>>>>>>> helperA
     path = sidecar_path(plan_path)
     hint = "keep both files together, or build the plan again: ssdkd export RUN --export trt"
     try:
@@ -97,6 +101,10 @@ def read_sidecar(plan_path: Path) -> Sidecar:
         bindings = {name: _binding(values[name]) for name in ("input", "output")}
         return Sidecar(**(values | bindings | {"warnings": tuple(values["warnings"])}))
     except OSError as error:
+        if not plan_path.exists():
+            raise SSDKDError(
+                f"{plan_path} is not there", "give the path of a plan: ssdkd bench RUN/model.engine"
+            ) from error
         raise SSDKDError(f"{plan_path} has no sidecar: {path.name} {_reason(error)}", hint) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SSDKDError(f"{path} is no sidecar of a plan: {type(error).__name__}: {error}", hint) from error

@@ -95,9 +95,11 @@ def load_profile(name_or_path: str) -> DeviceProfile:
             decision on quantization without its source, or values that contradict each other.
     """
     path = _find(name_or_path)
-    data = _read(path)
     try:
-        profile = _SCHEMA.validate_json(json.dumps(data, default=str), strict=True)  # strict JSON: "18" is no number
+        content = json.dumps(_read(path), default=str)
+        profile = _SCHEMA.validate_json(content, strict=True)  # strict JSON: "18" is no number
+    except RecursionError:
+        raise _too_deep(path) from None
     except ValidationError as error:
         raise _as_sentence(path, error) from None
     _check_sources(path, profile)
@@ -140,9 +142,15 @@ def _dotted(table: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, A
             yield f"{before}{key}", value
 
 
+def _too_deep(path: Path) -> SSDKDError:
+    return SSDKDError(f"{path}: expected values, or tables of them; found deeper nesting than can be read", _EXAMPLE)
+
+
 def _as_sentence(path: Path, error: ValidationError) -> SSDKDError:
     """Return what is wrong first: a misspelt key rather than the right one that is missing."""
     problems = error.errors(include_url=False)
+    if problems[0]["type"] == "json_invalid":  # we wrote it, and pydantic's parser ends at 200 levels
+        return _too_deep(path)
     problem = next((item for item in problems if item["type"] == "unexpected_keyword_argument"), problems[0])
     parts = [str(part) for part in problem["loc"] if not isinstance(part, int)]
     key = ".".join(parts)

@@ -84,5 +84,5 @@ def _import_of(package: str) -> str:
         return str(getattr(importlib.import_module(package), "__version__", "installed"))
     except ModuleNotFoundError:
         return "not installed"
-    except (ImportError, OSError) as error:  # installed, but its libraries are not
-        return f"cannot be imported: {error}"
+    except Exception as error:  # installed, but its libraries are not, or it is damaged
+        return f"cannot be imported: {error or type(error).__name__}"

@@ -82,6 +82,8 @@ def test_files_that_are_not_there(plan: Path) -> None:
     assert check_sidecar(plan, plan.with_name("no.onnx")) == f"{plan.with_name('no.onnx')} is not there"
     sidecar_path(plan).unlink()
     assert check_sidecar(plan, None) == f"{plan} has no sidecar: model.fp16.engine.json is not there"
+    plan.unlink()
+    assert check_sidecar(plan, None) == f"{plan} is not there"
 
 
 @pytest.mark.parametrize(

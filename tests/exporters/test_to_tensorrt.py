@@ -350,6 +350,10 @@ def test_tensorrt_comes_first_and_rtx_where_it_is_wanted(tensorrt: Callable[[str
             "TensorRT is installed but cannot be imported: libnvinfer.so.10: cannot open shared object file",
         ),
         ("raise FileNotFoundError('Could not find: nvinfer_11.dll')", "cannot be imported: Could not find: nvinfer_11"),
+        ("raise RuntimeError('libnvinfer.so.10 is truncated')", "cannot be imported: libnvinfer.so.10 is truncated"),
+        ("raise AttributeError", "TensorRT is installed but cannot be imported: AttributeError"),
+        ("__version__ = '10.3.0'", "TensorRT is installed but incomplete: it has no NetworkDefinitionCreationFlag"),
+        ("", "incomplete: it has no NetworkDefinitionCreationFlag and no __version__"),
         ("import cuda_that_is_missing", "cannot be imported: No module named 'cuda_that_is_missing'"),
         (
             "class NetworkDefinitionCreationFlag: EXPLICIT_BATCH = 0\n__version__ = '8.6.1'",

@@ -206,6 +206,24 @@ def test_a_file_that_is_not_toml(tmp_path: Path, content: bytes) -> None:
     assert "ssdkd profiles show generic" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "x = " + "[" * 5000,
+        "x = " + "[" * 300 + "]" * 300,
+        "batches" + ".a" * 5000 + " = 1",
+        "sources.a" + ".a" * 5000 + " = 1",
+    ],
+)
+def test_a_file_that_is_nested_too_deeply(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "deep.toml"
+    path.write_text(content)
+    with pytest.raises(SSDKDError) as caught:
+        load_profile(str(path))
+    assert caught.value.message == f"{path}: expected values, or tables of them; found deeper nesting than can be read"
+    assert caught.value.hint == EXAMPLE
+
+
 EXAMPLE = "`ssdkd profiles show generic` shows every key with a value"
 SCHEME = 'activations = "int8", symmetric_activations = true, int32_bias = false'
 TENSORRT = ('runtime = "onnxruntime"\nexport = ["onnx"]', 'runtime = "tensorrt"\nexport = ["onnx", "trt"]')
