@@ -80,13 +80,7 @@ def write_sidecar(plan_path: Path, sidecar: Sidecar) -> None:
 
 
 def read_sidecar(plan_path: Path) -> Sidecar:
-<<<<<<< HEAD
-    """Read the sidecar of a plan. Raises SSDKDError where it is missing or unreadable."""
-    if not plan_path.exists():
-        raise SSDKDError(f"{plan_path} is not there", "give the path of the file")
-=======
     """Read the sidecar of a plan. Raises SSDKDError where it or the plan is missing, or it is unreadable."""
->>>>>>> helperA
     path = sidecar_path(plan_path)
     hint = "keep both files together, or build the plan again: ssdkd export RUN --export trt"
     try:

@@ -46,21 +46,11 @@ def find_flavour(wanted: str | None = None) -> Flavour:
     for name in LABELS if wanted is None else (wanted,):
         try:
             trt = import_flavour(name)
-<<<<<<< HEAD
-        except (ImportError, OSError, RuntimeError, AttributeError) as error:  # a damaged package raises what it likes
-=======
         except Exception as error:  # a damaged package may raise anything
->>>>>>> helperA
             absent = isinstance(error, ModuleNotFoundError) and error.name == name
             said = _line(str(error)) or type(error).__name__
             reason = "is not installed" if absent else f"is installed but cannot be imported: {said}"
         else:
-<<<<<<< HEAD
-            version = getattr(trt, "__version__", "unknown")
-            if hasattr(getattr(trt, "NetworkDefinitionCreationFlag", None), "STRONGLY_TYPED"):
-                return Flavour(name, LABELS[name], str(version))
-            reason = f"is of version {version}, which has no strongly typed networks"
-=======
             missing = [part for part in ("NetworkDefinitionCreationFlag", "__version__") if not hasattr(trt, part)]
             if missing:
                 reason = f"is installed but incomplete: it has no {' and no '.join(missing)}"
@@ -68,7 +58,6 @@ def find_flavour(wanted: str | None = None) -> Flavour:
                 reason = f"is of version {trt.__version__}, which has no strongly typed networks"
             else:
                 return Flavour(name, LABELS[name], str(trt.__version__))
->>>>>>> helperA
         problems.append(f"{LABELS[name]} {reason}")
     commands = [f"pip install {package}" for name, package in PACKAGES.items() if wanted in (None, name)]
     raise SSDKDError(f"a TensorRT plan cannot be made: {'; '.join(problems)}", " or ".join(commands))

@@ -28,17 +28,12 @@ def read_config(path: Path) -> dict[str, dict[str, object]]:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SSDKDError(f"--config {path} cannot be read: {error.strerror}", "check the path") from None
-<<<<<<< HEAD
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise SSDKDError(f"--config {path} is not TOML: {error}", "a run's config.toml shows the form") from None
-=======
     except ValueError as error:  # tomllib's own, a file that is no text, a number of thousands of digits
         raise SSDKDError(f"--config {path} is not TOML: {error}", FORM) from None
     except RecursionError:
         raise SSDKDError(
             f"--config {path}: expected a value for each key; found lists too deeply nested to be read", FORM
         ) from None
->>>>>>> helperA
     for name, table in tables.items():
         if name not in TABLES or not isinstance(table, dict):
             raise SSDKDError(
