@@ -1,3 +1,4 @@
+import ctypes
 import os
 import signal
 from collections.abc import Iterator
@@ -46,6 +47,21 @@ def test_a_signal_that_ends_the_process_is_an_interruption(
     assert saved == [KeyboardInterrupt]
     assert "interrupted" in capsys.readouterr().err
     assert signal.getsignal(number) is before
+
+
+def test_only_the_result_is_on_stdout(capfd: pytest.CaptureFixture[str]) -> None:
+    """A library in C writes to the file descriptor, and past it into buffers of its own."""
+
+    def work() -> Outcome:
+        print("by Python")
+        os.write(1, b"by a file descriptor\n")
+        ctypes.CDLL(None).printf(b"by C\n")
+        return Outcome(lambda: print("{}"))
+
+    assert exit_code_of(work) == 0
+    said = capfd.readouterr()
+    assert said.out == "{}\n"
+    assert all(f"by {who}\n" in said.err for who in ("Python", "a file descriptor", "C"))
 
 
 def test_what_is_ignored_stays_ignored() -> None:

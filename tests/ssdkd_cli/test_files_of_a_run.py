@@ -1,5 +1,6 @@
 """What files a run makes, in which precision and for which device: real files, real builds."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -255,6 +256,61 @@ def test_plans_of_a_file_that_is_replaced_go_with_it(ssdkd: Any, compressed: Pat
         (folder / name).write_text("of the file that was")
     assert ssdkd("export", folder, "--overwrite").code == 0
     assert names_in(folder) == {"model.onnx"}
+
+
+def test_a_proven_file_stays_where_a_new_one_is_rejected(
+    ssdkd: Any, compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(compressed, tmp_path / "run"))
+    wanted = ("export", folder, "--precision", "int8", "--qat", "off", "--no-fallback")
+    monkeypatch.setattr(artifacts, "most_lost", lambda _: 100.0)
+    assert ssdkd(*wanted).code == 0
+    proven, of_float = (folder / "model.int8.onnx").read_bytes(), (folder / "model.onnx").stat().st_mtime_ns
+    monkeypatch.setattr(artifacts, "most_lost", lambda _: -100.0)
+    assert ssdkd(*wanted, "--overwrite").code == 3
+    assert (folder / "model.int8.onnx").read_bytes() == proven
+    assert (folder / "model.onnx").stat().st_mtime_ns == of_float  # it was not asked for
+    assert names_in(folder) == {"model.onnx", "model.int8.onnx", "model.int8.onnx.rejected"}
+    known = {item.path: item.verified for item in read_report(folder).artifacts}
+    assert known == {"model.onnx": True, "model.int8.onnx": True, "model.int8.onnx.rejected": False}
+    monkeypatch.setattr(artifacts, "most_lost", lambda _: 100.0)
+    assert ssdkd(*wanted, "--overwrite").code == 0
+    assert names_in(folder) == {"model.onnx", "model.int8.onnx"}
+    assert {item.path for item in read_report(folder).artifacts} == {"model.onnx", "model.int8.onnx"}
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("failure", "code"), [(KeyboardInterrupt(), 130), (OSError(errno.ENOSPC, "No space left on device"), 1)]
+)
+def test_a_plan_stays_until_the_next_one_is_whole(
+    ssdkd: Any,
+    compressed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: BaseException,
+    code: int,
+) -> None:
+    folder = Path(shutil.copytree(compressed, tmp_path / "run"))
+    wanted = ("export", folder, "--overwrite", "--export", "trt", "--precision", "fp32")
+    assert ssdkd(*wanted).code == 0
+    before = {name: (folder / name).read_bytes() for name in ("model.engine", "model.engine.json")}
+
+    def fail(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr("exporters.to_tensorrt.write_sidecar", fail)
+    assert ssdkd(*wanted).code == code
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert not list(folder.glob(".unproven*"))
+    assert check_sidecar(folder / "model.engine", folder / "model.onnx") is None
+
+
+def test_a_folder_made_for_an_export_that_fails_goes_again(ssdkd: Any, compressed: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(compressed, tmp_path / "run"))
+    (folder / "student.safetensors").write_bytes(b"damaged")
+    assert ssdkd("export", folder, "--out", tmp_path / "deep" / "new").code == 1
+    assert not (tmp_path / "deep").exists()
 
 
 def test_samples_of_another_network_are_named(ssdkd: Any, compressed: Path, tmp_path: Path) -> None:
