@@ -16,6 +16,7 @@ import torch
 from benchmarks.common import RESULTS, provenance, save, unfinished
 from benchmarks.race import DEMO, PLAIN, begin, scorer
 from engine.config import EFFORTS, settings_for
+from engine.device import choose_device
 from engine.distill import averaged_student, distill
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -31,13 +32,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(settings: dict[str, Any], *, rounds: int, seed: int) -> dict[str, Any]:
+def run(changed: dict[str, Any], *, rounds: int, seed: int) -> dict[str, Any]:
     """One distillation of the demo; accuracies in percent."""
     teacher = DEMO.teacher()
     score = scorer(teacher, DEMO.labelled())
-    sized = {"rounds": rounds, "samples": DEMO.samples, **settings}
+    sized = {"rounds": rounds, "samples": DEMO.samples, **changed}
     started = time.perf_counter()
-    state = begin(DEMO, teacher, settings_for("quick", image_shape=teacher.spec.input_shape, **sized), seed=seed)
+    settings = settings_for("quick", image_shape=teacher.spec.input_shape, **sized)
+    state = begin(DEMO.student, teacher, settings, seed=seed, compute=choose_device("cpu"))
     for metrics in distill(state):
         last = metrics
     seconds = time.perf_counter() - started

@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu DATA --pack FOLDER        (any machine: train.npz and test.npz, 57 MB, to carry along)
     python -m benchmarks.gpu DATA --out FOLDER [--pairs wrn40_2-wrn16_2 ...] [--seeds 3] [--minutes 8] [--device cuda]
+    python -m benchmarks.gpu DATA --out FOLDER --rivals fast-5 nayer --fast-dfkd CHECKOUT --nayer CHECKOUT ...
     python -m benchmarks.gpu DATA --out FOLDER --buffer 500 2500 5000 10000      (the first pair, by size of the buffer)
 
 DATA holds train/ and test/, a folder a class, or what --pack made of them; the training images only make teachers that
@@ -18,7 +19,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -30,14 +31,15 @@ from torch import nn
 from benchmarks.common import provenance, save
 from benchmarks.gpu_data import load_split, pack
 from benchmarks.gpu_teachers import Schedule, open_teacher, percent_correct, train_and_save
+from benchmarks.peer_code import METHODS as PEERS
+from benchmarks.peers import run_peer
+from benchmarks.race import begin
 from engine.config import settings_for
 from engine.device import Compute, choose_device
-from engine.distill import State, averaged_student, distill, start
+from engine.distill import State, averaged_student, distill
 from engine.errors import SSDKDError
-from engine.inheritance import inherit
 from engine.students import build_student
-from engine.task import Classification
-from engine.teacher import Teacher, batchnorm_layers
+from engine.teacher import Teacher
 from exporters.evaluate import LabelledImages
 
 # Pairs of the data-free papers: name -> teacher in engine.zoo, student as --student names it.
@@ -94,20 +96,7 @@ def run_ssdkd(job: Job) -> dict[str, Any]:
     """Our own engine. The test images are looked at when the clock has stopped, through students kept on the way."""
     spec = job.teacher.spec
     settings = settings_for("full", image_shape=spec.input_shape, **{"samples": job.samples, **job.size.settings})
-    student = build_student(job.student, teacher=job.teacher, seed=job.seed)
-    state = start(
-        job.teacher.module,
-        student,
-        inherited=inherit(student, job.teacher.module) if settings.inherit else frozenset(),
-        task=Classification(spec.classes),
-        image_shape=spec.input_shape,
-        mean=spec.preprocessing.mean,
-        std=spec.preprocessing.std,
-        batchnorm_layers=batchnorm_layers(job.teacher.module),
-        settings=settings,
-        compute=job.compute,
-        seed=job.seed,
-    )
+    state = begin(job.student, job.teacher, settings, seed=job.seed, compute=job.compute)
     if job.compute.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(job.compute.device)
     kept, last = keep_students(state, job.seconds, job.size.points)
@@ -117,7 +106,7 @@ def run_ssdkd(job: Job) -> dict[str, Any]:
         "seconds": state.seconds,
         "student_accuracy": curve[-1]["accuracy"],
         "curve": curve,
-        "student_parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "student_parameters": sum(parameter.numel() for parameter in state.student.parameters()),
         "agreement": last["agreement"],
         "class_balance": last["class_balance"],
         "rounds": state.round,
@@ -153,10 +142,33 @@ def keep_students(
     return kept, asdict(metrics)
 
 
-# A rival joins here, under the name that its runs carry: a function from a Job to what `run_ssdkd` returns, of which
-# `seconds`, `student_accuracy` and `curve` (seconds, accuracy) are required. It has the job's teacher, student, seed
-# and seconds, and asks `job.evaluate` outside its own clock.
-METHODS: dict[str, Method] = {"ssdkd": run_ssdkd}
+def rival(method: str, checkout: Path) -> Method:
+    """One of benchmarks.peers as a method: the job's teacher, student, seed and seconds, by the authors' code."""
+
+    def run(job: Job) -> dict[str, Any]:
+        student = build_student(job.student, teacher=job.teacher, seed=job.seed)
+        found = run_peer(
+            method,
+            checkout,
+            teacher=job.teacher.module,
+            student=student,
+            spec=job.teacher.spec,
+            evaluate=job.evaluate,
+            seconds=job.seconds,
+            every=job.seconds / job.size.points,
+            seed=job.seed,
+            device=job.compute.device,
+        )
+        curve = [asdict(point) for point in found.points]
+        end = curve[-1]
+        return {
+            "seconds": end["seconds"],
+            "student_accuracy": end["accuracy"],
+            "curve": curve,
+            "settings": found.settings,
+        }
+
+    return run
 
 
 def run_seconds(minutes: float, runs: int, teacher_seconds: float) -> float:
@@ -227,7 +239,11 @@ def teacher_for(
 
 
 def run_pair(
-    pair: str, jobs: Sequence[tuple[str, int, int]], arguments: argparse.Namespace, source: dict[str, Any]
+    pair: str,
+    jobs: Sequence[tuple[str, int, int]],
+    methods: Mapping[str, Method],
+    arguments: argparse.Namespace,
+    source: dict[str, Any],
 ) -> None:
     """All runs (method, samples, seed) of a pair that --out does not hold yet."""
     out, size = arguments.out, TINY if arguments.tiny else Size()
@@ -253,7 +269,7 @@ def run_pair(
         job = Job(pair, student, teacher, samples, seed, seconds, compute, size, evaluate)
         result: dict[str, Any] = {"failed": None}
         try:
-            result |= METHODS[method](job)
+            result |= methods[method](job)
             result["ratio_percent"] = 100 * result["student_accuracy"] / known["teacher_accuracy"]
         except SSDKDError as error:  # a run that fails is a result too, and the others go on
             result["failed"] = error.message
@@ -268,6 +284,7 @@ def run_pair(
 def without_paths(words: Sequence[str], arguments: argparse.Namespace) -> list[str]:
     """The command line as it is published: folders of this machine under the names that the usage has for them."""
     named = {str(arguments.data): "DATA", str(arguments.out): "FOLDER"}
+    named |= {str(checkout): "CHECKOUT" for checkout in (arguments.fast_dfkd, arguments.nayer) if checkout}
     return [named.get(word.rstrip("/"), word) for word in words]
 
 
@@ -280,6 +297,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=8, help="of a pair, its teacher included")
     parser.add_argument("--seconds", type=float, help="of a run, in place of its share of --minutes")
+    parser.add_argument("--rivals", nargs="*", choices=sorted(PEERS), default=[], help="beside ours, in equal time")
+    parser.add_argument("--fast-dfkd", type=Path, help="a clone of zju-vipa/Fast-Datafree")
+    parser.add_argument("--nayer", type=Path, help="a clone of tmtuan1307/NAYER")
     parser.add_argument("--buffer", nargs="+", type=int, help="samples: run the first pair with each of these")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--commit", help="of the code, where it is a copy without its history")
@@ -295,15 +315,23 @@ def main(words: Sequence[str] | None = None) -> None:
         shlex.join(["python", "-m", "benchmarks.gpu", *without_paths(words or sys.argv[1:], arguments)])
     )
     source["commit"] = arguments.commit or source["commit"]
+    methods = {"ssdkd": run_ssdkd}
+    for name in arguments.rivals:
+        checkout = arguments.nayer if name == "nayer" else arguments.fast_dfkd
+        if not checkout:
+            parser.error(
+                f"{name} needs a clone of its authors' code: --{'nayer' if name == 'nayer' else 'fast-dfkd'} FOLDER"
+            )
+        methods[name] = rival(name, checkout)
     pairs = arguments.pairs[:1] if arguments.buffer else arguments.pairs
     jobs = [
         (method, samples, seed)
         for seed in range(arguments.seeds)
         for samples in arguments.buffer or [64 if arguments.tiny else SAMPLES]
-        for method in METHODS
+        for method in methods
     ]
     for pair in pairs:
-        run_pair(pair, jobs, arguments, source)
+        run_pair(pair, jobs, methods, arguments, source)
 
 
 if __name__ == "__main__":

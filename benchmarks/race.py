@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from engine.config import DistillationSettings, settings_for
-from engine.device import choose_device
+from engine.device import Compute, choose_device
 from engine.distill import State, averaged_student, distill, start
 from engine.inheritance import inherit
 from engine.students import build_student
@@ -72,10 +72,10 @@ def scorer(teacher: Teacher, labelled: LabelledImages) -> Callable[[nn.Module], 
     return score
 
 
-def begin(task: Task, teacher: Teacher, settings: DistillationSettings, *, seed: int, device: str = "cpu") -> State:
+def begin(student_name: str, teacher: Teacher, settings: DistillationSettings, *, seed: int, compute: Compute) -> State:
     """The engine's state before the first round, as `ssdkd compress` would make it."""
     spec = teacher.spec
-    student = build_student(task.student, teacher=teacher, seed=seed)
+    student = build_student(student_name, teacher=teacher, seed=seed)
     return start(
         teacher.module,
         student,
@@ -86,7 +86,7 @@ def begin(task: Task, teacher: Teacher, settings: DistillationSettings, *, seed:
         std=spec.preprocessing.std,
         batchnorm_layers=batchnorm_layers(teacher.module),
         settings=settings,
-        compute=choose_device(device),
+        compute=compute,
         seed=seed,
     )
 
@@ -104,9 +104,8 @@ def run_own(
     """The curve of a run with the settings of `--effort full --time-limit SECONDS` and what is `changed` in them."""
     teacher = task.teacher()
     sized = {"samples": task.samples, **changed}
-    state = begin(
-        task, teacher, settings_for("full", image_shape=teacher.spec.input_shape, **sized), seed=seed, device=device
-    )
+    settings = settings_for("full", image_shape=teacher.spec.input_shape, **sized)
+    state = begin(task.student, teacher, settings, seed=seed, compute=choose_device(device))
     points: list[Point] = []
     finished = False
     while not finished:

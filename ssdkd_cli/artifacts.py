@@ -175,6 +175,7 @@ def _write_and_prove(graph: Graph, subject: Subject, folder: Path, *, is_asked: 
                     f"it loses {graph.lost:.2f} points of agreement with the teacher; at most {allowed:.2f} may be lost"
                 )
                 found = replace(found, verified=False, reason=f"{loss}; {found.reason}")
+            found = replace(found, reason=found.reason.replace(unproven.name, path.name))
             done(found.reason, good=bool(found.verified))
         if not found.verified and not is_asked:
             console.warn(f"no {graph.precision} file: ask for it with --precision {graph.precision}, and more is tried")
@@ -198,7 +199,8 @@ def _unproven(path: Path) -> Iterator[Path]:
 
 def accept(unproven: Path, path: Path) -> Path:
     """Give a proven file its own name, over an earlier one, and drop the reject of that name."""
-    rejected_path(path).unlink(missing_ok=True)
+    for file in (rejected_path(path), sidecar_path(rejected_path(path))):
+        file.unlink(missing_ok=True)
     return unproven.replace(path)
 
 
@@ -241,6 +243,7 @@ def _for_tensorrt(proof: Proven, subject: Subject, target: Target) -> list[Prove
             flavour=target.flavour,
         )
         found = _verify_plan(unproven, proof, sidecar, subject)
+        found = replace(found, reason=found.reason.replace(unproven.name, plan.name))
         if found.verified is False:
             plan = rejected_path(plan)
         sidecar_path(unproven).replace(sidecar_path(plan))

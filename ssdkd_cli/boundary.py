@@ -99,12 +99,14 @@ def stdout_for_the_result() -> Iterator[None]:
             stack.callback(os.close, kept)
             os.dup2(2, 1)
             stack.callback(os.dup2, kept, 1)
-            stack.callback(flush_c_buffers)
+            stack.callback(flush_stdout)
         yield
 
 
-def flush_c_buffers() -> None:
-    """Write out what C code has printed, while it still goes to stderr."""
+def flush_stdout() -> None:
+    """Write out what Python and C have buffered, while it still goes to stderr."""
+    if sys.__stdout__ is not None:
+        sys.__stdout__.flush()
     with contextlib.suppress(OSError, TypeError, AttributeError):  # Windows has no such handle, and buffers nothing
         ctypes.CDLL(None).fflush(None)
 

@@ -56,7 +56,7 @@ def check_limits(limits: Limits, target: "Target", *, has_labels: bool, has_gpu:
     if limits.max_latency_ms is not None and target.profile.runtime != "onnxruntime" and not runs_plans:
         raise SSDKDError(
             f"--max-latency-ms cannot be judged here: files for {target.profile.name} cannot be run on this machine",
-            "leave it out and measure on the device, or name a profile of this machine: `ssdkd profiles`",
+            f"leave it out and measure on the device; files for this machine are made without {_of_device(target)}",
         )
     computed = {"--max-drop": limits.max_drop, "--min-agreement": limits.min_agreement}
     given = [flag for flag, limit in computed.items() if limit is not None]
@@ -65,6 +65,12 @@ def check_limits(limits: Limits, target: "Target", *, has_labels: bool, has_gpu:
             f"{' and '.join(given)} cannot be judged here: a TensorRT plan runs on a GPU, and there is none",
             "add --export onnx: the ONNX file, of which the plan is made, is judged then",
         )
+
+
+def _of_device(target: "Target") -> str:
+    """What has the files made for another device: the profile where it was named, and TensorRT's format."""
+    words = [f"--profile {target.profile.name}"] if target.is_named else []
+    return " and ".join([*words, *(["--export trt"] if "trt" in target.formats else [])])
 
 
 def judge(limits: Limits, artifact: Artifact, teacher_accuracy: float | None) -> list[Gate]:

@@ -36,6 +36,7 @@ from exporters.metadata import metadata_for
 from exporters.precision import LEAST_INTEGER_SHARE, Scheme, integer_share, layer_names, to_fp16, to_int8
 from exporters.runtimes import Predict, open_runtime, predictor, to_input
 from exporters.to_onnx import WithPreprocessing, to_onnx
+from exporters.verify import LIMITS
 from ssdkd_cli.runs import Samples, StudentCard
 
 MOST_LOST = 0.5  # points of agreement with the teacher that an INT8 file may lose against the float student
@@ -127,8 +128,11 @@ def half_graph(exported: onnx.ModelProto) -> Graph:
 
 
 def most_lost(samples: int) -> float:
-    """Points that may be lost: MOST_LOST, or one sample where so few samples cannot show half a point."""
-    return max(MOST_LOST, 100 / samples)
+    """Points that may be lost: MOST_LOST, or one sample where so few samples cannot show half a point.
+
+    Never more than the proof of the file allows: what it would reject is to be remedied first.
+    """
+    return min(max(MOST_LOST, 100 / samples), 100 - LIMITS["int8"].min_agreement)
 
 
 def integer_graph(subject: Subject, exported: onnx.ModelProto, integers: Integers) -> Graph:

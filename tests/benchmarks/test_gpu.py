@@ -127,7 +127,7 @@ def test_a_run_that_fails_is_written_down_and_the_others_go_on(
             raise SSDKDError("no student", "try another")
         return {"seconds": 1.0, "student_accuracy": job.evaluate(job.teacher.module), "curve": []}
 
-    monkeypatch.setitem(gpu.METHODS, "ssdkd", refuse)
+    monkeypatch.setattr(gpu, "run_ssdkd", refuse)
     failed, other = run(data, tmp_path, "--seeds", "2")["runs"]
     assert failed["failed"] == "no student"
     assert other["failed"] is None

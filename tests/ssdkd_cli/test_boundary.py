@@ -1,6 +1,7 @@
 import ctypes
 import os
 import signal
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -54,6 +55,7 @@ def test_only_the_result_is_on_stdout(capfd: pytest.CaptureFixture[str]) -> None
 
     def work() -> Outcome:
         print("by Python")
+        print("by Python to the first stdout", file=sys.__stdout__)
         os.write(1, b"by a file descriptor\n")
         ctypes.CDLL(None).printf(b"by C\n")
         return Outcome(lambda: print("{}"))
@@ -62,6 +64,7 @@ def test_only_the_result_is_on_stdout(capfd: pytest.CaptureFixture[str]) -> None
     said = capfd.readouterr()
     assert said.out == "{}\n"
     assert all(f"by {who}\n" in said.err for who in ("Python", "a file descriptor", "C"))
+    assert "first stdout" in said.err
 
 
 def test_what_is_ignored_stays_ignored() -> None:

@@ -141,8 +141,17 @@ def test_limits_that_cannot_be_judged_are_errors_before_the_run() -> None:
     with pytest.raises(SSDKDError, match="--max-drop compares accuracies") as caught:
         check_limits(Limits(max_drop=1.0), ANY, has_labels=False, has_gpu=False)
     assert "--eval-data" in caught.value.hint
-    with pytest.raises(SSDKDError, match="--max-latency-ms cannot be judged here"):
-        check_limits(Limits(max_latency_ms=1.0), JETSON, has_labels=True, has_gpu=True)
+    of_profile = dataclasses.replace(JETSON, formats=("onnx",))  # --profile jetson-orin --export onnx
+    of_format = dataclasses.replace(JETSON, is_named=False)
+    for wanted, leave_out in (
+        (JETSON, "--profile jetson-orin and --export trt"),
+        (of_profile, "--profile jetson-orin"),
+        (of_format, "--export trt"),
+    ):
+        with pytest.raises(SSDKDError, match="--max-latency-ms cannot be judged here") as caught:
+            check_limits(Limits(max_latency_ms=1.0), wanted, has_labels=True, has_gpu=True)
+        assert caught.value.hint is not None
+        assert caught.value.hint.endswith(f"are made without {leave_out}")
     plans_alone = dataclasses.replace(JETSON, formats=("trt",))
     with pytest.raises(SSDKDError, match="--max-drop and --min-agreement cannot be judged here") as caught:
         check_limits(Limits(max_drop=1.0, min_agreement=1.0), plans_alone, has_labels=True, has_gpu=False)

@@ -120,6 +120,37 @@ def test_config_toml_is_read_as_it_was_written(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("profile", "written"), [("rtx", "rtx"), ("kiosk", "{here}/kiosk"), ("k.toml", "{here}/k.toml")]
+)
+def test_a_profile_that_is_a_file_is_found_from_anywhere(
+    profile: str, written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("kiosk", "k.toml"):
+        (tmp_path / name).touch()
+    found = as_typed(Options(teacher=Path("t.pt"), student="resnet8", profile=profile))
+    assert found["profile"] == written.format(here=tmp_path)
+
+
+def test_one_of_a_list_needs_no_brackets_in_a_config(
+    ssdkd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ssdkd_cli import pipeline
+
+    seen: list[Options] = []
+
+    def stop(options: Options, **_: object) -> None:
+        seen.append(options)
+        raise SSDKDError("seen", "")
+
+    monkeypatch.setattr(pipeline, "compress", stop)
+    config = tmp_path / "ssdkd.toml"
+    config.write_text("[compress]\nstudent='vgg8'\nprecision='int8'\nexport='onnx'\n")
+    assert ssdkd("compress", "t.pt", "--config", config).code == 1
+    assert (seen[0].precision, seen[0].export) == (["int8"], ["onnx"])
+
+
 def test_what_is_typed_wins_over_the_config(ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any) -> None:
     from ssdkd_cli import pipeline
 

@@ -223,20 +223,25 @@ def test_export_of_a_student_that_the_file_does_not_match_exits_3(
     assert ran.code == 3
     assert ran.json[0]["path"] == "model.onnx.rejected"
     report = json.loads((run_folder / "report.json").read_text())
-    assert [item["path"] for item in report["artifacts"]] == ["model.onnx.rejected"]
-    assert report["recommendation"] is None
+    assert {item["path"]: item["verified"] for item in report["artifacts"]} == {
+        "model.onnx": True,  # it was proven by the run and is still there
+        "model.onnx.rejected": False,
+    }
+    assert report["recommendation"]["artifact"] == "model.onnx"
 
 
 def test_export_of_a_teacher_as_it_is(ssdkd: Any, shared: Path, tmp_path: Path) -> None:
-    ran = ssdkd(
-        *("export", shared / "teacher.pt", "--input", "1x16x16", "--mean", "0.5", "--std", "0.5"),
-        *("--out", tmp_path / "teacher", "--json"),
-    )
+    described = ("--input", "1x16x16", "--mean", "0.5", "--std", "0.5")
+    command = ("export", shared / "teacher.pt", *described, "--out", tmp_path / "teacher", "--json")
+    ran = ssdkd(*command)
     assert ran.code == 0, ran.err
     (artifact,) = ran.json
     assert artifact["verified"] is True
     assert "random images" in artifact["notes"][0]
     assert {path.name for path in (tmp_path / "teacher").iterdir()} == {"model.onnx"}
+    assert ssdkd(*command).code == 1  # it is there already
+    assert ssdkd(*command, "--precision", "fp16").code == 0  # this one is not
+    assert {path.name for path in (tmp_path / "teacher").iterdir()} == {"model.onnx", "model.fp16.onnx"}
 
 
 def test_what_describes_a_teacher_does_not_describe_a_run(ssdkd: Any, compressed: Path) -> None:
