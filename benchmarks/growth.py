@@ -22,10 +22,10 @@ import torch
 from torch import nn
 
 from benchmarks.common import RESULTS, provenance, save
+from engine import replay
 from engine.config import settings_for
 from engine.device import choose_device
-from engine.distill import distill, remember, start
-from engine.images import to_bytes
+from engine.distill import State, distill, start
 from engine.students import build_network
 from engine.task import Classification
 from engine.teacher import batchnorm_layers
@@ -62,6 +62,16 @@ def random_network(name: str, case: Case) -> nn.Module:
     return module.eval()
 
 
+def fill(state: State) -> None:
+    """Fill the buffer with random samples: the teacher would take minutes for their views."""
+    buffer, device = state.buffer, state.compute.device
+    slots = torch.arange(buffer.capacity, device=device)
+    images = torch.randint(256, buffer.images.shape, dtype=torch.uint8, device=device)
+    logits = torch.randn(buffer.logits.shape, device=device)
+    confidences, classes = logits[:, 0].softmax(1).max(1)
+    replay.add(buffer, slots, images, torch.zeros_like(buffer.views), logits, classes, confidences)
+
+
 def measure(case: Case, device: str) -> dict[str, Any]:
     """Median seconds of a round with a full buffer, seconds for each image that the student sees, peak megabytes."""
     torch.manual_seed(0)
@@ -81,8 +91,7 @@ def measure(case: Case, device: str) -> dict[str, Any]:
         compute=choose_device(device),
         seed=0,
     )
-    while state.buffer.size < case.samples:
-        remember(state, to_bytes(torch.rand(settings.inversion_batch, *image_shape, device=state.compute.device)))
+    fill(state)
     clock = [0.0, *(metrics.seconds for metrics in distill(state))]
     seconds = statistics.median(after - before for before, after in list(pairwise(clock))[UNTIMED:])
     if state.compute.device.type == "cuda":
