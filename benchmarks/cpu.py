@@ -64,24 +64,29 @@ def main() -> None:
     parser.add_argument("--test-images", type=Path)
     parser.add_argument("--fast-dfkd", type=Path)
     parser.add_argument("--nayer", type=Path)
-    parser.add_argument("--methods", nargs="*", default=[*OWN, *PEERS], choices=[*OWN, *PEERS])
+    parser.add_argument("--methods", nargs="*", choices=[*OWN, *PEERS], help="default: ours, and whose code is given")
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/cpu_TASK.json")
     arguments = parser.parse_args()
     if arguments.task == "cifar" and not (arguments.teacher and arguments.test_images):
         parser.error("cifar needs --teacher and --test-images")
+    checkouts = {method: getattr(arguments, option) for method, option in PEERS.items()}
+    methods = arguments.methods or [*OWN, *(method for method, checkout in checkouts.items() if checkout)]
+    for method in methods:
+        if method in PEERS and not checkouts[method]:
+            parser.error(f"{method} needs a clone of its authors' code: --{PEERS[method].replace('_', '-')} CHECKOUT")
+    if arguments.task == "demo" and "nayer" in methods:
+        parser.error("nayer has label embeddings of CIFAR-10, and none of the demo's classes: leave --nayer out")
     task = DEMO if arguments.task == "demo" else Task(arguments.teacher, CIFAR_STUDENT, arguments.test_images)
     out = arguments.out or RESULTS / f"cpu_{arguments.task}.json"
-    checkouts = {method: getattr(arguments, option) for method, option in PEERS.items()}
     source = provenance(f"python -m benchmarks.cpu {arguments.task} --seconds {arguments.seconds:g}")
     runs = unfinished(out, source).get("runs", [])
     for seed in arguments.seeds:
-        for method in arguments.methods:
-            checkout = checkouts.get(method)
-            if (method in PEERS and checkout is None) or any((r["method"], r["seed"]) == (method, seed) for r in runs):
+        for method in methods:
+            if any((r["method"], r["seed"]) == (method, seed) for r in runs):
                 continue
-            runs.append(run(task, method, checkout=checkout, seconds=arguments.seconds, seed=seed))
+            runs.append(run(task, method, checkout=checkouts.get(method), seconds=arguments.seconds, seed=seed))
             print(f"{method}, seed {seed}: {runs[-1]['points'][-1][1]:.2f} %", flush=True)
             about = {"task": arguments.task, "student": task.student, "seconds": arguments.seconds}
             save(out, {"kind": "race", **source, **about, "runs": runs})

@@ -18,7 +18,7 @@ from benchmarks.tables import GROWTH_NAMES, OURS, ROOT, Result, read_results
 
 FOLDER = ROOT / "docs" / "figures"
 COLOURS = {
-    **{OURS: "#d1495b", "SSD-KD off": "#edae49"},
+    **{OURS: "#d1495b", "SSD-KD off": "#edae49", "ssdkd afresh": "#b58db6"},
     **{"fast-2": "#8cb9bd", "fast-5": "#30638e", "fast-10": "#003d5b", "nayer": "#5b8e7d"},
 }
 

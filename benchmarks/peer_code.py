@@ -72,6 +72,13 @@ class Reduced(nn.Module):
         return reduced(self.network.__call__, self.compute)(images)
 
 
+def float_statistics(network: nn.Module) -> None:
+    """Give BatchNorm layers float32 inputs: of bfloat16 ones their hooks would compute rounded means and variances."""
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+
+
 def reduced(forward: Callable[..., Tensor], compute: Compute) -> Callable[..., Tensor]:
     """`forward` in the precision of `compute`, its result in float32."""
 

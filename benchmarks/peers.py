@@ -13,8 +13,9 @@ WRN-40-2 to WRN-16-1, the nearest to our narrow networks). What the driver decid
 - Their schedules count epochs: a batch of new images, then 400 student steps. On a CPU that would not leave the warm-up
   within minutes. Here a run has as many epochs as let synthesis take half of the time (`--share`), no more than the
   script's, with its share of warm-up; each epoch after that has student steps until its part of the remaining time is
-  over. So the cosine ends at the time limit, and what falls due in an epoch (the reset of a layer, the adversarial
-  term) does so at the same share of the run. No batch of images is begun that would not be done in time.
+  over. The cosine follows the clock, as ours does, and ends at the time limit; what falls due in an epoch (the reset of
+  a layer, the adversarial term) does so at the same share of the run. No batch of images is begun that would not be
+  done in time.
 - NAYER makes ten batches an epoch in its warm-up and two afterwards: here an epoch is one batch, 200 of 400 of them
   warm-up. A generator lives as many batches as theirs, not shortened with the run.
 - Batches on a CPU are CPU_BATCHES, on a GPU theirs, which were chosen for one. Fast-2 on the demo's task, 100 seconds
@@ -24,7 +25,7 @@ WRN-40-2 to WRN-16-1, the nearest to our narrow networks). What the driver decid
   computes there and drops. On a CPU the loader has no processes of its own.
 - Metrics of the training batches are left out, as is the evaluation after each epoch.
 
-The clock starts before the generator is built and stands still while the student is evaluated. The last point is the
+The clock starts with the first synthesis and stands still while the student is evaluated. The last point is the
 student at the limit: no best epoch is picked.
 """
 
@@ -47,7 +48,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, provenance, save
-from benchmarks.peer_code import METHODS, Reduced, Script, build_synthesizer, checkout_modules, running_on
+from benchmarks.peer_code import (
+    METHODS,
+    Reduced,
+    Script,
+    build_synthesizer,
+    checkout_modules,
+    float_statistics,
+    running_on,
+)
 from benchmarks.race import DEMO, Point, Task, scorer
 from engine.device import choose_device
 from engine.errors import SSDKDError
@@ -136,21 +145,23 @@ def run_peer(
         "share": share,
         "compute": compute.describe(),
         "script": asdict(script),
+        "peer_commit": commit_of(checkout),
     }
     with (
         tempfile.TemporaryDirectory() as folder,
         checkout_modules(checkout, script.synthesizer) as (package, generators),
         running_on(compute.device),
     ):
-        clock = Clock(compute.device)
         student.cuda().train()  # to `device`, in channels_last
         # Theirs computes the BatchNorm statistics of student batches too, and drops them: that is spared here.
         hooked, plain = (Reduced(copy.deepcopy(teacher).cuda().eval().requires_grad_(False), compute) for _ in range(2))
+        float_statistics(hooked)
         learner = Reduced(student, compute)
         synthesizer = build_synthesizer(
             script, package, generators, hooked, learner, spec=spec, checkout=checkout, folder=folder, compute=compute
         )
         criterion = package.criterions.KLDiv(T=TEMPERATURE)
+        clock = Clock(compute.device)
         for made in _run(script, synthesizer, learner, plain, criterion, clock, seconds=seconds, share=share):
             settings["made"] = made
             if every * (len(points) + 1) <= clock.seconds() < seconds:
@@ -181,7 +192,7 @@ def _run(
     """Their main loop, shrunk to `seconds`; what it has done so far after each synthesis and each student step."""
     optimizer = torch.optim.SGD(student.parameters(), RATE, momentum=MOMENTUM, weight_decay=DECAY)
     device = next(student.parameters()).device
-    epochs, warmup = script.epochs, script.warmup
+    epochs, warmup, learning_from = script.epochs, script.warmup, 0.0
     steps = images = 0
     fastest = math.inf  # seconds for a batch of images
     for epoch in itertools.count():
@@ -192,7 +203,6 @@ def _run(
             images += script.synthesis_batch
         if epoch < 2:  # the first has to warm the machine up; no student step before the second is planned
             epochs, warmup = shrunk(script, share * seconds / fastest)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs - warmup, LOWEST_RATE)
         made = {"epochs": epochs, "warmup": warmup, "seconds_a_batch": fastest, "images": images}
         yield {**made, "student_steps": steps}
         if epoch < warmup:
@@ -201,14 +211,19 @@ def _run(
         until = learning_from + (seconds - learning_from) * min(1.0, (epoch + 1 - warmup) / (epochs - warmup))
         while True:
             views = synthesizer.sample().to(device, non_blocking=True)  # [B, C, H, W]
+            optimizer.param_groups[0]["lr"] = rate((clock.seconds() - learning_from) / (seconds - learning_from))
             _teach(student, teacher, views, criterion, optimizer)
             steps += 1
             yield {**made, "student_steps": steps}
             if clock.seconds() >= until:
                 break
-        schedule.step()
         if clock.seconds() >= seconds:
             return
+
+
+def rate(progress: float) -> float:
+    """The student's learning rate: their cosine, over what follows the warm-up; `progress` is in 0...1."""
+    return LOWEST_RATE + (RATE - LOWEST_RATE) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def shrunk(script: Script, epochs: float) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from exporters.runtimes import predictor
 from ssdkd_cli.compress import DEMO_DEFAULTS, DEMO_TEACHER
 
 PLAIN = {"diversity": False, "difficulty": False, "priority": False, "replay": False}
-OWN: Mapping[str, Mapping[str, Any]] = {"ssdkd": {}, "SSD-KD off": PLAIN}
+OWN: Mapping[str, Mapping[str, Any]] = {"ssdkd": {}, "SSD-KD off": PLAIN, "ssdkd afresh": {"inherit": False}}
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,12 @@ def run_own(
     every: float,
     seed: int,
     changed: Mapping[str, Any],
-    device: str = "cpu",
 ) -> list[Point]:
     """The curve of a run with the settings of `--effort full --time-limit SECONDS` and what is `changed` in them."""
     teacher = task.teacher()
     sized = {"samples": task.samples, **changed}
     settings = settings_for("full", image_shape=teacher.spec.input_shape, **sized)
-    state = begin(task.student, teacher, settings, seed=seed, compute=choose_device(device))
+    state = begin(task.student, teacher, settings, seed=seed, compute=choose_device("cpu"))
     points: list[Point] = []
     finished = False
     while not finished:
