@@ -35,8 +35,12 @@ def main() -> None:
             if any((run["samples"], run["seed"]) == (samples, seed) for run in runs):
                 continue
             seconds = arguments.seconds
-            points = run_own(task, score, seconds=seconds, every=seconds, seed=seed, changed={"samples": samples})
-            runs.append({"samples": samples, "seed": seed, "points": [[at.seconds, at.accuracy] for at in points]})
+            points, state = run_own(
+                task, score, seconds=seconds, every=seconds, seed=seed, changed={"samples": samples}
+            )
+            made = {"made": state.buffer.added, "rounds": state.round}  # a buffer larger than `made` never filled
+            curve = [[at.seconds, at.accuracy] for at in points]
+            runs.append({"samples": samples, "seed": seed, **made, "points": curve})
             print(f"{samples} samples, seed {seed}: {points[-1].accuracy:.2f} %", flush=True)
             save(arguments.out, {"kind": "buffer", **source, **about, "runs": runs})
 

@@ -12,6 +12,7 @@ one is not picked. `ssdkd` runs with the tool's own defaults, so its student beg
 """
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,10 @@ def run(task: Task, method: str, *, checkout: Path | None, seconds: float, seed:
     """One run; the points of its curve as [seconds, percent]."""
     teacher = task.teacher()
     score = scorer(teacher, task.labelled())
-    every, settings = seconds / POINTS, dict(OWN.get(method, {}))
+    every = seconds / POINTS
     if checkout is None:
-        points = run_own(task, score, seconds=seconds, every=every, seed=seed, changed=settings)
+        points, state = run_own(task, score, seconds=seconds, every=every, seed=seed, changed=OWN[method])
+        settings = {**asdict(state.settings), "rounds_done": state.round, "student_steps_done": state.steps}
     else:
         found = run_peer(
             method,

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from benchmarks.tables import GROWTH_NAMES, OURS, ROOT, Result, read_results
 
+GRID = 200  # points of a mean curve
 FOLDER = ROOT / "docs" / "figures"
 COLOURS = {
     **{OURS: "#d1495b", "SSD-KD off": "#edae49", "ssdkd afresh": "#b58db6"},
@@ -30,12 +33,17 @@ def race(result: Result, figure: Figure) -> None:
         colour = COLOURS.get(method)
         for run in runs:
             axes.plot(*zip(*run["points"], strict=True), color=colour, linewidth=0.6, alpha=0.5)
-        shared = zip(*(run["points"][: min(len(run["points"]) for run in runs)] for run in runs), strict=True)
-        means = [[statistics.fmean(values) for values in zip(*points, strict=True)] for points in shared]
-        axes.plot(*zip(*means, strict=True), color=colour, linewidth=2, label=method)
+        axes.plot(*mean_curve([run["points"] for run in runs]), color=colour, linewidth=2, label=method)
     axes.set(xlabel="seconds", ylabel="student accuracy, %", title=f"{result['task']}, to {result['student']}")
     finish(axes)
     axes.legend(frameon=False)
+
+
+def mean_curve(curves: Sequence[Sequence[Sequence[float]]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Seconds, from the latest first point to the latest end, and the mean of the curves there, each to its own end."""
+    first, last = max(curve[0][0] for curve in curves), max(curve[-1][0] for curve in curves)
+    seconds = np.linspace(first, last, GRID)
+    return seconds, np.mean([np.interp(seconds, *zip(*curve, strict=True)) for curve in curves], axis=0)
 
 
 def buffer(result: Result, figure: Figure) -> None:
@@ -92,7 +100,7 @@ DRAWN: dict[str, tuple[Callable[[Result, Figure], None], tuple[float, float]]] =
 
 
 def draw(results: Sequence[Result], folder: Path) -> list[Path]:
-    """Draw what there is, `KIND.svg` or `KIND_TASK.svg`, and return the files. The same results give the same bytes."""
+    """Draw what there is, `KIND_TASK.svg` or `KIND_DEVICE.svg`; the same results give the same bytes."""
     mpl.rcParams.update({"svg.hashsalt": "ssdkd", "svg.fonttype": "none", "font.size": 9})
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
@@ -102,7 +110,7 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
         how, inches = DRAWN[result["kind"]]
         figure = Figure(figsize=inches, layout="constrained")
         how(result, figure)
-        path = folder / f"{'_'.join(filter(None, (result['kind'], result.get('task'))))}.svg"
+        path = folder / f"{result['kind']}_{result.get('task') or result['device']}.svg"
         figure.savefig(path, metadata={"Date": None})
         drawn.append(path)
     return drawn

@@ -192,6 +192,8 @@ def finished(out: Path, wanted: dict[str, Any], names: Sequence[str]) -> dict[st
         if not path.exists():
             continue
         run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if run["failed"] is not None:
+            continue  # it may have lacked a package: it is tried again
         other = [key for key in SAME if run.get(key) != wanted[key]]
         other += ["gpu"] if run["machine"]["gpu"] != wanted["machine"]["gpu"] else []
         other += ["torch"] if run["versions"]["torch"] != wanted["versions"]["torch"] else []

@@ -76,26 +76,30 @@ def train(
     network.train()
     was_choosing, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
     started = time.perf_counter()
-    while (progress := max(steps / total, (time.perf_counter() - started) / schedule.seconds)) < 1:
-        place = steps % steps_per_epoch
-        if place == 0:
-            order = torch.randperm(len(images), generator=rng, device=compute.device)
-            views = random_views(len(images), 1, schedule.shift, rng)[:, 0]
-        drawn = order[place * batch : (place + 1) * batch]
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.rate(progress)
-        inputs = to_input(render(images, drawn, views[drawn]), constants)
-        with compute.autocast():
-            logits = network(inputs)
-        loss = F.cross_entropy(logits.float(), labels[drawn])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        steps += 1
-        if place == steps_per_epoch - 1 and not math.isfinite(float(loss.detach())):  # waits: the clock is the device's
-            raise FloatingPointError(f"the teacher's loss is not finite after {steps} steps: lower peak_rate")
+    try:
+        while (progress := max(steps / total, (time.perf_counter() - started) / schedule.seconds)) < 1:
+            place = steps % steps_per_epoch
+            if place == 0:
+                order = torch.randperm(len(images), generator=rng, device=compute.device)
+                views = random_views(len(images), 1, schedule.shift, rng)[:, 0]
+            drawn = order[place * batch : (place + 1) * batch]
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.rate(progress)
+            inputs = to_input(render(images, drawn, views[drawn]), constants)
+            with compute.autocast():
+                logits = network(inputs)
+            loss = F.cross_entropy(logits.float(), labels[drawn])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            steps += 1
+            if place == steps_per_epoch - 1 and not math.isfinite(
+                float(loss.detach())
+            ):  # waits: the clock is the device's
+                raise FloatingPointError(f"the teacher's loss is not finite after {steps} steps: lower peak_rate")
+    finally:
+        torch.backends.cudnn.benchmark = was_choosing
     network.eval()
-    torch.backends.cudnn.benchmark = was_choosing
     seconds = time.perf_counter() - started
     return {**asdict(schedule), "trained_epochs": steps / steps_per_epoch, "steps": steps, "trained_seconds": seconds}
 

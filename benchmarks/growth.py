@@ -1,10 +1,11 @@
 """How cost grows: seconds a round and peak memory against buffer size, classes, resolution and teacher size.
 
-    python -m benchmarks.growth [--device cpu] [--out benchmarks/results/growth.json]
+    python -m benchmarks.growth [--device cpu] [--out benchmarks/results/growth_cpu.json]
 
-One thing varies at a time around `BASE`; the student is resnet8 afresh. Teachers have random weights, which cost as
-much as trained ones. Each point is a process of its own, so that its peak of memory is its own: the whole process's on
-a CPU (PyTorch's libraries included), PyTorch's allocations on a GPU. Run it on an idle machine.
+One thing varies at a time around `BASE`, but that above 64 px networks have a stem of stride 4, as the tool's have, and
+batches shrink; the student is resnet8 afresh. Teachers have random weights, which cost as much as trained ones. Each
+point is a process of its own, so that its peak of memory is its own: the whole process's on a CPU (PyTorch's libraries
+included), PyTorch's allocations on a GPU. Run it on an idle machine.
 """
 
 import argparse
@@ -63,13 +64,14 @@ def random_network(name: str, case: Case) -> nn.Module:
 
 
 def fill(state: State) -> None:
-    """Fill the buffer with random samples: the teacher would take minutes for their views."""
-    buffer, device = state.buffer, state.compute.device
-    slots = torch.arange(buffer.capacity, device=device)
-    images = torch.randint(256, buffer.images.shape, dtype=torch.uint8, device=device)
-    logits = torch.randn(buffer.logits.shape, device=device)
-    confidences, classes = logits[:, 0].softmax(1).max(1)
-    replay.add(buffer, slots, images, torch.zeros_like(buffer.views), logits, classes, confidences)
+    """Fill both buffers with random samples: the teacher would take minutes for their views."""
+    device = state.compute.device
+    for buffer in (state.buffer, state.held_out):
+        slots = torch.arange(buffer.capacity, device=device)
+        images = torch.randint(256, buffer.images.shape, dtype=torch.uint8, device=device)
+        logits = torch.randn(buffer.logits.shape, device=device)
+        confidences, classes = logits[:, 0].softmax(1).max(1)
+        replay.add(buffer, slots, images, torch.zeros_like(buffer.views), logits, classes, confidences)
 
 
 def measure(case: Case, device: str) -> dict[str, Any]:
@@ -111,13 +113,14 @@ def measure(case: Case, device: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=RESULTS / "growth.json")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--case", help="one point as JSON: measured in this process and printed")
     arguments = parser.parse_args()
     if arguments.case:
         print(json.dumps(measure(Case(**json.loads(arguments.case)), arguments.device)))
         return
-    source = provenance("python -m benchmarks.growth")
+    out = arguments.out or RESULTS / f"growth_{arguments.device}.json"
+    source = provenance(f"python -m benchmarks.growth --device {arguments.device}")
     rows = []
     for axis, values in AXES.items():
         for value in values:
@@ -129,7 +132,7 @@ def main() -> None:
                 f"{axis} {value}: {measured['seconds_per_round']:.2f} s, {measured['peak_memory_mb']:.0f} MB",
                 flush=True,
             )
-            save(arguments.out, {"kind": "growth", **source, "rows": rows})
+            save(out, {"kind": "growth", **source, "device": arguments.device, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ class Script:
 
 
 FAST = Script("fast_meta", 220, 20, 2, 5e-3, 256, 256, 1.1, 0.4, latent_rate=0.015, reset=140)
+FAST_WEIGHTS = {"resnet34_cifar": (1.33, 0.5), "vgg11_blocks": (1.0, 0.5)}  # adversarial and class term, by teacher
 METHODS = {
     "fast-2": FAST,
     "fast-5": replace(FAST, steps=5, generator_rate=3e-3, latent_rate=0.01),
@@ -102,7 +103,7 @@ def checkout_modules(checkout: Path, synthesizer: str) -> Iterator[tuple[Any, An
     if not expected.is_file():
         raise SSDKDError(
             f"{checkout} is no checkout of that method's repository: {expected.relative_to(checkout)} is not in it",
-            "clone it (`python -m benchmarks.peers --help` has the addresses), and give the path of the clone",
+            "git clone zju-vipa/Fast-Datafree or tmtuan1307/NAYER from github.com, and give its folder",
         )
     earlier = _loaded()
     for name in earlier:

@@ -1,17 +1,17 @@
 """Two published data-free distillers, from their own code, on our teacher, student, images and clock.
 
-    python -m benchmarks.peers METHOD CHECKOUT [--task demo|cifar] [--seconds 300] [--every 20] [--seed 0] [--out FILE]
+`benchmarks.cpu` and `benchmarks.gpu` run them beside ours.
 
-METHOD is fast-2, fast-5 or fast-10 (Fast-DFKD, Fang et al., AAAI 2022; https://github.com/zju-vipa/Fast-Datafree), or
-nayer (Tran et al., CVPR 2024; https://github.com/tmtuan1307/NAYER) on CIFAR-10, of which it brings label embeddings.
-CHECKOUT is a clone of that repository; no line of it is in ours. It needs `pip install kornia termcolor tqdm`.
+The methods are fast-2, fast-5 and fast-10 (Fast-DFKD, Fang et al., AAAI 2022; https://github.com/zju-vipa/Fast-Datafree)
+and nayer (Tran et al., CVPR 2024; https://github.com/tmtuan1307/NAYER) on CIFAR-10, of which it has label embeddings.
+A checkout is a clone of that repository; no line of it is in ours. It needs `pip install kornia termcolor tqdm`.
 
 What is theirs: the generator, the synthesizer, its losses and its meta step; the pool of images on disk and its loader;
 the student's loss, SGD, rate and cosine; every number of their CIFAR-10 scripts (of Fast-DFKD's, those of the pair
 WRN-40-2 to WRN-16-1, the nearest to our narrow networks). What the driver decides, for them where in doubt:
 
 - Their schedules count epochs: a batch of new images, then 400 student steps. On a CPU that would not leave the warm-up
-  within minutes. Here a run has as many epochs as let synthesis take half of the time (`--share`), no more than the
+  within minutes. Here a run has as many epochs as let synthesis take half of the time (`share`), no more than the
   script's, with its share of warm-up; each epoch after that has student steps until its part of the remaining time is
   over. The cosine follows the clock, as ours does, and ends at the time limit; what falls due in an epoch (the reset of
   a layer, the adversarial term) does so at the same share of the run. No batch of images is begun that would not be
@@ -20,7 +20,7 @@ WRN-40-2 to WRN-16-1, the nearest to our narrow networks). What the driver decid
   warm-up. A generator lives as many batches as theirs, not shortened with the run.
 - Batches on a CPU are CPU_BATCHES, on a GPU theirs, which were chosen for one. Fast-2 on the demo's task, 100 seconds
   of one thread: 49.0 % with their 256, 71.4 % with 64 (and 72.4 % with a quarter of the time for synthesis).
-- bfloat16 where `choose_device` would use it for ours (1.8 times as fast on our CPU), and channels_last; `--float32` is
+- bfloat16 where `choose_device` would use it for ours (1.8 times as fast on our CPU), and channels_last; `float32` is
   as their scripts compute. The teacher is frozen, and the one that teaches has no hooks, whose statistics theirs
   computes there and drops. On a CPU the loader has no processes of its own.
 - Metrics of the training batches are left out, as is the evaluation after each epoch.
@@ -29,14 +29,12 @@ The clock starts with the first synthesis and stands still while the student is 
 student at the limit: no best epoch is picked.
 """
 
-import argparse
 import contextlib
 import copy
 import itertools
 import math
 import random
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -47,8 +45,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import RESULTS, provenance, save
 from benchmarks.peer_code import (
+    FAST_WEIGHTS,
     METHODS,
     Reduced,
     Script,
@@ -57,10 +55,9 @@ from benchmarks.peer_code import (
     float_statistics,
     running_on,
 )
-from benchmarks.race import DEMO, Point, Task, scorer
+from benchmarks.race import Point
 from engine.device import choose_device
 from engine.errors import SSDKDError
-from engine.students import build_student
 from engine.teacher import TeacherSpec
 
 RATE, LOWEST_RATE, MOMENTUM, DECAY, TEMPERATURE = 0.2, 2e-4, 0.9, 1e-4, 20.0  # the student's, in both peers' scripts
@@ -135,6 +132,9 @@ def run_peer(
     if float32:
         compute = replace(compute, autocast_dtype=None)
     script = METHODS[method]
+    if script.synthesizer == "fast_meta" and spec.arch in FAST_WEIGHTS:
+        adversarial, target = FAST_WEIGHTS[spec.arch]
+        script = replace(script, adversarial_weight=adversarial, class_weight=target)
     usual = CPU_BATCHES[script.synthesizer] if compute.device.type == "cpu" else (script.batch, script.synthesis_batch)
     script = replace(script, batch=batch or usual[0], synthesis_batch=synthesis_batch or usual[1])
     random.seed(seed)
@@ -261,74 +261,7 @@ def _teach(
     optimizer.step()
 
 
-def task(name: str, teacher: Path | None, test_folder: Path | None) -> Task:
-    """The task `demo` or `cifar`; only `cifar` reads the paths."""
-    if name == "demo":
-        return DEMO
-    if teacher is None or test_folder is None:
-        raise SSDKDError("the task cifar has no files in the package", "give --teacher FILE and --test-folder DIR")
-    return Task(teacher, "resnet8", test_folder)
-
-
 def commit_of(checkout: Path) -> str:
     """The commit of a clone; nothing where it is none."""
     asked = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
     return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", choices=METHODS)
-    parser.add_argument("checkout", type=Path)
-    parser.add_argument("--task", choices=("demo", "cifar"), default="demo")
-    parser.add_argument("--teacher", type=Path, help="of --task cifar, a ResNet-20")
-    parser.add_argument("--test-folder", type=Path, help="of --task cifar, a folder a class")
-    parser.add_argument("--seconds", type=float, default=300)
-    parser.add_argument("--every", type=float, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--batch", type=int, help="views a student step")
-    parser.add_argument("--synthesis-batch", type=int, help="images a batch of the generator")
-    parser.add_argument("--share", type=float, default=SHARE, help="of the time, that synthesis is planned to take")
-    parser.add_argument("--float32", action="store_true")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    try:
-        chosen = task(arguments.task, arguments.teacher, arguments.test_folder)
-        teacher = chosen.teacher()
-        finished = run_peer(
-            arguments.method,
-            arguments.checkout,
-            teacher=teacher.module,
-            student=build_student(chosen.student, teacher=teacher, seed=arguments.seed),
-            spec=teacher.spec,
-            evaluate=scorer(teacher, chosen.labelled()),
-            seconds=arguments.seconds,
-            every=arguments.every,
-            seed=arguments.seed,
-            device=torch.device(arguments.device),
-            batch=arguments.batch,
-            synthesis_batch=arguments.synthesis_batch,
-            share=arguments.share,
-            float32=arguments.float32,
-        )
-    except SSDKDError as error:
-        sys.exit(f"{error.message}; {error.hint}")
-    for point in finished.points:
-        print(f"{point.seconds:7.1f} s  {point.accuracy:5.2f} %")
-    words = [arguments.method, "CHECKOUT", "--task", arguments.task, "--seconds", f"{arguments.seconds:g}"]
-    result = {
-        "kind": "peer",
-        **provenance(" ".join(["python -m benchmarks.peers", *words])),
-        "seed": arguments.seed,
-        "peer_commit": commit_of(arguments.checkout),
-        "task": arguments.task,
-        **asdict(finished),
-    }
-    save(arguments.out or RESULTS / f"peer-{arguments.task}-{arguments.method}.json", result)
-
-
-if __name__ == "__main__":
-    main()

@@ -99,8 +99,8 @@ def run_own(
     every: float,
     seed: int,
     changed: Mapping[str, Any],
-) -> list[Point]:
-    """The curve of a run with the settings of `--effort full --time-limit SECONDS` and what is `changed` in them."""
+) -> tuple[list[Point], State]:
+    """A run with the settings of `--effort full --time-limit SECONDS` and what is `changed`: curve and last state."""
     teacher = task.teacher()
     sized = {"samples": task.samples, **changed}
     settings = settings_for("full", image_shape=teacher.spec.input_shape, **sized)
@@ -114,4 +114,4 @@ def run_own(
                 finished = False
                 break  # the clock stands still until the next round is asked for
         points.append(Point(state.seconds, score(averaged_student(state))))
-    return points
+    return points, state

@@ -43,7 +43,7 @@ INT8_SPEED_HEAD = (
     *("times faster, 1", "times faster, 32"),
 )
 OURS, LEAST_RIVAL = "ssdkd", 60.0  # percent: a rival that ends below it is no measure
-RACE_HEAD = ("method", "seeds", "student accuracy at the end", "ours is there in its time times")
+RACE_HEAD = ("method", "seeds", "ended after", "student accuracy at the end", "ours is there in its time times")
 STEPS_HEAD = (
     *("pair", "batch", "precision", "the engine's step, ms", "bare step, ms", "without teacher, ms"),
     *("throughput, of the bare step's", "the teacher's looks counted in", "of the one without teacher"),
@@ -195,6 +195,7 @@ def race_table(results: Sequence[Result]) -> list[str]:
                 (
                     method,
                     str(len(runs)),
+                    spread([run["points"][-1][0] for run in runs], " s", 0),
                     f"**{spread(ends, ' %', 2)}**" if method == OURS else spread(ends, " %", 2),
                     UNKNOWN if method == OURS else times(reached, ends, result["seconds"]),
                 )
@@ -206,8 +207,10 @@ def race_table(results: Sequence[Result]) -> list[str]:
 
 
 def seconds_to(points: Sequence[Sequence[float]], accuracy: float) -> float | None:
-    """The seconds of the first point of a curve that is at `accuracy` or above, None where there is none."""
-    return next((seconds for seconds, found in points if found >= accuracy), None)
+    """The seconds of the point from which on a curve is at `accuracy` or above, None where there is none."""
+    below = [index for index, (_, found) in enumerate(points) if found < accuracy]
+    first = below[-1] + 1 if below else 0
+    return points[first][0] if first < len(points) else None
 
 
 def times(reached: Sequence[float | None], ends: Sequence[float], budget: float) -> str:
@@ -215,6 +218,8 @@ def times(reached: Sequence[float | None], ends: Sequence[float], budget: float)
     if statistics.fmean(ends) < LEAST_RIVAL:
         return f"not claimed: it ends below {LEAST_RIVAL:.0f} %"
     known = [seconds for seconds in reached if seconds is not None]
+    if not reached:
+        return UNKNOWN
     if not known or len(known) < len(reached):
         return f"not reached by {len(reached) - len(known)} of {len(reached)} seeds"
     seconds = statistics.fmean(known)
@@ -246,14 +251,16 @@ def buffer_table(results: Sequence[Result]) -> list[str]:
         ends: dict[int, list[float]] = {}
         for run in result["runs"]:
             ends.setdefault(run["samples"], []).append(run["points"][-1][1])
-        base = statistics.fmean(ends[DEFAULT_SAMPLES])
+        base = statistics.fmean(ends[DEFAULT_SAMPLES]) if DEFAULT_SAMPLES in ends else None
         table = [
             (
                 f"{samples:,}",
                 str(len(found)),
                 spread(found, " %", 2),
                 f"{100 * statistics.fmean(found) / result['teacher_accuracy']:.1f} %",
-                UNKNOWN if samples == DEFAULT_SAMPLES else f"{statistics.fmean(found) - base:+.2f} points",
+                UNKNOWN
+                if base is None or samples == DEFAULT_SAMPLES
+                else f"{statistics.fmean(found) - base:+.2f} points",
             )
             for samples, found in sorted(ends.items())
         ]

@@ -14,7 +14,7 @@ from exporters.runtimes import Runtime
 WARM_UP_SECONDS = 0.2
 WARM_UP_CALLS = 2  # the first call plans its memory
 TURN_SECONDS = 0.06  # of one file before the next has its turn: short against the moods of a busy machine
-SETTLE_SECONDS = 0.04  # of a turn before it counts: so long the threads of the file before it spin, and hold a core
+SETTLE_SECONDS = 0.04  # before a turn counts: so long the threads of the file before it spin, and hold a core
 STABLE = 0.03  # the medians of the first and second half of the calls differ by at most this share
 GIVE_UP = 4  # times min_seconds: measuring ends here, stable or not
 FEWEST_CALLS = 5  # even so

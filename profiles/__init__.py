@@ -128,7 +128,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise SSDKDError(
             f"{path} cannot be read: {error.strerror}", "check the path; `ssdkd profiles` lists those that need none"
         ) from None
-    except (ValueError, RecursionError) as error:  # tomllib's own, no text, a number of thousands of digits
+    except ValueError as error:  # tomllib's own, no text, a number of thousands of digits
         raise SSDKDError(f"{path} is not TOML: {error}", _EXAMPLE) from None
     sources = data.get("sources")
     return {**data, "sources": dict(_dotted(sources))} if isinstance(sources, dict) else data

@@ -56,9 +56,9 @@ def _is_own_run(source: Path, folder: Path) -> bool:
     return source.is_dir() and folder.resolve() == source.resolve()
 
 
-def beside_what_is_there(target: Target, folder: Path) -> Target:
-    """A float32 file that is there stays where another precision is added: it need not be written again."""
-    has_float32 = (folder / file_name("fp32", ".onnx")).exists()
+def beside_what_is_there(target: Target, source: Path, folder: Path) -> Target:
+    """A run that has its float32 file keeps it where another precision is added: it need not be written again."""
+    has_float32 = _is_own_run(source, folder) and (folder / file_name("fp32", ".onnx")).exists()
     return dataclasses.replace(target, with_float32=not has_float32 or not target.asked)
 
 

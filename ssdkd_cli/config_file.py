@@ -60,7 +60,7 @@ def apply_config(context: typer.Context, path: Path | None) -> Path | None:
     check_keys(values, known, f"--config {path}, table [compress]")
     repeatable = {option.name for option in context.command.params if getattr(option, "multiple", False)}
     defaults = {
-        key: [value] if key in repeatable and isinstance(value, str) else _as_typed(value)
+        key: list(map(str, value if isinstance(value, list) else [value])) if key in repeatable else _as_typed(value)
         for key, value in values.items()
     }
     context.default_map = {**(context.default_map or {}), **defaults}

@@ -1,6 +1,8 @@
 from pathlib import Path
 
-from benchmarks.figures import draw
+import pytest
+
+from benchmarks.figures import draw, mean_curve
 
 RUNS = [
     {"method": method, "seed": seed, "points": [[10.0, 50.0 + seed], [20.0, 60.0 + seed]]}
@@ -16,6 +18,7 @@ BUFFER = {
 CASE = {"samples": 500, "classes": 10, "pixels": 32, "teacher_parameters": 1000}
 GROWTH = {
     "kind": "growth",
+    "device": "cpu",
     "rows": [
         {**CASE, "axis": axis, "seconds_per_1000_images": 1.0, "peak_memory_mb": 500.0}
         for axis in ("samples", "classes", "pixels", "teacher")
@@ -26,8 +29,15 @@ GROWTH = {
 def test_a_figure_a_result_named_by_what_it_shows_and_the_same_bytes_each_time(tmp_path: Path) -> None:
     results = [RACE, {"kind": "demo"}, BUFFER, GROWTH]
     drawn = draw(results, tmp_path / "one")
-    assert [path.name for path in drawn] == ["race_demo.svg", "buffer_cifar.svg", "growth.svg"]
+    assert [path.name for path in drawn] == ["race_demo.svg", "buffer_cifar.svg", "growth_cpu.svg"]
     text = drawn[0].read_text()
     assert all(f">{word}<" in text for word in ("ssdkd", "fast-5", "student accuracy, %", "seconds"))
     again = draw(results, tmp_path / "two")
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in drawn]
+
+
+def test_the_mean_of_curves_of_different_length_ends_where_their_ends_do() -> None:
+    seconds, means = mean_curve([[(10.0, 50.0), (20.0, 60.0)], [(5.0, 40.0), (15.0, 50.0), (21.0, 70.0)]])
+    assert (seconds[0], seconds[-1]) == (10.0, 21.0)
+    assert means[0] == pytest.approx((50 + 45) / 2)
+    assert means[-1] == pytest.approx((60 + 70) / 2)
