@@ -43,7 +43,7 @@ INT8_SPEED_HEAD = (
     *("times faster, 1", "times faster, 32"),
 )
 OURS, LEAST_RIVAL = "ssdkd", 60.0  # percent: a rival that ends below it is no measure
-RACE_HEAD = ("method", "seeds", "ended after", "student accuracy at the end", "ours is there in its time times")
+RACE_HEAD = ("method", "seeds", "ended after", "student accuracy at the end", "ours gets there in")
 STEPS_HEAD = (
     *("pair", "batch", "precision", "the engine's step, ms", "bare step, ms", "without teacher, ms"),
     *("throughput, of the bare step's", "the teacher's looks counted in", "of the one without teacher"),
@@ -214,7 +214,7 @@ def seconds_to(points: Sequence[Sequence[float]], accuracy: float) -> float | No
 
 
 def times(reached: Sequence[float | None], ends: Sequence[float], budget: float) -> str:
-    """`1/3.4 (35 s)`: ours against a rival that takes `budget` seconds; none is claimed against a poor rival."""
+    """`1/3.4 of its time, 35 s`: ours against a rival that takes `budget` seconds; none is claimed against a poor rival."""
     if statistics.fmean(ends) < LEAST_RIVAL:
         return f"not claimed: it ends below {LEAST_RIVAL:.0f} %"
     known = [seconds for seconds in reached if seconds is not None]
@@ -223,7 +223,7 @@ def times(reached: Sequence[float | None], ends: Sequence[float], budget: float)
     if not known or len(known) < len(reached):
         return f"not reached by {len(reached) - len(known)} of {len(reached)} seeds"
     seconds = statistics.fmean(known)
-    return f"1/{budget / seconds:.1f} ({spread(known, ' s', 0)})"
+    return f"1/{budget / seconds:.1f} of its time, {spread(known, ' s', 0)}"
 
 
 def steps_table(results: Sequence[Result]) -> list[str]:

@@ -215,7 +215,7 @@ def test_a_rival_is_reached_at_the_accuracy_where_it_ends_and_not_at_its_best(tm
     tables.write_tables(project(tmp_path, RACE))
     assert rows_of(tmp_path / "docs" / "benchmarks.md") == [
         "| ssdkd | 2 | 100 s | **81.00 ± 1.41 %** | – |",
-        "| fast-5 | 2 | 100 s | 70.00 ± 1.41 % | 1/4.0 (25 ± 7 s) |",
+        "| fast-5 | 2 | 100 s | 70.00 ± 1.41 % | 1/4.0 of its time, 25 ± 7 s |",
         "| fast-2 | 1 | 100 s | 59.90 % | not claimed: it ends below 60 % |",
         "| better | 1 | 100 s | 81.00 % | not reached by 1 of 2 seeds |",
     ]
