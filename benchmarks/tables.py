@@ -214,7 +214,7 @@ def seconds_to(points: Sequence[Sequence[float]], accuracy: float) -> float | No
 
 
 def times(reached: Sequence[float | None], ends: Sequence[float], budget: float) -> str:
-    """`1/3.4 of its time, 35 s`: ours against a rival that takes `budget` seconds; none is claimed against a poor rival."""
+    """`1/3.4 of its time, 35 s`: ours against a rival with `budget` seconds; none is claimed against a poor rival."""
     if statistics.fmean(ends) < LEAST_RIVAL:
         return f"not claimed: it ends below {LEAST_RIVAL:.0f} %"
     known = [seconds for seconds in reached if seconds is not None]
@@ -292,6 +292,7 @@ def growth_table(results: Sequence[Result]) -> list[str]:
 PAGES = (
     Page("README.md", "results", ("demo", "cifar"), results_table),
     Page("README.md", "int8", ("int8",), int8_summary),
+    Page("README.md", "race", ("race",), race_table),
     Page("docs/method.md", "ablation", ("ablation",), ablation_table),
     Page("docs/quantization.md", "int8", ("int8",), int8_table),
     Page("docs/quantization.md", "int8-speed", ("int8_speed",), int8_speed_table),
