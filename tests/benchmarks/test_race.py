@@ -19,7 +19,7 @@ def test_the_clock_stands_still_while_the_student_is_scored() -> None:
         return 50.0 + len(scored)
 
     started = time.perf_counter()
-    points = run_own(DEMO, slow_score, seconds=1.0, every=0.25, seed=0, changed=SMALL)
+    points, state = run_own(DEMO, slow_score, seconds=1.0, every=0.25, seed=0, changed=SMALL)
     wall = time.perf_counter() - started
     seconds = [point.seconds for point in points]
     assert seconds == sorted(seconds)
@@ -27,3 +27,4 @@ def test_the_clock_stands_still_while_the_student_is_scored() -> None:
     assert 1.0 <= seconds[-1] <= wall - 0.4 * len(points)
     assert [point.accuracy for point in points] == [50.0 + number for number in range(1, len(points) + 1)]
     assert not scored[-1].training
+    assert state.seconds == seconds[-1]
