@@ -74,7 +74,10 @@ def growth(result: Result, figure: Figure) -> None:
         name = "teacher's parameters" if varied == "teacher" else GROWTH_NAMES[varied]
         for axes, label in ((seconds, "s for 1,000 images"), (memory, "peak memory, MB")):
             axes.set(xlabel=name, ylabel=label if index == 0 else None, xscale="log")
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
+            if varied != "teacher":
+                axes.set_xticks(values, [f"{value:,}" for value in values], fontsize=7)
+                axes.minorticks_off()
             finish(axes)
 
 
