@@ -6,9 +6,8 @@ Needs matplotlib (`pip install -e ".[dev]"`). Lines are means over the seeds, an
 """
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -16,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from benchmarks.tables import GROWTH_NAMES, OURS, ROOT, Result, read_results
+from benchmarks.tables import GROWTH_NAMES, OURS, ROOT, Result, by, read_results
 
 GRID = 200  # points of a mean curve
 FOLDER = ROOT / "docs" / "figures"
@@ -85,14 +84,6 @@ def finish(axes: Axes) -> None:
     """The look that all of them share."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", linewidth=0.4, alpha=0.5)
-
-
-def by(rows: Sequence[Mapping[str, Any]], key: str) -> dict[Any, list[Mapping[str, Any]]]:
-    """The rows of each value of `key`, in the order in which they appear."""
-    found: dict[Any, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        found.setdefault(row[key], []).append(row)
-    return found
 
 
 DRAWN: dict[str, tuple[Callable[[Result, Figure], None], tuple[float, float]]] = {  # kind: how, and inches

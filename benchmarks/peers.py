@@ -19,7 +19,8 @@ WRN-40-2 to WRN-16-1, the nearest to our narrow networks). What the driver decid
 - NAYER makes ten batches an epoch in its warm-up and two afterwards: here an epoch is one batch, 200 of 400 of them
   warm-up. A generator lives as many batches as theirs, not shortened with the run.
 - Batches on a CPU are CPU_BATCHES, on a GPU theirs, which were chosen for one. Fast-2 on the demo's task, 100 seconds
-  of one thread: 49.0 % with their 256, 71.4 % with 64 (and 72.4 % with a quarter of the time for synthesis).
+  of one thread, in trials that were not kept: 49.0 % with their 256, 71.4 % with 64 (and 72.4 % with a quarter of the
+  time for synthesis).
 - bfloat16 where `choose_device` would use it for ours (1.8 times as fast on our CPU), and channels_last; `float32` is
   as their scripts compute. The teacher is frozen, and the one that teaches has no hooks, whose statistics theirs
   computes there and drops. On a CPU the loader has no processes of its own.

@@ -227,7 +227,9 @@ def main(words: Sequence[str] | None = None) -> None:
     kind = compute.device.type
     out = arguments.out or RESULTS / f"steps_{'gpu' if kind == 'cuda' else 'cpu'}.json"
     turn_steps = arguments.turn_steps or TURN_STEPS[kind]
-    source, rows = provenance(f"python -m benchmarks.steps --device {arguments.device}"), []
+    batches = " ".join(map(str, arguments.batches))
+    chosen = f"--pairs {' '.join(arguments.pairs)} --batches {batches} --turns {arguments.turns}"
+    source, rows = provenance(f"python -m benchmarks.steps --device {arguments.device} {chosen}"), []
     for name in arguments.pairs:
         for batch in arguments.batches:
             rows.append(

@@ -183,9 +183,7 @@ def race_table(results: Sequence[Result]) -> list[str]:
     """A table a result, a row a method: where it ends, and how long ours takes to get there; the kind `race`."""
     lines: list[str] = []
     for result in results:
-        curves: dict[str, list[Mapping[str, Any]]] = {}
-        for run in result["runs"]:
-            curves.setdefault(run["method"], []).append(run)
+        curves = by(result["runs"], "method")
         table = []
         for method, runs in curves.items():
             ends = [run["points"][-1][1] for run in runs]
@@ -248,9 +246,9 @@ def buffer_table(results: Sequence[Result]) -> list[str]:
     """A row a buffer size, and what it loses against the default; the kind `buffer`."""
     lines: list[str] = []
     for result in results:
-        ends: dict[int, list[float]] = {}
-        for run in result["runs"]:
-            ends.setdefault(run["samples"], []).append(run["points"][-1][1])
+        ends = {
+            samples: [run["points"][-1][1] for run in runs] for samples, runs in by(result["runs"], "samples").items()
+        }
         base = statistics.fmean(ends[DEFAULT_SAMPLES]) if DEFAULT_SAMPLES in ends else None
         table = [
             (
@@ -301,6 +299,14 @@ PAGES = (
     Page("docs/benchmarks.md", "buffer", ("buffer",), buffer_table),
     Page("docs/benchmarks.md", "growth", ("growth",), growth_table),
 )
+
+
+def by(rows: Sequence[Mapping[str, Any]], key: str) -> dict[Any, list[Mapping[str, Any]]]:
+    """The rows of each value of `key`, in the order in which they appear."""
+    found: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row[key], []).append(row)
+    return found
 
 
 def column(runs: Runs, name: str) -> list[float]:

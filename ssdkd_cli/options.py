@@ -332,8 +332,8 @@ def as_typed(options: Options) -> dict[str, object]:
         name: value for name, value in vars(options).items() if name not in NOT_IN_CONFIG and value not in (None, [])
     }
     words: dict[str, Callable[[Any], str]] = {"input": shape, "time_limit": lambda seconds: f"{seconds:.0f}s"}
-    if options.profile not in profile_names() and Path(options.profile or "").is_file():
-        values["profile"] = Path(str(options.profile))
+    if options.profile and options.profile not in profile_names() and Path(options.profile).is_file():
+        values["profile"] = Path(options.profile)
     return {
         name: str(value.resolve()) if isinstance(value, Path) else words[name](value) if name in words else value
         for name, value in values.items()
