@@ -20,7 +20,8 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -36,8 +37,9 @@ from benchmarks.peers import run_peer
 from benchmarks.race import begin
 from engine.config import settings_for
 from engine.device import Compute, choose_device
-from engine.distill import State, averaged_student, distill
+from engine.distill import averaged_student, distill
 from engine.errors import SSDKDError
+from engine.state import State, recordings
 from engine.students import build_student
 from engine.teacher import Teacher
 from exporters.evaluate import LabelledImages
@@ -54,7 +56,7 @@ PAIRS = {
 }
 SAMPLES = 5000  # a tenth of the training images
 RUN_OVERHEAD_SECONDS = 15.0  # of a run: building, and looking at the test images afterwards
-SAME = ("seconds_limit", "tiny", "commit")  # what runs of one result must share, beside the GPU and torch
+SAME = ("seconds_limit", "rounds", "tiny", "commit")  # what runs of one result must share, beside the GPU and torch
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,14 @@ class Job:
 Method = Callable[[Job], dict[str, Any]]
 
 
-def run_ssdkd(job: Job) -> dict[str, Any]:
-    """Our own engine. The test images are looked at when the clock has stopped, through students kept on the way."""
+def run_ssdkd(job: Job, **changed: Any) -> dict[str, Any]:
+    """Our own engine with the settings that are `changed`.
+
+    The test images are looked at when the clock has stopped, through students kept on the way.
+    """
     spec = job.teacher.spec
-    settings = settings_for("full", image_shape=spec.input_shape, **{"samples": job.samples, **job.size.settings})
+    sized = {"samples": job.samples, **job.size.settings, **changed}
+    settings = settings_for("full", image_shape=spec.input_shape, **sized)
     state = begin(job.student, job.teacher, settings, seed=job.seed, compute=job.compute)
     if job.compute.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(job.compute.device)
@@ -117,6 +123,7 @@ def run_ssdkd(job: Job) -> dict[str, Any]:
         "synthesized_per_second": state.round * settings.inversion_batch / state.seconds,
         "peak_memory_gb": gigabytes,
         "hurried": state.hurried,
+        "recordings": recordings(state),
         "settings": asdict(settings),
     }
 
@@ -249,10 +256,12 @@ def run_pair(
 ) -> None:
     """All runs (method, samples, seed) of a pair that --out does not hold yet."""
     out, size = arguments.out, TINY if arguments.tiny else Size()
+    if arguments.rounds:
+        size = replace(size, settings={**size.settings, "rounds": arguments.rounds})
     seconds = arguments.seconds or run_seconds(arguments.minutes, len(jobs), size.schedule.seconds)
     if seconds <= 0:
         sys.exit(f"{arguments.minutes} minutes are too few for a teacher and {len(jobs)} runs: give more --minutes")
-    about = {**source, "pair": pair, "seconds_limit": seconds, "tiny": arguments.tiny}
+    about = {**source, "pair": pair, "seconds_limit": seconds, "rounds": arguments.rounds, "tiny": arguments.tiny}
     done = finished(out, about, [name_of(pair, *job) for job in jobs])
     left = [job for job in jobs if name_of(pair, *job) not in done]
     if not left:
@@ -299,11 +308,15 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=8, help="of a pair, its teacher included")
     parser.add_argument("--seconds", type=float, help="of a run, in place of its share of --minutes")
+    parser.add_argument(
+        "--rounds", type=int, help="of ours, where a GPU has time for more than `--effort full` has"
+    )
     parser.add_argument("--rivals", nargs="*", choices=sorted(PEERS), default=[], help="beside ours, in equal time")
     parser.add_argument("--fast-dfkd", type=Path, help="a clone of zju-vipa/Fast-Datafree")
     parser.add_argument("--nayer", type=Path, help="a clone of tmtuan1307/NAYER")
     parser.add_argument("--buffer", nargs="+", type=int, help="samples: run the first pair with each of these")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--without-graphs", action="store_true", help="ours once more, every kernel launched anew")
     parser.add_argument("--commit", help="of the code, where it is a copy without its history")
     parser.add_argument("--tiny", action="store_true", help="try everything in seconds, on any machine; means nothing")
     arguments = parser.parse_args(words)
@@ -317,7 +330,9 @@ def main(words: Sequence[str] | None = None) -> None:
         shlex.join(["python", "-m", "benchmarks.gpu", *without_paths(words or sys.argv[1:], arguments)])
     )
     source["commit"] = arguments.commit or source["commit"]
-    methods = {"ssdkd": run_ssdkd}
+    methods: dict[str, Method] = {"ssdkd": run_ssdkd}
+    if arguments.without_graphs:
+        methods["ssdkd_without_graphs"] = partial(run_ssdkd, cuda_graphs=False)
     for name in arguments.rivals:
         checkout = arguments.nayer if name == "nayer" else arguments.fast_dfkd
         if not checkout:

@@ -26,7 +26,8 @@ from benchmarks.common import RESULTS, provenance, save
 from engine import replay
 from engine.config import settings_for
 from engine.device import choose_device
-from engine.distill import State, distill, start
+from engine.distill import distill
+from engine.state import State, start
 from engine.students import build_network
 from engine.task import Classification
 from engine.teacher import batchnorm_layers

@@ -12,8 +12,9 @@ from torch import nn
 
 from engine.config import DistillationSettings, settings_for
 from engine.device import Compute, choose_device
-from engine.distill import State, averaged_student, distill, start
+from engine.distill import averaged_student, distill
 from engine.inheritance import inherit
+from engine.state import State, start
 from engine.students import build_student
 from engine.task import Classification
 from engine.teacher import Teacher, batchnorm_layers, load_teacher

@@ -8,7 +8,8 @@ weighted loss, backward, SGD, new priorities, weight average. It has NO forward 
 at a sample's views once, when it enters the buffer (`teacher_forwards_per_draw` says how often that is for each image
 that the student sees, `ratio_to_bare_with_those` counts them in). So there are two bare steps, on one batch that lies
 on the device: with the teacher's forward pass, as distillation usually has it, and without. Both do forward, the same
-loss, backward, the same SGD, and nothing else. All three run in the same precision, in short turns one after another in
+loss, backward, the same SGD, and nothing else. On a GPU the engine's step is a CUDA graph, the bare ones are not; it is
+timed without its graph, too. All run in the same precision, in short turns one after another in
 one process; ratios are of medians.
 
 Weights (but the demo's teacher's) and samples are random: they cost as much time as others. Writes
@@ -30,11 +31,13 @@ from torch import Tensor, nn
 from benchmarks.common import RESULTS, provenance, save
 from engine.config import settings_for
 from engine.device import Compute, choose_device
-from engine.distill import State, new_optimizer, rate_factor, remember, start, teach
+from engine.distill import remember, teach
 from engine.inheritance import inherit
+from engine.state import State, start
 from engine.students import STUDENTS, build_network
 from engine.task import Classification
 from engine.teacher import load_teacher
+from engine.teaching import new_optimizer, rate_factor
 from engine.zoo import ZOO
 from ssdkd_cli.compress import DEMO_DEFAULTS, DEMO_TEACHER
 
@@ -80,7 +83,7 @@ class StandIn(nn.Module):
         return logits
 
 
-def filled_state(pair: Pair, batch: int, turn_steps: int, compute: Compute) -> State:
+def filled_state(pair: Pair, batch: int, turn_steps: int, compute: Compute, *, cuda_graphs: bool = True) -> State:
     """The state of a run on a copy of the student, its buffer full of random samples; `teach` does `turn_steps`."""
     settings = settings_for(
         "full",
@@ -88,6 +91,7 @@ def filled_state(pair: Pair, batch: int, turn_steps: int, compute: Compute) -> S
         samples=pair.samples,
         student_batch=batch,
         student_steps=turn_steps,
+        cuda_graphs=cuda_graphs,
     )
     channels, student = pair.image_shape[0], copy.deepcopy(pair.student)
     state = start(
@@ -176,6 +180,9 @@ def measure(name: str, batch: int, *, turns: int, turn_steps: int, compute: Comp
         "bare": bare_turn(pair, state, batch, turn_steps, asks_teacher=True),
         "bare_without_teacher": bare_turn(pair, state, batch, turn_steps, asks_teacher=False),
     }
+    if compute.device.type == "cuda":
+        plain = filled_state(pair, batch, turn_steps, compute, cuda_graphs=False)
+        steps["engine_without_graphs"] = lambda: teach(plain, LATE)
     taken = in_turns(steps, turns, compute.device)
     step_ms = {step: [1000 * seconds / turn_steps for seconds in values] for step, values in taken.items()}
     medians = {step: statistics.median(values) for step, values in step_ms.items()}
@@ -194,6 +201,7 @@ def measure(name: str, batch: int, *, turns: int, turn_steps: int, compute: Comp
         "ratio_to_bare_without_teacher": medians["engine"] / medians["bare_without_teacher"],
         "teacher_forwards_per_draw": forwards,
         "ratio_to_bare_with_those": (medians["engine"] + forwards * teacher_ms) / medians["bare"],
+        "recording": state.gradients.status,
         "turns": turns,
         "steps_per_turn": turn_steps,
     }

@@ -45,6 +45,8 @@ class DistillationSettings:
     views: int = 8  # augmentations of each sample, of which the teacher's logits are kept
     shift: int = 4  # pixels, of the augmentations at 32 px; scaled with the image
 
+    cuda_graphs: bool = True  # a GPU repeats recorded steps (engine.recording); off: every kernel is launched anew
+
     # The parts of the method, each of which an ablation turns off.
     diversity: bool = True  # diversity-aware part of phi, and targets that level the buffer
     difficulty: bool = True  # difficulty-aware part of phi

@@ -12,6 +12,9 @@ NATIVE_BFLOAT16 = (
 )
 
 
+BATCHES_AT_ONCE = 8  # of a GPU in a forward pass that keeps no gradients
+
+
 @dataclass(frozen=True)
 class Compute:
     """A device and the type that matrix products and convolutions use on it (`None`: plain float32)."""
@@ -24,6 +27,13 @@ class Compute:
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    def at_once(self, batch: int) -> int:
+        """Images of a forward pass without gradients, where one with them has `batch`: a GPU wants as many as fit.
+
+        A CPU that gets more at once than its caches hold takes twice as long (docs/experiments.md).
+        """
+        return batch * BATCHES_AT_ONCE if self.device.type == "cuda" else batch
 
     def describe(self) -> str:
         """`cpu, bfloat16` or `cuda:0 (NVIDIA H100), bfloat16`."""

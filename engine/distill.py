@@ -13,43 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from engine import replay
-from engine.config import DistillationSettings
-from engine.device import Compute
 from engine.errors import NonFiniteLossError
-from engine.images import Normalization, normalization, random_views, render, to_input
-from engine.inversion import InversionLosses, Inverter, invert, new_inverter
-from engine.losses import BatchNormPrior, batchnorm_prior, modulation
+from engine.images import random_views, render, to_input
+from engine.inversion import InversionLosses, invert
+from engine.losses import modulation
 from engine.replay import ReplayBuffer
-from engine.task import Classification
+from engine.state import State
+from engine.teaching import averaged_tensors, learning_parameters, rate_factor, update_average
 
-RATE_RISE = 0.05  # the share of a run in which the learning rate rises
 HELD_OUT_SHARE = 16  # one new image in this many is held out
 MEASURED = 256  # of the newest held-out samples, each round: more would cost a tenth of it
-
-
-@dataclass
-class State:
-    """All that a run is: what it was given, what it has learned, where it stands."""
-
-    teacher: nn.Module
-    student: nn.Module
-    inherited: frozenset[str]  # names of the student's parameters that began as the teacher's
-    average: nn.Module  # the weight average of the student: the one that is kept
-    optimizer: torch.optim.Optimizer
-    inverter: Inverter
-    buffer: ReplayBuffer
-    held_out: ReplayBuffer  # the newest samples that the student never learns from
-    prior: BatchNormPrior | None
-    task: Classification
-    normalization: Normalization
-    settings: DistillationSettings
-    compute: Compute
-    rng: torch.Generator
-    round: int = 0
-    steps: int = 0
-    images_seen: int = 0
-    seconds: float = 0.0
-    hurried: bool = False  # the clock was ahead of the rounds once: the same seed may give another student
 
 
 @dataclass(frozen=True)
@@ -72,68 +45,6 @@ class RoundMetrics:
     images_seen: int
     steps: int
     buffer_size: int
-
-
-def start(
-    teacher: nn.Module,
-    student: nn.Module,
-    *,
-    task: Classification,
-    image_shape: tuple[int, int, int],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    batchnorm_layers: list[nn.Module],
-    settings: DistillationSettings,
-    compute: Compute,
-    seed: int,
-    inherited: frozenset[str] = frozenset(),
-) -> State:
-    """The state before the first round. Moves both networks to the device and freezes the teacher.
-
-    `image_shape` is (C, H, W), `mean` and `std` one value a channel for pixels in 0...1, `batchnorm_layers` those of
-    the teacher that serve as a prior (none: smooth, standardised images take their place), `inherited` the names of the
-    student's parameters that begin as the teacher's: they learn at a rate of their own.
-    """
-    torch.manual_seed(seed)  # the generator's initial weights and the student's dropout, if it has any
-    teacher.to(compute.device, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
-    student.to(compute.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    capacity = settings.samples if settings.replay else settings.rounds * settings.inversion_batch
-    return State(
-        teacher=teacher,
-        student=student,
-        inherited=inherited,
-        average=copy.deepcopy(student).eval().requires_grad_(False),
-        optimizer=new_optimizer(student, inherited, settings),
-        inverter=new_inverter(image_shape, settings, compute),
-        buffer=replay.empty_buffer(
-            capacity, image_shape, views=settings.views, classes=task.classes, device=compute.device
-        ),
-        held_out=replay.empty_buffer(
-            settings.held_out, image_shape, views=1, classes=task.classes, device=compute.device
-        ),
-        prior=batchnorm_prior(batchnorm_layers) if batchnorm_layers else None,
-        task=task,
-        normalization=normalization(mean, std, compute.device),
-        settings=settings,
-        compute=compute,
-        rng=torch.Generator(compute.device).manual_seed(seed),
-    )
-
-
-def new_optimizer(
-    student: nn.Module, inherited: frozenset[str], settings: DistillationSettings
-) -> torch.optim.Optimizer:
-    """SGD over two groups, new parameters and inherited ones; `initial_lr` of each is the peak of its rate."""
-    old = [parameter for name, parameter in student.named_parameters() if name in inherited]
-    new = [parameter for name, parameter in student.named_parameters() if name not in inherited]
-    rates = ((new, settings.student_rate), (old, settings.inherited_rate))
-    return torch.optim.SGD(
-        [{"params": parameters, "initial_lr": rate} for parameters, rate in rates if parameters],
-        lr=settings.student_rate,
-        momentum=settings.student_momentum,
-        weight_decay=settings.student_decay,
-        nesterov=settings.student_momentum > 0,
-    )
 
 
 def distill(state: State, *, time_limit_seconds: float | None = None) -> Iterator[RoundMetrics]:
@@ -205,16 +116,9 @@ def synthesize(state: State, targets: Tensor, progress: float) -> tuple[Tensor, 
         return random_images(state, len(targets))
     return invert(
         state.inverter,
-        state.teacher,
-        state.student,
         targets,
-        task=state.task,
-        prior=state.prior,
         class_counts=replay.class_counts(state.buffer, state.task.classes),
         adversarial_weight=state.settings.adversarial_weight * (1 - progress) if is_taught(state) else 0.0,
-        normalization=state.normalization,
-        settings=state.settings,
-        compute=state.compute,
         rng=state.rng,
     )
 
@@ -247,13 +151,14 @@ def remember(state: State, images: Tensor) -> None:
 
 
 def teacher_logits(state: State, images: Tensor, views: Tensor) -> Tensor:
-    """What the teacher says of every view, float32 [B, V, K]; one forward pass a view."""
-    indices = torch.arange(len(images), device=images.device)
+    """What the teacher says of every view, float32 [B, V, K]."""
+    at_once = state.compute.at_once(len(images))
+    indices = torch.arange(len(images), device=images.device).repeat(views.shape[1])  # view after view
     logits = []
-    for view in views.unbind(1):
+    for chosen, seen in zip(indices.split(at_once), views.transpose(0, 1).flatten(0, 1).split(at_once), strict=True):
         with state.compute.autocast():
-            logits.append(state.teacher(to_input(render(images, indices, view), state.normalization)).float())
-    return torch.stack(logits, dim=1)
+            logits.append(state.teacher(to_input(render(images, chosen, seen), state.normalization)).float())
+    return torch.cat(logits).unflatten(0, (views.shape[1], len(images))).transpose(0, 1)
 
 
 def kept_values(state: State, buffer: ReplayBuffer) -> Tensor:
@@ -273,44 +178,36 @@ def kept_values(state: State, buffer: ReplayBuffer) -> Tensor:
 
 def teach(state: State, progress: float) -> Tensor:
     """The student's steps of one round on samples drawn by priority; their losses, float32 [student_steps]."""
-    settings, buffer, rng = state.settings, state.buffer, state.rng
+    settings, buffer, batch = state.settings, state.buffer, state.batch
     for group in state.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * rate_factor(progress)
+    parameters = learning_parameters(state.student)
+    averaged, learning = averaged_tensors(state.average), averaged_tensors(state.student)
     state.student.train()
-    losses = []
-    for _ in range(settings.student_steps):
-        slots, weights = replay.sample(
-            buffer, settings.student_batch, beta=settings.beta, prioritized=settings.priority, rng=rng
-        )
-        view = torch.randint(settings.views, slots.shape, generator=rng, device=rng.device)
-        inputs = to_input(render(buffer.images, slots, buffer.views[slots, view]), state.normalization)
-        with state.compute.autocast():
-            student_logits = state.student(inputs)
-        divergences = state.task.discrepancy(buffer.logits[slots, view], student_logits, settings.temperature)
-        loss = (weights / weights.mean() * divergences).mean()
-        state.optimizer.zero_grad()
-        loss.backward()
+    losses = torch.zeros(settings.student_steps, device=state.rng.device)
+    for step in range(settings.student_steps):
+        draw(state)
+        loss, divergences, *gradients = state.gradients()
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
         state.optimizer.step()
-        replay.update(buffer, slots, divergences.detach(), weights)
-        update_average(state.average, state.student, settings.average_decay, state.steps)
+        replay.update(buffer, batch.slots, divergences, batch.weights)
+        update_average(averaged, learning, settings.average_decay, state.steps)
         state.steps += 1
-        state.images_seen += len(slots)
-        losses.append(loss.detach())
-    return torch.stack(losses)
+        state.images_seen += len(batch.slots)
+        losses[step] = loss
+    return losses
 
 
-def rate_factor(progress: float) -> float:
-    """The learning rate's share of its peak: a linear rise, then a half cosine to 0; `progress` is in 0...1."""
-    return min(1.0, (progress + 0.01) / RATE_RISE) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-@torch.no_grad()
-def update_average(average: nn.Module, student: nn.Module, decay: float, steps: int) -> None:
-    """Move the weight average towards the student; its memory grows from one step to 1 / (1 - decay) steps."""
-    share = max(1 - decay, 1 / (1 + steps))
-    targets, sources = list(average.state_dict().values()), list(student.state_dict().values())
-    floating = [index for index, target in enumerate(targets) if target.is_floating_point()]
-    torch._foreach_lerp_([targets[index] for index in floating], [sources[index] for index in floating], share)
+def draw(state: State) -> None:
+    """Fill the batch: slots by priority, their importance weights, one view of each."""
+    settings, batch, rng = state.settings, state.batch, state.rng
+    slots, weights = replay.sample(
+        state.buffer, settings.student_batch, beta=settings.beta, prioritized=settings.priority, rng=rng
+    )
+    batch.slots.copy_(slots)
+    batch.weights.copy_(weights)
+    batch.views.random_(settings.views, generator=rng)
 
 
 @torch.no_grad()
@@ -349,7 +246,7 @@ def held_out_agreement(state: State) -> Tensor:
     """The share of the newest held-out samples on which the kept student predicts the teacher's class, in 0...1."""
     buffer, agreed = state.held_out, []
     newest = buffer.born[: buffer.size].topk(min(MEASURED, buffer.size)).indices
-    for slots in newest.split(state.settings.inversion_batch):
+    for slots in newest.split(state.compute.at_once(state.settings.inversion_batch)):
         images, known = buffer.images[slots], buffer.logits[slots, 0]
         with state.compute.autocast():
             student_logits = state.average(to_input(images, state.normalization))

@@ -10,6 +10,7 @@ al., AAAI 2022; the step is that of Reptile, Nichol et al. 2018).
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,17 +28,10 @@ from engine.losses import (
     modulation,
     recorded_statistics,
 )
+from engine.recording import Outputs, Recorded, copied
 from engine.task import Classification
 
 ADAM_BETAS = (0.5, 0.999)  # Radford et al. 2016
-
-
-@dataclass
-class Inverter:
-    """The generator and its fast copy."""
-
-    generator: Generator
-    fast_generator: Generator
 
 
 @dataclass(frozen=True)
@@ -50,90 +44,157 @@ class InversionLosses:
     adversarial: Tensor
 
 
-def new_inverter(image_shape: tuple[int, int, int], settings: DistillationSettings, compute: Compute) -> Inverter:
-    """A fresh generator for images of (C, H, W) on the device of `compute`."""
+@dataclass
+class Inverter:
+    """The generator, its fast copy, and what an inner step reads, in memory that stays where it is."""
+
+    generator: Generator
+    fast_generator: Generator
+    optimizer: torch.optim.Optimizer  # of the fast copy and the latents; it begins afresh each round
+    latent: Tensor  # [B, L]
+    targets: Tensor  # int64 [B], the class that each image shall show
+    class_counts: Tensor  # int64 [K], the buffer's classes now
+    adversarial_weight: Tensor  # scalar, of the term with the student
+    inner_step: dict[bool, Recorded]  # whether the student is asked -> losses and gradients of an inner step
+    student: nn.Module
+    normalization: Normalization
+    settings: DistillationSettings
+    compute: Compute
+
+
+def new_inverter(
+    teacher: nn.Module,
+    student: nn.Module,
+    *,
+    task: Classification,
+    prior: BatchNormPrior | None,
+    image_shape: tuple[int, int, int],
+    normalization: Normalization,
+    settings: DistillationSettings,
+    compute: Compute,
+) -> Inverter:
+    """A fresh generator for images of (C, H, W) that `teacher`, frozen and in eval mode, shall recognise.
+
+    Args:
+        teacher, student: on the device of `compute`.
+        task: what a prediction is.
+        prior: the teacher's BatchNorm statistics, or None where it has none.
+        image_shape: C, H, W.
+        normalization: of the teacher's input.
+        settings: weights and rates.
+        compute: device and precision.
+    """
 
     def build() -> Generator:
         generator = Generator(image_shape, latent=settings.generator_latent, width=settings.generator_width)
         return generator.to(compute.device).to(memory_format=torch.channels_last)
 
-    return Inverter(build().requires_grad_(False), build())
+    generator, fast = build().requires_grad_(False), build()
+    device, count = compute.device, settings.inversion_batch
+    latent = torch.zeros(count, settings.generator_latent, device=device, requires_grad=True)
+    rates: list[dict[str, Any]] = [
+        {"params": [*fast.parameters()]},
+        {"params": [latent], "lr": settings.latent_rate},
+    ]
+    inverter = Inverter(
+        generator,
+        fast,
+        torch.optim.Adam(rates, lr=settings.generator_rate, betas=ADAM_BETAS, fused=True),
+        latent,
+        targets=torch.zeros(count, dtype=torch.int64, device=device),
+        class_counts=torch.zeros(task.classes, dtype=torch.int64, device=device),
+        adversarial_weight=torch.zeros((), device=device),
+        inner_step={},
+        student=student,
+        normalization=normalization,
+        settings=settings,
+        compute=compute,
+    )
+    for asks_student in (False, True):
+        step = partial(losses_and_gradients, inverter, teacher, student if asks_student else None, task, prior)
+        inverter.inner_step[asks_student] = Recorded(step, device, enabled=settings.cuda_graphs)
+    return inverter
 
 
 def invert(
-    inverter: Inverter,
-    teacher: nn.Module,
-    student: nn.Module,
-    targets: Tensor,
-    *,
-    task: Classification,
-    prior: BatchNormPrior | None,
-    class_counts: Tensor,
-    adversarial_weight: float,
-    normalization: Normalization,
-    settings: DistillationSettings,
-    compute: Compute,
-    rng: torch.Generator,
+    inverter: Inverter, targets: Tensor, *, class_counts: Tensor, adversarial_weight: float, rng: torch.Generator
 ) -> tuple[Tensor, InversionLosses]:
     """One batch of synthetic images.
 
     Args:
         inverter: updated by the meta step.
-        teacher: frozen, in eval mode.
-        student: any mode; in eval mode while this runs.
-        targets: int64 [B], the class that each image shall show.
-        task: what a prediction is.
-        prior: the teacher's BatchNorm statistics, or None where it has none.
+        targets: int64 [B], the class that each image shall show; B is the settings' `inversion_batch`.
         class_counts: int64 [K], the buffer's classes now.
         adversarial_weight: of the term with the student; at 0 the student is not asked.
-        normalization: of the teacher's input.
-        settings: the other weights, and rates.
-        compute: device and precision.
-        rng: on that device.
+        rng: on the device.
 
     Returns:
         uint8 [B, H, W, C] and the losses.
     """
-    fast, count = inverter.fast_generator, len(targets)
+    fast, latent, settings = inverter.fast_generator, inverter.latent, inverter.settings
     parameters: list[Tensor] = list(fast.parameters())
+    inner_step = inverter.inner_step[adversarial_weight > 0]
     with torch.no_grad():
         torch._foreach_copy_(parameters, [*inverter.generator.parameters()])
-    latent = torch.randn(count, settings.generator_latent, generator=rng, device=compute.device).requires_grad_()
-    variables = [*parameters, latent]
-    rates: list[dict[str, Any]] = [{"params": parameters}, {"params": [latent], "lr": settings.latent_rate}]
-    optimizer = torch.optim.Adam(rates, lr=settings.generator_rate, betas=ADAM_BETAS)
-    with evaluating(student), recorded_statistics(prior.layers if prior else ()) as recorded:
+        latent.normal_(generator=rng)
+        inverter.targets.copy_(targets)
+        inverter.class_counts.copy_(class_counts)
+        inverter.adversarial_weight.fill_(adversarial_weight)
+    restart(inverter.optimizer)
+    with evaluating(inverter.student):
         for _ in range(settings.inversion_steps):
-            with compute.autocast():
-                inputs = normalize(fast(latent), normalization)
-                teacher_logits = teacher(inputs)
-                student_logits = student(inputs) if adversarial_weight else teacher_logits
-            if prior is None:
-                prior_loss = image_prior_loss(inputs)
-            else:
-                prior_loss = batchnorm_loss(prior, flat_statistics(prior, recorded))
-            target_loss = task.target_loss(teacher_logits, targets).mean()
-            adversarial_loss = target_loss.new_zeros(())
-            if adversarial_weight:
-                phi = sample_weights(teacher_logits.detach(), task, class_counts, settings)
-                agree = task.agreement(teacher_logits, student_logits)
-                divergence = task.discrepancy(teacher_logits, student_logits, temperature=1.0)
-                adversarial_loss = -(phi * agree * divergence).mean()
-            loss = (
-                settings.batchnorm_weight * prior_loss
-                + settings.class_weight * target_loss
-                + adversarial_weight * adversarial_loss
-            )
-            gradients = torch.autograd.grad(loss, variables)
-            for variable, gradient in zip(variables, gradients, strict=True):
+            total, prior_loss, target_loss, adversarial_loss, *gradients = inner_step()
+            for variable, gradient in zip([*parameters, latent], gradients, strict=True):
                 variable.grad = gradient
-            optimizer.step()
+            inverter.optimizer.step()
     with torch.no_grad():
         if settings.meta:
             torch._foreach_lerp_([*inverter.generator.parameters()], parameters, settings.meta_rate)
-        with compute.autocast():
+        with inverter.compute.autocast():
             images = to_bytes(fast(latent))
-    return images, InversionLosses(*(term.detach() for term in (loss, prior_loss, target_loss, adversarial_loss)))
+    return images, InversionLosses(*copied((total, prior_loss, target_loss, adversarial_loss)))
+
+
+def losses_and_gradients(
+    inverter: Inverter,
+    teacher: nn.Module,
+    student: nn.Module | None,
+    task: Classification,
+    prior: BatchNormPrior | None,
+) -> Outputs:
+    """L_inv, its terms before their weights, and its gradients by the fast generator's parameters and the latents."""
+    fast, latent, settings, compute = (
+        inverter.fast_generator,
+        inverter.latent,
+        inverter.settings,
+        inverter.compute,
+    )
+    with recorded_statistics(prior.layers if prior else ()) as recorded, compute.autocast():
+        inputs = normalize(fast(latent), inverter.normalization)
+        teacher_logits = teacher(inputs)
+        student_logits = teacher_logits if student is None else student(inputs)
+    prior_loss = image_prior_loss(inputs) if prior is None else batchnorm_loss(prior, flat_statistics(prior, recorded))
+    target_loss = task.target_loss(teacher_logits, inverter.targets).mean()
+    adversarial_loss = target_loss.new_zeros(())
+    if student is not None:
+        phi = sample_weights(teacher_logits.detach(), task, inverter.class_counts, settings)
+        agree = task.agreement(teacher_logits, student_logits)
+        divergence = task.discrepancy(teacher_logits, student_logits, temperature=1.0)
+        adversarial_loss = -(phi * agree * divergence).mean()
+    loss = (
+        settings.batchnorm_weight * prior_loss
+        + settings.class_weight * target_loss
+        + inverter.adversarial_weight * adversarial_loss
+    )
+    gradients = torch.autograd.grad(loss, [*fast.parameters(), latent])
+    return (*(term.detach() for term in (loss, prior_loss, target_loss, adversarial_loss)), *gradients)
+
+
+@torch.no_grad()
+def restart(optimizer: torch.optim.Optimizer) -> None:
+    """Forget all steps so far: every moment and every count is 0 again, in the same memory."""
+    for values in optimizer.state.values():
+        torch._foreach_zero_([*values.values()])
 
 
 @contextlib.contextmanager

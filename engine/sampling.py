@@ -52,28 +52,24 @@ def synthesize(
     torch.manual_seed(seed)  # the generator's initial weights
     teacher.to(compute.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     settings = replace(settings, class_weight=CLASS_WEIGHT)
-    inverter = new_inverter(image_shape, settings, compute)
     rng = torch.Generator(compute.device).manual_seed(seed)
     constants = normalization(mean, std, compute.device)
     prior = batchnorm_prior(batchnorm_layers) if batchnorm_layers else None
+    inverter = new_inverter(
+        teacher,
+        teacher,
+        task=task,
+        prior=prior,
+        image_shape=image_shape,
+        normalization=constants,
+        settings=settings,
+        compute=compute,
+    )
     counts = torch.zeros(task.classes, dtype=torch.int64, device=compute.device)
     rounds = rounds_for(number, settings)
     for index in range(rounds):
         targets = task.balanced_targets(counts, settings.inversion_batch, rng)
-        images, losses = invert(
-            inverter,
-            teacher,
-            teacher,
-            targets,
-            task=task,
-            prior=prior,
-            class_counts=counts,
-            adversarial_weight=0.0,
-            normalization=constants,
-            settings=settings,
-            compute=compute,
-            rng=rng,
-        )
+        images, losses = invert(inverter, targets, class_counts=counts, adversarial_weight=0.0, rng=rng)
         if index < LEARNING_ROUNDS:
             images = images[:0]
         else:

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from engine.device import Compute
-from engine.distill import State, class_histogram
+from engine.distill import class_histogram
 from engine.inspection import count_flops
+from engine.state import State, recordings
 from engine.teacher import Teacher
 from ssdkd_cli import __version__
 from ssdkd_cli.environment import cpu_name, gpu_names
@@ -171,7 +172,9 @@ def describe_distillation(state: State, *, held_out_samples: int, seed: int) -> 
 
 def run_warnings(state: State) -> list[str]:
     """What the user must know of a distillation that went through."""
-    return [*prior_warnings(class_histogram(state)), *([NOT_REPEATABLE] if state.hurried else [])]
+    unrecorded = {step: why for step, why in recordings(state).items() if ":" in why}
+    slow = [f"{step} takes longer than it could on this GPU: {why}" for step, why in unrecorded.items()]
+    return [*prior_warnings(class_histogram(state)), *([NOT_REPEATABLE] if state.hurried else []), *slow]
 
 
 def prior_warnings(histogram: Sequence[int]) -> list[str]:

@@ -17,9 +17,9 @@ from torch import nn
 
 from engine.config import DistillationSettings, settings_for
 from engine.device import choose_device
-from engine.distill import State
 from engine.errors import SSDKDError
 from engine.inheritance import inherit
+from engine.state import State
 from engine.students import STUDENTS, build_student
 from engine.teacher import Teacher, load_teacher
 from exporters.evaluate import LabelledImages, accuracy, load_labelled, predicted_classes

@@ -14,8 +14,9 @@ from torch import nn
 
 from engine.config import DistillationSettings
 from engine.device import Compute
-from engine.distill import RoundMetrics, State, averaged_student, distill, start
+from engine.distill import RoundMetrics, averaged_student, distill
 from engine.errors import NonFiniteLossError, OutOfMemoryError, SSDKDError
+from engine.state import State, start
 from engine.task import Classification
 from engine.teacher import Teacher, batchnorm_layers
 from ssdkd_cli import console, runs

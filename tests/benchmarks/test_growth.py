@@ -2,7 +2,7 @@ import pytest
 
 from benchmarks import growth
 from benchmarks.growth import Case, measure
-from engine.distill import State
+from engine.state import State
 
 
 def test_a_case_is_measured_with_full_buffers(monkeypatch: pytest.MonkeyPatch) -> None:

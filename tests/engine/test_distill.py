@@ -13,10 +13,12 @@ from engine import distill as loop
 from engine import replay
 from engine.config import DistillationSettings
 from engine.device import Compute
-from engine.distill import RoundMetrics, State, averaged_student, class_histogram, distill, rate_factor, start
+from engine.distill import RoundMetrics, averaged_student, class_histogram, distill
 from engine.errors import NonFiniteLossError
 from engine.images import render, to_input
+from engine.state import State, start
 from engine.task import Classification
+from engine.teaching import averaged_tensors, rate_factor, update_average
 from engine.zoo import resnet_cifar
 
 CLASSES = 4
@@ -506,8 +508,7 @@ def test_nothing_in_a_round_reads_a_value_before_its_metrics() -> None:
     state = begin()
     list(distill(state))
     with ForbidReading():
-        loop.choose_targets(state)
-        images, _ = loop.random_images(state, 32)
+        images, _ = loop.synthesize(state, loop.choose_targets(state), 0.5)
         loop.remember(state, images)
         loop.teach(state, 0.5)
 
@@ -561,19 +562,19 @@ def test_the_average_is_plain_at_first_and_then_forgets() -> None:
     nn.init.constant_(average.weight, 100.0)
     for step, value in enumerate((2.0, 4.0, 9.0)):
         nn.init.constant_(student.weight, value)
-        loop.update_average(average, student, 0.5, step)
+        update_average(averaged_tensors(average), averaged_tensors(student), 0.5, step)
     # the first is taken whole; then half of each: 2, 3, 6
     assert average.weight.item() == pytest.approx(6.0)
-    loop.update_average(average, student, 0.99, 9)
+    update_average(averaged_tensors(average), averaged_tensors(student), 0.99, 9)
     assert average.weight.item() == pytest.approx(6.0 + 0.1 * 3.0)
-    loop.update_average(average, student, 0.99, 10**6)
+    update_average(averaged_tensors(average), averaged_tensors(student), 0.99, 10**6)
     assert average.weight.item() == pytest.approx(6.3 + 0.01 * 2.7)
 
 
 def test_the_average_follows_the_statistics_of_batchnorm_too() -> None:
     average, student = nn.BatchNorm2d(2), nn.BatchNorm2d(2)
     student.running_mean, student.num_batches_tracked = torch.tensor([1.0, 2.0]), torch.tensor(7)
-    loop.update_average(average, student, 0.99, 0)
+    update_average(averaged_tensors(average), averaged_tensors(student), 0.99, 0)
     assert torch.equal(torch.as_tensor(average.running_mean), torch.tensor([1.0, 2.0]))
     assert average.num_batches_tracked == 0
 

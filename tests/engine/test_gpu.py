@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from engine import distill as loop
 from engine import replay
 from engine.config import settings_for
 from engine.device import choose_device
-from engine.distill import State, averaged_student, class_histogram, distill, start
+from engine.distill import averaged_student, class_histogram, distill
 from engine.losses import ChannelStatistics
+from engine.recording import alike, copied
+from engine.state import State, recordings, start
 from engine.task import Classification
 from engine.zoo import resnet_cifar
 
@@ -38,9 +41,10 @@ def waiting_for_the_device_fails() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def begin(device: str) -> State:
+def begin(device: str, *, student: nn.Module | None = None, **changed: Any) -> State:
     torch.manual_seed(0)
-    teacher, student = (resnet_cifar(CLASSES, CHANNELS, depth=8, width=8) for _ in range(2))
+    teacher, usual = (resnet_cifar(CLASSES, CHANNELS, depth=8, width=8) for _ in range(2))
+    student = student or usual
     with torch.no_grad():
         for _ in range(10):
             teacher(torch.randn(32, CHANNELS, PIXELS, PIXELS))
@@ -53,7 +57,7 @@ def begin(device: str) -> State:
         mean=(0.5,) * CHANNELS,
         std=(0.25,) * CHANNELS,
         batchnorm_layers=[layer for layer in teacher.modules() if isinstance(layer, nn.BatchNorm2d)],
-        settings=settings_for("smoke", image_shape=image_shape, samples=512, student_steps=5),
+        settings=settings_for("smoke", image_shape=image_shape, samples=512, student_steps=5, **changed),
         compute=choose_device(device),
         seed=0,
     )
@@ -128,6 +132,69 @@ def test_inverting_and_remembering_never_wait_for_the_device(
         loop.remember(state, images)
     assert images.device.type == "cuda"
     assert losses.total.isfinite()
+
+
+# Recorded steps
+
+
+def test_both_steps_are_replayed_after_a_smoke_run(finished: tuple[State, list[loop.RoundMetrics]]) -> None:
+    assert recordings(finished[0]) == {"inversion": "replayed", "teaching": "replayed"}
+
+
+def test_without_cuda_graphs_every_kernel_is_launched_anew() -> None:
+    state = begin("cuda", cuda_graphs=False)
+    list(distill(state))
+    assert recordings(state) == {"inversion": "called", "teaching": "called"}
+
+
+def test_a_replayed_step_gives_what_the_plain_call_gives(finished: tuple[State, list[loop.RoundMetrics]]) -> None:
+    state, _ = finished
+    for _ in range(3):  # of several batches: a graph that had kept the first would be noticed
+        loop.draw(state)
+        replayed = copied(state.gradients())
+        assert alike(replayed, state.gradients.function())
+    state.student.eval()
+    for weight in (0.0, 1.0):
+        state.inverter.latent.detach().normal_(generator=state.rng)
+        state.inverter.adversarial_weight.fill_(weight)
+        step = state.inverter.inner_step[True]
+        assert alike(copied(step()), step.function())
+
+
+def test_recorded_runs_learn_as_well_as_plain_ones(finished: tuple[State, list[loop.RoundMetrics]]) -> None:
+    plain = list(distill(begin("cuda", cuda_graphs=False)))
+    replayed = finished[1]
+    assert replayed[-1].prior_loss == pytest.approx(plain[-1].prior_loss, rel=0.3)
+    assert replayed[-1].distillation_loss == pytest.approx(plain[-1].distillation_loss, rel=0.3)
+
+
+class ReadsAValue(nn.Module):
+    """A student that a graph cannot hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = resnet_cifar(CLASSES, CHANNELS, depth=8, width=8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images)
+        return logits * (1.0 if logits.abs().max().item() >= 0 else 0.0)
+
+
+def test_a_student_that_reads_a_value_is_taught_without_a_graph() -> None:
+    state = begin("cuda", student=ReadsAValue())
+    metrics = list(distill(state))
+    assert all(why.startswith("called: it cannot be recorded") for why in recordings(state).values())
+    assert metrics[-1].distillation_loss < metrics[state.settings.warmup_rounds].distillation_loss
+    assert torch.rand(3, device="cuda").isfinite().all()  # the device's own generator still works
+
+
+def test_dropout_draws_anew_in_each_replay() -> None:
+    student = nn.Sequential(resnet_cifar(CLASSES, CHANNELS, depth=8, width=8), nn.Dropout(0.5))
+    state = begin("cuda", student=student)
+    list(distill(state))
+    state.student.train()
+    losses = {float(state.gradients()[0]) for _ in range(4)}
+    assert len(losses) == 4, recordings(state)
 
 
 def test_waiting_would_be_noticed() -> None:

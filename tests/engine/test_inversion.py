@@ -48,38 +48,44 @@ def layers_of(module: nn.Module) -> list[nn.Module]:
     return [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
 
 
-def inverter_of(settings: DistillationSettings) -> Inverter:
+def inverter_of(
+    teacher: nn.Module,
+    student: nn.Module,
+    *,
+    generator: nn.Module | None = None,
+    prior: BatchNormPrior | None = None,
+    compute: Compute = COMPUTE,
+    **changed: Any,
+) -> Inverter:
+    """An inverter with the settings that are `changed`; `generator` is shared with another."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        return new_inverter(IMAGE_SHAPE, settings, COMPUTE)
+        inverter = new_inverter(
+            teacher,
+            student,
+            task=Classification(CLASSES),
+            prior=prior,
+            image_shape=IMAGE_SHAPE,
+            normalization=CONSTANTS,
+            settings=dataclasses.replace(SETTINGS, **changed),
+            compute=compute,
+        )
+    if generator is not None:
+        inverter.generator = generator  # type: ignore[assignment]
+    return inverter
 
 
-def run(teacher: nn.Module, student: nn.Module, **changed: Any) -> tuple[Tensor, InversionLosses, Inverter]:
-    """One round; `changed` are settings, or `seed`, `adversarial_weight`, `counts`, `prior`, `inverter`, `compute`."""
-    arguments = {
-        "seed": 0,
-        "adversarial_weight": 1.0,
-        "counts": torch.tensor([3, 1, 0, 0]),
-        "prior": batchnorm_prior(layers_of(teacher)),
-        "inverter": None,
-        "compute": COMPUTE,
-    }
-    arguments |= {name: changed.pop(name) for name in list(changed) if name in arguments}
-    settings = dataclasses.replace(SETTINGS, **changed)
-    inverter = arguments["inverter"] or inverter_of(settings)
+def run(
+    teacher: nn.Module, student: nn.Module, *, seed: int = 0, adversarial_weight: float = 1.0, **changed: Any
+) -> tuple[Tensor, InversionLosses, Inverter]:
+    """One round of an inverter of its own; `changed` as in `inverter_of`."""
+    inverter = inverter_of(teacher, student, **{"prior": batchnorm_prior(layers_of(teacher)), **changed})
     images, losses = invert(
         inverter,
-        teacher,
-        student,
         TARGETS,
-        task=Classification(CLASSES),
-        prior=arguments["prior"],
-        class_counts=arguments["counts"],
-        adversarial_weight=arguments["adversarial_weight"],
-        normalization=CONSTANTS,
-        settings=settings,
-        compute=arguments["compute"],
-        rng=torch.Generator().manual_seed(arguments["seed"]),
+        class_counts=torch.tensor([3, 1, 0, 0]),
+        adversarial_weight=adversarial_weight,
+        rng=torch.Generator().manual_seed(seed),
     )
     return images, losses, inverter
 
@@ -205,39 +211,56 @@ def test_the_teacher_is_left_as_it_was(teacher: nn.Module, student: nn.Module) -
 def test_the_meta_step_moves_the_generator_so_that_the_next_round_starts_nearer(
     teacher: nn.Module, student: nn.Module
 ) -> None:
-    inverter = inverter_of(SETTINGS)
-    before = state_of(inverter.generator)
+    generator = inverter_of(teacher, student).generator
+    before = state_of(generator)
     starts = []
     for seed in range(6):
         _, losses, _ = run(
-            teacher, student, inversion_steps=1, adversarial_weight=0.0, inverter=inverter, meta=False, seed=99
+            teacher, student, inversion_steps=1, adversarial_weight=0.0, generator=generator, meta=False, seed=99
         )
         starts.append(losses.total.item())  # of the first step: what the generator offers
-        run(teacher, student, adversarial_weight=0.0, inverter=inverter, seed=seed)
-    moved = state_of(inverter.generator)
+        run(teacher, student, adversarial_weight=0.0, generator=generator, seed=seed)
+    moved = state_of(generator)
     assert all(not torch.equal(moved[name], before[name]) for name in before if name.endswith("weight"))
     assert starts[-1] < 0.8 * starts[0]
 
 
 def test_the_generator_follows_its_fast_copy_by_the_meta_rate(teacher: nn.Module, student: nn.Module) -> None:
-    inverter = inverter_of(SETTINGS)
-    before = state_of(inverter.generator)
-    run(teacher, student, inverter=inverter, meta_rate=0.25)
+    before = state_of(inverter_of(teacher, student).generator)
+    _, _, inverter = run(teacher, student, meta_rate=0.25)
     fast = dict(inverter.fast_generator.named_parameters())
     for name, parameter in inverter.generator.named_parameters():
         torch.testing.assert_close(parameter, before[name] + 0.25 * (fast[name] - before[name]), rtol=1e-4, atol=1e-6)
     assert not same(before, state_of(inverter.generator))
 
 
+def round_of(inverter: Inverter, *, adversarial_weight: float = 1.0, seed: int = 0) -> Tensor:
+    counts, rng = torch.tensor([3, 1, 0, 0]), torch.Generator().manual_seed(seed)
+    return invert(inverter, TARGETS, class_counts=counts, adversarial_weight=adversarial_weight, rng=rng)[0]
+
+
 def test_without_the_meta_step_every_round_starts_from_the_first_generator(
     teacher: nn.Module, student: nn.Module
 ) -> None:
-    inverter = inverter_of(SETTINGS)
+    inverter = inverter_of(teacher, student, meta=False)
     before = state_of(inverter.generator)
-    first, _, _ = run(teacher, student, meta=False, inverter=inverter)
+    first = round_of(inverter)
     assert same(before, state_of(inverter.generator))
-    again, _, _ = run(teacher, student, meta=False, inverter=inverter)
-    assert torch.equal(first, again)
+    assert torch.equal(first, round_of(inverter))  # the optimiser has forgotten the first round, too
+
+
+def test_a_round_depends_on_what_it_is_given_and_on_nothing_of_the_round_before(
+    teacher: nn.Module, student: nn.Module
+) -> None:
+    inverter = inverter_of(teacher, student, meta=False)
+    first = round_of(inverter)
+    assert not torch.equal(first, round_of(inverter, adversarial_weight=20.0))
+    assert not torch.equal(first, round_of(inverter, seed=1))
+    others = torch.roll(TARGETS, 1)
+    rng = torch.Generator().manual_seed(0)
+    shown, _ = invert(inverter, others, class_counts=torch.ones(CLASSES), adversarial_weight=1.0, rng=rng)
+    assert not torch.equal(first, shown)
+    assert torch.equal(first, round_of(inverter))
 
 
 def test_the_same_generator_of_numbers_gives_the_same_images(teacher: nn.Module, student: nn.Module) -> None:

@@ -134,12 +134,33 @@ def test_a_collapsed_or_unbalanced_prior_is_said() -> None:
     assert "500 of the largest class, 40 of the smallest" in unbalanced
 
 
+def state_of_two_samples() -> Any:
+    """As much of a state as the warnings read."""
+    called = types.SimpleNamespace(status="called")
+    return types.SimpleNamespace(
+        buffer=types.SimpleNamespace(size=2, classes=torch.tensor([0, 1])),
+        task=Classification(2),
+        hurried=False,
+        inverter=types.SimpleNamespace(inner_step={True: called}),
+        gradients=types.SimpleNamespace(status="called"),
+    )
+
+
 def test_a_run_that_the_clock_hurried_says_so() -> None:
-    buffer = types.SimpleNamespace(size=2, classes=torch.tensor([0, 1]))
-    state: Any = types.SimpleNamespace(buffer=buffer, task=Classification(2), hurried=False)
+    state = state_of_two_samples()
     assert run_warnings(state) == []
     state.hurried = True
     assert ["time limit" in warning for warning in run_warnings(state)] == [True]
+
+
+def test_a_gpu_that_cannot_record_a_step_is_said() -> None:
+    state = state_of_two_samples()
+    state.gradients.status = "replayed"
+    assert run_warnings(state) == []
+    state.gradients.status = "called: it cannot be recorded (it reads a value)"
+    (warning,) = run_warnings(state)
+    assert warning.startswith("teaching takes longer")
+    assert "it reads a value" in warning
 
 
 def test_a_report_that_is_no_text_is_refused(tmp_path: Path) -> None:

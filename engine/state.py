@@ -1,0 +1,120 @@
+"""All that a distillation is between its rounds, and how it begins."""
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from engine import replay
+from engine.config import DistillationSettings
+from engine.device import Compute
+from engine.images import Normalization, normalization
+from engine.inversion import Inverter, new_inverter
+from engine.losses import BatchNormPrior, batchnorm_prior
+from engine.recording import Recorded
+from engine.replay import ReplayBuffer
+from engine.task import Classification
+from engine.teaching import Batch, empty_batch, loss_and_gradients, new_optimizer
+
+
+@dataclass
+class State:
+    """All that a run is: what it was given, what it has learned, where it stands."""
+
+    teacher: nn.Module
+    student: nn.Module
+    inherited: frozenset[str]  # names of the student's parameters that began as the teacher's
+    average: nn.Module  # the weight average of the student: the one that is kept
+    optimizer: torch.optim.Optimizer
+    batch: Batch  # what the student is shown now
+    gradients: Recorded  # the batch's loss, each sample's divergence, the gradients of the student's parameters
+    inverter: Inverter
+    buffer: ReplayBuffer
+    held_out: ReplayBuffer  # the newest samples that the student never learns from
+    prior: BatchNormPrior | None
+    task: Classification
+    normalization: Normalization
+    settings: DistillationSettings
+    compute: Compute
+    rng: torch.Generator
+    round: int = 0
+    steps: int = 0
+    images_seen: int = 0
+    seconds: float = 0.0
+    hurried: bool = False  # the clock was ahead of the rounds once: the same seed may give another student
+
+
+def start(
+    teacher: nn.Module,
+    student: nn.Module,
+    *,
+    task: Classification,
+    image_shape: tuple[int, int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    batchnorm_layers: list[nn.Module],
+    settings: DistillationSettings,
+    compute: Compute,
+    seed: int,
+    inherited: frozenset[str] = frozenset(),
+) -> State:
+    """The state before the first round. Moves both networks to the device and freezes the teacher.
+
+    `image_shape` is (C, H, W), `mean` and `std` one value a channel for pixels in 0...1, `batchnorm_layers` those of
+    the teacher that serve as a prior (none: smooth, standardised images take their place), `inherited` the names of the
+    student's parameters that begin as the teacher's: they learn at a rate of their own.
+    """
+    torch.manual_seed(seed)  # the generator's initial weights and the student's dropout, if it has any
+    device = compute.device
+    teacher.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
+    student.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    constants = normalization(mean, std, device)
+    prior = batchnorm_prior(batchnorm_layers) if batchnorm_layers else None
+    capacity = settings.samples if settings.replay else settings.rounds * settings.inversion_batch
+    buffer = replay.empty_buffer(capacity, image_shape, views=settings.views, classes=task.classes, device=device)
+    batch = empty_batch(settings.student_batch, device)
+    gradients = partial(
+        loss_and_gradients,
+        student,
+        batch,
+        buffer,
+        task=task,
+        normalization=constants,
+        temperature=settings.temperature,
+        compute=compute,
+    )
+    return State(
+        teacher=teacher,
+        student=student,
+        inherited=inherited,
+        average=copy.deepcopy(student).eval().requires_grad_(False),
+        optimizer=new_optimizer(student, inherited, settings),
+        batch=batch,
+        gradients=Recorded(gradients, device, enabled=settings.cuda_graphs),
+        inverter=new_inverter(
+            teacher,
+            student,
+            task=task,
+            prior=prior,
+            image_shape=image_shape,
+            normalization=constants,
+            settings=settings,
+            compute=compute,
+        ),
+        buffer=buffer,
+        held_out=replay.empty_buffer(settings.held_out, image_shape, views=1, classes=task.classes, device=device),
+        prior=prior,
+        task=task,
+        normalization=constants,
+        settings=settings,
+        compute=compute,
+        rng=torch.Generator(device).manual_seed(seed),
+    )
+
+
+def recordings(state: State) -> dict[str, str]:
+    """How each step that a GPU can record is run, by name: "replayed", "called", or why it is only called."""
+    steps = {"inversion": state.inverter.inner_step[True], "teaching": state.gradients}
+    return {name: step.status for name, step in steps.items()}

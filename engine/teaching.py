@@ -1,0 +1,90 @@
+"""The student's step on a batch drawn from the buffer: its loss and gradients, its optimiser, its weight average."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import DistillationSettings
+from engine.device import Compute
+from engine.images import Normalization, render, to_input
+from engine.recording import Outputs
+from engine.replay import ReplayBuffer
+from engine.task import Classification
+
+RATE_RISE = 0.05  # the share of a run in which the learning rate rises
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is drawn for one step, in memory that stays where it is."""
+
+    slots: Tensor  # int64 [B], of the buffer
+    views: Tensor  # int64 [B], which of a sample's augmentations
+    weights: Tensor  # float32 [B], importance weights
+
+
+def empty_batch(number: int, device: torch.device) -> Batch:
+    """A batch of `number` samples, still to be drawn."""
+    slots, views = torch.zeros(2, number, dtype=torch.int64, device=device)
+    return Batch(slots, views, torch.ones(number, device=device))
+
+
+def learning_parameters(student: nn.Module) -> list[nn.Parameter]:
+    """The student's parameters that have a gradient."""
+    return [parameter for parameter in student.parameters() if parameter.requires_grad]
+
+
+def new_optimizer(
+    student: nn.Module, inherited: frozenset[str], settings: DistillationSettings
+) -> torch.optim.Optimizer:
+    """SGD over two groups, new parameters and inherited ones; `initial_lr` of each is the peak of its rate."""
+    old = [parameter for name, parameter in student.named_parameters() if name in inherited]
+    new = [parameter for name, parameter in student.named_parameters() if name not in inherited]
+    rates = ((new, settings.student_rate), (old, settings.inherited_rate))
+    return torch.optim.SGD(
+        [{"params": parameters, "initial_lr": rate} for parameters, rate in rates if parameters],
+        lr=settings.student_rate,
+        momentum=settings.student_momentum,
+        weight_decay=settings.student_decay,
+        nesterov=settings.student_momentum > 0,
+        fused=True,
+    )
+
+
+def loss_and_gradients(
+    student: nn.Module,
+    batch: Batch,
+    buffer: ReplayBuffer,
+    *,
+    task: Classification,
+    normalization: Normalization,
+    temperature: float,
+    compute: Compute,
+) -> Outputs:
+    """The weighted loss, each sample's divergence [B], and the gradient of each of `learning_parameters`."""
+    slots, weights = batch.slots, batch.weights
+    inputs = to_input(render(buffer.images, slots, buffer.views[slots, batch.views]), normalization)
+    with compute.autocast():
+        student_logits = student(inputs)
+    divergences = task.discrepancy(buffer.logits[slots, batch.views], student_logits, temperature)
+    loss = (weights / weights.mean() * divergences).mean()
+    gradients = torch.autograd.grad(loss, learning_parameters(student), materialize_grads=True)
+    return loss.detach(), divergences.detach(), *gradients
+
+
+def rate_factor(progress: float) -> float:
+    """The learning rate's share of its peak: a linear rise, then a half cosine to 0; `progress` is in 0...1."""
+    return min(1.0, (progress + 0.01) / RATE_RISE) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def averaged_tensors(network: nn.Module) -> list[Tensor]:
+    """What a weight average averages: the floating-point parameters and buffers, BatchNorm statistics among them."""
+    return [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
+
+
+@torch.no_grad()
+def update_average(average: list[Tensor], student: list[Tensor], decay: float, steps: int) -> None:
+    """Move the average towards the student, both `averaged_tensors`; its memory grows to 1 / (1 - decay) steps."""
+    torch._foreach_lerp_(average, student, max(1 - decay, 1 / (1 + steps)))
