@@ -48,10 +48,10 @@ def mean_curve(curves: Sequence[Sequence[Sequence[float]]]) -> tuple[NDArray[np.
 def buffer(result: Result, figure: Figure) -> None:
     """Accuracy at the end against the number of samples in the buffer."""
     axes = figure.subplots()
-    runs = by(result["runs"], "samples")
+    runs = dict(sorted(by(result["runs"], "samples").items()))
     for samples, own in runs.items():
-        axes.plot([samples] * len(own), [run["points"][-1][1] for run in own], "o", color=COLOURS[OURS], markersize=4)
-    means = [statistics.fmean(run["points"][-1][1] for run in own) for own in runs.values()]
+        axes.plot([samples] * len(own), [run["accuracy"] for run in own], "o", color=COLOURS[OURS], markersize=4)
+    means = [statistics.fmean(run["accuracy"] for run in own) for own in runs.values()]
     axes.plot(list(runs), means, color=COLOURS[OURS])
     axes.set(xlabel="samples in the buffer", ylabel="student accuracy, %", title=f"{result['task']}: the buffer's size")
     finish(axes)

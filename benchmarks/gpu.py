@@ -308,9 +308,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=8, help="of a pair, its teacher included")
     parser.add_argument("--seconds", type=float, help="of a run, in place of its share of --minutes")
-    parser.add_argument(
-        "--rounds", type=int, help="of ours, where a GPU has time for more than `--effort full` has"
-    )
+    parser.add_argument("--rounds", type=int, help="of ours, where a GPU has time for more than `--effort full` has")
     parser.add_argument("--rivals", nargs="*", choices=sorted(PEERS), default=[], help="beside ours, in equal time")
     parser.add_argument("--fast-dfkd", type=Path, help="a clone of zju-vipa/Fast-Datafree")
     parser.add_argument("--nayer", type=Path, help="a clone of tmtuan1307/NAYER")

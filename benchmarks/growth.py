@@ -27,6 +27,7 @@ from engine import replay
 from engine.config import settings_for
 from engine.device import choose_device
 from engine.distill import distill
+from engine.source import Source
 from engine.state import State, start
 from engine.students import build_network
 from engine.task import Classification
@@ -82,18 +83,16 @@ def measure(case: Case, device: str) -> dict[str, Any]:
     settings = settings_for(
         "smoke", image_shape=image_shape, rounds=ROUNDS, warmup_rounds=UNTIMED - 1, samples=case.samples
     )
-    state = start(
+    source = Source(
         teacher,
-        build_network(STUDENT, classes=case.classes, channels=CHANNELS, pixels=case.pixels),
-        task=Classification(case.classes),
-        image_shape=image_shape,
+        Classification(case.classes),
+        image_shape,
         mean=(0.5,) * CHANNELS,
         std=(0.25,) * CHANNELS,
-        batchnorm_layers=batchnorm_layers(teacher),
-        settings=settings,
-        compute=choose_device(device),
-        seed=0,
+        batchnorm_layers=tuple(batchnorm_layers(teacher)),
     )
+    student = build_network(STUDENT, classes=case.classes, channels=CHANNELS, pixels=case.pixels)
+    state = start(source, student, settings=settings, compute=choose_device(device), seed=0)
     fill(state)
     clock = [0.0, *(metrics.seconds for metrics in distill(state))]
     seconds = statistics.median(after - before for before, after in list(pairwise(clock))[UNTIMED:])

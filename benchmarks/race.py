@@ -14,10 +14,10 @@ from engine.config import DistillationSettings, settings_for
 from engine.device import Compute, choose_device
 from engine.distill import averaged_student, distill
 from engine.inheritance import inherit
+from engine.source import source_of
 from engine.state import State, start
 from engine.students import build_student
-from engine.task import Classification
-from engine.teacher import Teacher, batchnorm_layers, load_teacher
+from engine.teacher import Teacher, load_teacher
 from exporters.evaluate import LabelledImages, accuracy, load_labelled
 from exporters.runtimes import predictor
 from ssdkd_cli.compress import DEMO_DEFAULTS, DEMO_TEACHER
@@ -75,21 +75,9 @@ def scorer(teacher: Teacher, labelled: LabelledImages) -> Callable[[nn.Module], 
 
 def begin(student_name: str, teacher: Teacher, settings: DistillationSettings, *, seed: int, compute: Compute) -> State:
     """The engine's state before the first round, as `ssdkd compress` would make it."""
-    spec = teacher.spec
     student = build_student(student_name, teacher=teacher, seed=seed)
-    return start(
-        teacher.module,
-        student,
-        inherited=inherit(student, teacher.module) if settings.inherit else frozenset(),
-        task=Classification(spec.classes),
-        image_shape=spec.input_shape,
-        mean=spec.preprocessing.mean,
-        std=spec.preprocessing.std,
-        batchnorm_layers=batchnorm_layers(teacher.module),
-        settings=settings,
-        compute=compute,
-        seed=seed,
-    )
+    inherited = inherit(student, teacher.module) if settings.inherit else frozenset()
+    return start(source_of(teacher), student, settings=settings, compute=compute, seed=seed, inherited=inherited)
 
 
 def run_own(

@@ -33,6 +33,7 @@ from engine.config import settings_for
 from engine.device import Compute, choose_device
 from engine.distill import remember, teach
 from engine.inheritance import inherit
+from engine.source import Source
 from engine.state import State, start
 from engine.students import STUDENTS, build_network
 from engine.task import Classification
@@ -94,19 +95,16 @@ def filled_state(pair: Pair, batch: int, turn_steps: int, compute: Compute, *, c
         cuda_graphs=cuda_graphs,
     )
     channels, student = pair.image_shape[0], copy.deepcopy(pair.student)
-    state = start(
+    source = Source(
         StandIn(channels),
-        student,
-        inherited=inherit(student, pair.teacher),
-        task=Classification(CLASSES),
-        image_shape=pair.image_shape,
+        Classification(CLASSES),
+        pair.image_shape,
         mean=(0.5,) * channels,
         std=(0.25,) * channels,
-        batchnorm_layers=[],
-        settings=settings,
-        compute=compute,
-        seed=0,
+        batchnorm_layers=(),
     )
+    inherited = inherit(student, pair.teacher)
+    state = start(source, student, settings=settings, compute=compute, seed=0, inherited=inherited)
     shape = (500, *state.buffer.images.shape[1:])
     while state.buffer.size < state.buffer.capacity:
         remember(state, torch.randint(256, shape, generator=state.rng, device=compute.device, dtype=torch.uint8))

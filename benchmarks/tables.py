@@ -246,9 +246,7 @@ def buffer_table(results: Sequence[Result]) -> list[str]:
     """A row a buffer size, and what it loses against the default; the kind `buffer`."""
     lines: list[str] = []
     for result in results:
-        ends = {
-            samples: [run["points"][-1][1] for run in runs] for samples, runs in by(result["runs"], "samples").items()
-        }
+        ends = {samples: [run["accuracy"] for run in runs] for samples, runs in by(result["runs"], "samples").items()}
         base = statistics.fmean(ends[DEFAULT_SAMPLES]) if DEFAULT_SAMPLES in ends else None
         table = [
             (

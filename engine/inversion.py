@@ -19,16 +19,18 @@ from torch import Tensor, nn
 from engine.config import DistillationSettings
 from engine.device import Compute
 from engine.generator import Generator
-from engine.images import Normalization, normalize, to_bytes
+from engine.images import Normalization, normalization, normalize, to_bytes
 from engine.losses import (
     BatchNormPrior,
     batchnorm_loss,
+    batchnorm_prior,
     flat_statistics,
     image_prior_loss,
     modulation,
     recorded_statistics,
 )
 from engine.recording import Outputs, Recorded, copied
+from engine.source import Source
 from engine.task import Classification
 
 ADAM_BETAS = (0.5, 0.999)  # Radford et al. 2016
@@ -57,45 +59,26 @@ class Inverter:
     adversarial_weight: Tensor  # scalar, of the term with the student
     inner_step: dict[bool, Recorded]  # whether the student is asked -> losses and gradients of an inner step
     student: nn.Module
+    prior: BatchNormPrior | None
     normalization: Normalization
     settings: DistillationSettings
     compute: Compute
 
 
-def new_inverter(
-    teacher: nn.Module,
-    student: nn.Module,
-    *,
-    task: Classification,
-    prior: BatchNormPrior | None,
-    image_shape: tuple[int, int, int],
-    normalization: Normalization,
-    settings: DistillationSettings,
-    compute: Compute,
-) -> Inverter:
-    """A fresh generator for images of (C, H, W) that `teacher`, frozen and in eval mode, shall recognise.
+def new_inverter(source: Source, student: nn.Module, *, settings: DistillationSettings, compute: Compute) -> Inverter:
+    """A fresh generator of images for `source`, whose network is frozen and in eval mode, and for `student`.
 
-    Args:
-        teacher, student: on the device of `compute`.
-        task: what a prediction is.
-        prior: the teacher's BatchNorm statistics, or None where it has none.
-        image_shape: C, H, W.
-        normalization: of the teacher's input.
-        settings: weights and rates.
-        compute: device and precision.
+    Both networks are on the device of `compute`.
     """
 
     def build() -> Generator:
-        generator = Generator(image_shape, latent=settings.generator_latent, width=settings.generator_width)
+        generator = Generator(source.image_shape, latent=settings.generator_latent, width=settings.generator_width)
         return generator.to(compute.device).to(memory_format=torch.channels_last)
 
     generator, fast = build().requires_grad_(False), build()
-    device, count = compute.device, settings.inversion_batch
+    device, count, task = compute.device, settings.inversion_batch, source.task
     latent = torch.zeros(count, settings.generator_latent, device=device, requires_grad=True)
-    rates: list[dict[str, Any]] = [
-        {"params": [*fast.parameters()]},
-        {"params": [latent], "lr": settings.latent_rate},
-    ]
+    rates: list[dict[str, Any]] = [{"params": [*fast.parameters()]}, {"params": [latent], "lr": settings.latent_rate}]
     inverter = Inverter(
         generator,
         fast,
@@ -106,12 +89,13 @@ def new_inverter(
         adversarial_weight=torch.zeros((), device=device),
         inner_step={},
         student=student,
-        normalization=normalization,
+        prior=batchnorm_prior(source.batchnorm_layers) if source.batchnorm_layers else None,
+        normalization=normalization(source.mean, source.std, device),
         settings=settings,
         compute=compute,
     )
     for asks_student in (False, True):
-        step = partial(losses_and_gradients, inverter, teacher, student if asks_student else None, task, prior)
+        step = partial(losses_and_gradients, inverter, source.network, task, asks_student=asks_student)
         inverter.inner_step[asks_student] = Recorded(step, device, enabled=settings.cuda_graphs)
     return inverter
 
@@ -156,27 +140,18 @@ def invert(
 
 
 def losses_and_gradients(
-    inverter: Inverter,
-    teacher: nn.Module,
-    student: nn.Module | None,
-    task: Classification,
-    prior: BatchNormPrior | None,
+    inverter: Inverter, teacher: nn.Module, task: Classification, *, asks_student: bool
 ) -> Outputs:
     """L_inv, its terms before their weights, and its gradients by the fast generator's parameters and the latents."""
-    fast, latent, settings, compute = (
-        inverter.fast_generator,
-        inverter.latent,
-        inverter.settings,
-        inverter.compute,
-    )
-    with recorded_statistics(prior.layers if prior else ()) as recorded, compute.autocast():
+    fast, latent, prior, settings = inverter.fast_generator, inverter.latent, inverter.prior, inverter.settings
+    with recorded_statistics(prior.layers if prior else ()) as recorded, inverter.compute.autocast():
         inputs = normalize(fast(latent), inverter.normalization)
         teacher_logits = teacher(inputs)
-        student_logits = teacher_logits if student is None else student(inputs)
+        student_logits = inverter.student(inputs) if asks_student else teacher_logits
     prior_loss = image_prior_loss(inputs) if prior is None else batchnorm_loss(prior, flat_statistics(prior, recorded))
     target_loss = task.target_loss(teacher_logits, inverter.targets).mean()
     adversarial_loss = target_loss.new_zeros(())
-    if student is not None:
+    if asks_student:
         phi = sample_weights(teacher_logits.detach(), task, inverter.class_counts, settings)
         agree = task.agreement(teacher_logits, student_logits)
         divergence = task.discrepancy(teacher_logits, student_logits, temperature=1.0)

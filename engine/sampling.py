@@ -4,14 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.config import DistillationSettings
 from engine.device import Compute
-from engine.images import normalization
 from engine.inversion import invert, new_inverter
-from engine.losses import batchnorm_prior
-from engine.task import Classification
+from engine.source import Source
 
 LEARNING_ROUNDS = 24  # of the generator, before its images count: they are textures at first (docs/experiments.md)
 CLASS_WEIGHT = 5.0  # the teacher is to be sure of them, as it is of photographs: no student wants harder ones
@@ -32,39 +30,19 @@ def rounds_for(number: int, settings: DistillationSettings) -> int:
 
 
 def synthesize(
-    teacher: nn.Module,
-    number: int,
-    *,
-    task: Classification,
-    image_shape: tuple[int, int, int],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    batchnorm_layers: list[nn.Module],
-    settings: DistillationSettings,
-    compute: Compute,
-    seed: int,
+    source: Source, number: int, *, settings: DistillationSettings, compute: Compute, seed: int
 ) -> Iterator[tuple[Progress, Tensor]]:
     """Rounds of inversion without the adversarial term; each yields its images, uint8 [B, H, W, C], in random order.
 
     The images of the first rounds are none, [0, H, W, C]: the generator learns. Classes are as even as `number` lets
-    them be. `teacher` is frozen, in eval mode; the other arguments are those of `engine.distill.start`.
+    them be.
     """
     torch.manual_seed(seed)  # the generator's initial weights
+    teacher, task = source.network, source.task
     teacher.to(compute.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     settings = replace(settings, class_weight=CLASS_WEIGHT)
     rng = torch.Generator(compute.device).manual_seed(seed)
-    constants = normalization(mean, std, compute.device)
-    prior = batchnorm_prior(batchnorm_layers) if batchnorm_layers else None
-    inverter = new_inverter(
-        teacher,
-        teacher,
-        task=task,
-        prior=prior,
-        image_shape=image_shape,
-        normalization=constants,
-        settings=settings,
-        compute=compute,
-    )
+    inverter = new_inverter(source, teacher, settings=settings, compute=compute)
     counts = torch.zeros(task.classes, dtype=torch.int64, device=compute.device)
     rounds = rounds_for(number, settings)
     for index in range(rounds):

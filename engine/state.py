@@ -10,11 +10,11 @@ from torch import nn
 from engine import replay
 from engine.config import DistillationSettings
 from engine.device import Compute
-from engine.images import Normalization, normalization
+from engine.images import Normalization
 from engine.inversion import Inverter, new_inverter
-from engine.losses import BatchNormPrior, batchnorm_prior
 from engine.recording import Recorded
 from engine.replay import ReplayBuffer
+from engine.source import Source
 from engine.task import Classification
 from engine.teaching import Batch, empty_batch, loss_and_gradients, new_optimizer
 
@@ -33,7 +33,6 @@ class State:
     inverter: Inverter
     buffer: ReplayBuffer
     held_out: ReplayBuffer  # the newest samples that the student never learns from
-    prior: BatchNormPrior | None
     task: Classification
     normalization: Normalization
     settings: DistillationSettings
@@ -47,14 +46,9 @@ class State:
 
 
 def start(
-    teacher: nn.Module,
+    source: Source,
     student: nn.Module,
     *,
-    task: Classification,
-    image_shape: tuple[int, int, int],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    batchnorm_layers: list[nn.Module],
     settings: DistillationSettings,
     compute: Compute,
     seed: int,
@@ -62,16 +56,14 @@ def start(
 ) -> State:
     """The state before the first round. Moves both networks to the device and freezes the teacher.
 
-    `image_shape` is (C, H, W), `mean` and `std` one value a channel for pixels in 0...1, `batchnorm_layers` those of
-    the teacher that serve as a prior (none: smooth, standardised images take their place), `inherited` the names of the
-    student's parameters that begin as the teacher's: they learn at a rate of their own.
+    `inherited` names the student's parameters that begin as the teacher's: they learn at a rate of their own.
     """
     torch.manual_seed(seed)  # the generator's initial weights and the student's dropout, if it has any
-    device = compute.device
+    device, task, image_shape = compute.device, source.task, source.image_shape
+    teacher = source.network
     teacher.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
     student.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    constants = normalization(mean, std, device)
-    prior = batchnorm_prior(batchnorm_layers) if batchnorm_layers else None
+    inverter = new_inverter(source, student, settings=settings, compute=compute)
     capacity = settings.samples if settings.replay else settings.rounds * settings.inversion_batch
     buffer = replay.empty_buffer(capacity, image_shape, views=settings.views, classes=task.classes, device=device)
     batch = empty_batch(settings.student_batch, device)
@@ -81,7 +73,7 @@ def start(
         batch,
         buffer,
         task=task,
-        normalization=constants,
+        normalization=inverter.normalization,
         temperature=settings.temperature,
         compute=compute,
     )
@@ -93,21 +85,11 @@ def start(
         optimizer=new_optimizer(student, inherited, settings),
         batch=batch,
         gradients=Recorded(gradients, device, enabled=settings.cuda_graphs),
-        inverter=new_inverter(
-            teacher,
-            student,
-            task=task,
-            prior=prior,
-            image_shape=image_shape,
-            normalization=constants,
-            settings=settings,
-            compute=compute,
-        ),
+        inverter=inverter,
         buffer=buffer,
         held_out=replay.empty_buffer(settings.held_out, image_shape, views=1, classes=task.classes, device=device),
-        prior=prior,
         task=task,
-        normalization=constants,
+        normalization=inverter.normalization,
         settings=settings,
         compute=compute,
         rng=torch.Generator(device).manual_seed(seed),

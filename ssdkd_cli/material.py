@@ -13,8 +13,8 @@ from engine.config import settings_for
 from engine.device import Compute
 from engine.errors import SSDKDError
 from engine.sampling import synthesize
-from engine.task import Classification
-from engine.teacher import Teacher, batchnorm_layers, load_teacher
+from engine.source import source_of
+from engine.teacher import Teacher, load_teacher
 from exporters.runtimes import inference_batch, predictor, to_input
 from ssdkd_cli import console, runs
 from ssdkd_cli.precisions import Subject
@@ -87,18 +87,7 @@ def inverted(teacher: Teacher, *, compute: Compute, seed: int) -> runs.Samples:
     parts: list[torch.Tensor] = []
     prior = 0.0
     with console.counted("samples", f"{number} synthetic samples of the teacher") as (tick, done):
-        for progress, made in synthesize(
-            teacher.module,
-            number,
-            task=Classification(spec.classes),
-            image_shape=spec.input_shape,
-            mean=spec.preprocessing.mean,
-            std=spec.preprocessing.std,
-            batchnorm_layers=batchnorm_layers(teacher.module),
-            settings=settings,
-            compute=compute,
-            seed=seed,
-        ):
+        for progress, made in synthesize(source_of(teacher), number, settings=settings, compute=compute, seed=seed):
             parts.append(made.cpu())
             tick(f"round {progress.round} of {progress.rounds}, prior loss {progress.prior_loss:.2g}")
             prior = progress.prior_loss

@@ -16,9 +16,9 @@ from engine.config import DistillationSettings
 from engine.device import Compute
 from engine.distill import RoundMetrics, averaged_student, distill
 from engine.errors import NonFiniteLossError, OutOfMemoryError, SSDKDError
+from engine.source import source_of
 from engine.state import State, start
-from engine.task import Classification
-from engine.teacher import Teacher, batchnorm_layers
+from engine.teacher import Teacher
 from ssdkd_cli import console, runs
 from ssdkd_cli.boundary import is_out_of_memory
 from ssdkd_cli.words import shape
@@ -61,19 +61,7 @@ def teach(
     spec = teacher.spec
     largest_batch = max(settings.student_batch, settings.inversion_batch)
     with batch_advice(largest_batch, f"{compute.describe()}, images of {shape(spec.input_shape)}"):
-        state = start(
-            teacher.module,
-            student,
-            task=Classification(spec.classes),
-            image_shape=spec.input_shape,
-            mean=spec.preprocessing.mean,
-            std=spec.preprocessing.std,
-            batchnorm_layers=batchnorm_layers(teacher.module),
-            settings=settings,
-            compute=compute,
-            seed=seed,
-            inherited=inherited,
-        )
+        state = start(source_of(teacher), student, settings=settings, compute=compute, seed=seed, inherited=inherited)
         try:
             run_rounds(state, folder / runs.METRICS, f"{spec.arch} to {card.student}", time_limit_seconds)
             distilled = distilled_so_far(state)

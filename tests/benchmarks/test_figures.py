@@ -13,7 +13,7 @@ RACE = {"kind": "race", "task": "demo", "student": "resnet8", "runs": RUNS}
 BUFFER = {
     "kind": "buffer",
     "task": "cifar",
-    "runs": [{"samples": samples, "points": [[200.0, 70.0]]} for samples in (500, 5000)],
+    "runs": [{"samples": samples, "accuracy": 70.0} for samples in (500, 5000)],
 }
 CASE = {"samples": 500, "classes": 10, "pixels": 32, "teacher_parameters": 1000}
 GROWTH = {

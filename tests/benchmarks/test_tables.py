@@ -124,7 +124,7 @@ STEPS = {
 BUFFER = {
     **{"kind": "buffer", "command": "python -m benchmarks.buffer", **ABOUT, "task": "cifar", "teacher_accuracy": 80.0},
     "runs": [
-        {"samples": samples, "seed": seed, "points": [[200.0, accuracy]]}
+        {"samples": samples, "seed": seed, "accuracy": accuracy}
         for samples, seed, accuracy in ((5000, 0, 70.0), (5000, 1, 72.0), (500, 0, 69.0))
     ],
 }

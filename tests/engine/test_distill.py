@@ -11,11 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import distill as loop
 from engine import replay
+from engine.batchnorm import batchnorm_layers
 from engine.config import DistillationSettings
 from engine.device import Compute
 from engine.distill import RoundMetrics, averaged_student, class_histogram, distill
 from engine.errors import NonFiniteLossError
 from engine.images import render, to_input
+from engine.source import Source
 from engine.state import State, start
 from engine.task import Classification
 from engine.teaching import averaged_tensors, rate_factor, update_average
@@ -59,14 +61,17 @@ def begin(
 ) -> State:
     channels = image_shape[0]
     teacher = teacher or network(0, channels=channels)
-    return start(
+    source = Source(
         teacher,
-        network(1, channels=channels),
-        task=Classification(CLASSES),
-        image_shape=image_shape,
+        Classification(CLASSES),
+        image_shape,
         mean=(0.5,) * channels,
         std=(0.25,) * channels,
-        batchnorm_layers=[layer for layer in teacher.modules() if isinstance(layer, nn.BatchNorm2d)],
+        batchnorm_layers=tuple(batchnorm_layers(teacher)),
+    )
+    return start(
+        source,
+        network(1, channels=channels),
         settings=dataclasses.replace(SETTINGS, **changed),
         compute=Compute(torch.device("cpu"), None),
         seed=seed,
@@ -190,7 +195,7 @@ def test_other_sizes_and_channels(image_shape: tuple[int, int, int]) -> None:
 def test_a_teacher_without_batchnorm_runs() -> None:
     teacher = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES))
     state, metrics = finish(teacher=teacher)
-    assert state.prior is None
+    assert state.inverter.prior is None
     assert all(math.isfinite(item.inversion_loss) and item.prior_loss > 0 for item in metrics)
 
 

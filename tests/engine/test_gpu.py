@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from engine import distill as loop
 from engine import replay
+from engine.batchnorm import batchnorm_layers
 from engine.config import settings_for
 from engine.device import choose_device
 from engine.distill import averaged_student, class_histogram, distill
 from engine.losses import ChannelStatistics
 from engine.recording import alike, copied
+from engine.source import Source
 from engine.state import State, recordings, start
 from engine.task import Classification
 from engine.zoo import resnet_cifar
@@ -49,18 +51,16 @@ def begin(device: str, *, student: nn.Module | None = None, **changed: Any) -> S
         for _ in range(10):
             teacher(torch.randn(32, CHANNELS, PIXELS, PIXELS))
     image_shape = (CHANNELS, PIXELS, PIXELS)
-    return start(
+    source = Source(
         teacher,
-        student,
-        task=Classification(CLASSES),
-        image_shape=image_shape,
+        Classification(CLASSES),
+        image_shape,
         mean=(0.5,) * CHANNELS,
         std=(0.25,) * CHANNELS,
-        batchnorm_layers=[layer for layer in teacher.modules() if isinstance(layer, nn.BatchNorm2d)],
-        settings=settings_for("smoke", image_shape=image_shape, samples=512, student_steps=5, **changed),
-        compute=choose_device(device),
-        seed=0,
+        batchnorm_layers=tuple(batchnorm_layers(teacher)),
     )
+    settings = settings_for("smoke", image_shape=image_shape, samples=512, student_steps=5, **changed)
+    return start(source, student, settings=settings, compute=choose_device(device), seed=0)
 
 
 def tensors_of(state: State) -> dict[str, Tensor]:
@@ -71,8 +71,8 @@ def tensors_of(state: State) -> dict[str, Tensor]:
     for name in ("generator", "fast_generator"):
         network = getattr(state.inverter, name)
         found |= {f"{name}.{key}": value for key, value in network.state_dict().items()}
-    for name in ("buffer", "held_out", "prior"):
-        values = vars(getattr(state, name)).items()
+    for name, owner in (("buffer", state.buffer), ("held_out", state.held_out), ("prior", state.inverter.prior)):
+        values = vars(owner).items()
         found |= {f"{name}.{key}": value for key, value in values if isinstance(value, Tensor)}
     found |= {"mean": state.normalization.mean, "std": state.normalization.std}
     for parameter, values in state.optimizer.state.items():

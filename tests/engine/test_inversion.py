@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from engine.batchnorm import batchnorm_layers
 from engine.config import DistillationSettings
 from engine.device import Compute
+from engine.generator import Generator
 from engine.images import normalization, to_input
 from engine.inversion import InversionLosses, Inverter, invert, new_inverter, sample_weights
-from engine.losses import BatchNormPrior, batchnorm_loss, batchnorm_prior, flat_statistics, recorded_statistics
+from engine.losses import batchnorm_loss, batchnorm_prior, flat_statistics, recorded_statistics
+from engine.source import Source
 from engine.task import Classification
 from engine.zoo import resnet_cifar
 
@@ -44,34 +47,22 @@ def student() -> nn.Module:
     return network(1)
 
 
-def layers_of(module: nn.Module) -> list[nn.Module]:
-    return [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
-
-
 def inverter_of(
     teacher: nn.Module,
     student: nn.Module,
     *,
-    generator: nn.Module | None = None,
-    prior: BatchNormPrior | None = None,
+    generator: Generator | None = None,
+    prior: bool = True,
     compute: Compute = COMPUTE,
     **changed: Any,
 ) -> Inverter:
-    """An inverter with the settings that are `changed`; `generator` is shared with another."""
+    """An inverter with the settings that are `changed`; `generator` is shared with another, `prior` is BatchNorm's."""
+    layers = tuple(batchnorm_layers(teacher)) if prior else ()
+    source = Source(teacher, Classification(CLASSES), IMAGE_SHAPE, (0.5,), (0.25,), layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        inverter = new_inverter(
-            teacher,
-            student,
-            task=Classification(CLASSES),
-            prior=prior,
-            image_shape=IMAGE_SHAPE,
-            normalization=CONSTANTS,
-            settings=dataclasses.replace(SETTINGS, **changed),
-            compute=compute,
-        )
-    if generator is not None:
-        inverter.generator = generator  # type: ignore[assignment]
+        inverter = new_inverter(source, student, settings=dataclasses.replace(SETTINGS, **changed), compute=compute)
+    inverter.generator = generator or inverter.generator
     return inverter
 
 
@@ -79,7 +70,7 @@ def run(
     teacher: nn.Module, student: nn.Module, *, seed: int = 0, adversarial_weight: float = 1.0, **changed: Any
 ) -> tuple[Tensor, InversionLosses, Inverter]:
     """One round of an inverter of its own; `changed` as in `inverter_of`."""
-    inverter = inverter_of(teacher, student, **{"prior": batchnorm_prior(layers_of(teacher)), **changed})
+    inverter = inverter_of(teacher, student, **changed)
     images, losses = invert(
         inverter,
         TARGETS,
@@ -120,7 +111,7 @@ def test_the_steps_of_a_round_lower_the_loss(meta: bool, teacher: nn.Module, stu
 
 
 def test_images_come_nearer_to_the_teachers_statistics(teacher: nn.Module, student: nn.Module) -> None:
-    prior = batchnorm_prior(layers_of(teacher))
+    prior = batchnorm_prior(batchnorm_layers(teacher))
 
     def distance(images: Tensor) -> float:
         with torch.no_grad(), recorded_statistics(prior.layers) as recorded:
@@ -277,9 +268,8 @@ def test_the_same_generator_of_numbers_gives_the_same_images(teacher: nn.Module,
 def test_a_teacher_without_batchnorm_gets_smooth_images_of_some_contrast(
     teacher: nn.Module, student: nn.Module
 ) -> None:
-    prior: BatchNormPrior | None = None
-    _, first, _ = run(teacher, student, prior=prior, inversion_steps=1, adversarial_weight=0.0)
-    images, last, _ = run(teacher, student, prior=prior, inversion_steps=30, adversarial_weight=0.0)
+    _, first, _ = run(teacher, student, prior=False, inversion_steps=1, adversarial_weight=0.0)
+    images, last, _ = run(teacher, student, prior=False, inversion_steps=30, adversarial_weight=0.0)
     assert last.prior < 0.6 * first.prior
     inputs = to_input(images, CONSTANTS)
     assert 0.4 < inputs.std() < 1.6

@@ -9,6 +9,7 @@ from engine.batchnorm import batchnorm_layers
 from engine.config import settings_for
 from engine.device import Compute
 from engine.sampling import LEARNING_ROUNDS, rounds_for, synthesize
+from engine.source import Source
 from engine.task import Classification
 from engine.zoo import resnet_cifar
 
@@ -27,18 +28,11 @@ def teacher() -> nn.Module:
 
 def rounds(number: int, seed: int = 0) -> list[tuple[float, torch.Tensor]]:
     network = teacher()
-    made = synthesize(
-        network,
-        number,
-        task=Classification(5),
-        image_shape=(1, 16, 16),
-        mean=(0.5,),
-        std=(0.25,),
-        batchnorm_layers=batchnorm_layers(network),
-        settings=SETTINGS,
-        compute=Compute(torch.device("cpu"), None),
-        seed=seed,
+    source = Source(
+        network, Classification(5), (1, 16, 16), (0.5,), (0.25,), batchnorm_layers=tuple(batchnorm_layers(network))
     )
+    compute = Compute(torch.device("cpu"), None)
+    made = synthesize(source, number, settings=SETTINGS, compute=compute, seed=seed)
     return [(progress.prior_loss, images) for progress, images in made]
 
 
