@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from benchmarks.tables import GROWTH_NAMES, OURS, ROOT, Result, by, read_results
+from benchmarks.markdown import Result, by
+from benchmarks.tables import GROWTH_NAMES, OURS, ROOT, read_results
 
 GRID = 200  # points of a mean curve
 FOLDER = ROOT / "docs" / "figures"

@@ -1,6 +1,6 @@
 """Write the tables of README.md and docs/ from benchmarks/results/*.json.
 
-    python benchmarks/tables.py
+    python -m benchmarks.tables
 
 A result is one JSON file that a script in this folder wrote: what was run, on which commit, machine and versions, and
 one entry a seed. Every number in the tables comes from there; between the markers nothing is typed by hand.
@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Result = Mapping[str, Any]
-Runs = Sequence[Mapping[str, Any]]
+from benchmarks.markdown import UNKNOWN, Result, by, column, markdown, mean, pair, provenance, spread
 
 ROOT = Path(__file__).resolve().parents[1]
-UNKNOWN = "–"
 BASELINE = "full"  # the variant that the others are compared with
 RESULTS_HEAD = (
     "command",
@@ -59,6 +57,10 @@ GROWTH_HEAD = (
     "s a round",
     "s for 1,000 images that the student sees",
     "peak memory, MB",
+)
+GPU_HEAD = (
+    *("pair", "method", "samples", "seeds", "teacher accuracy", "student accuracy", "accuracy kept"),
+    "teacher to student",
 )
 
 
@@ -285,6 +287,31 @@ def growth_table(results: Sequence[Result]) -> list[str]:
     return lines[:-1]
 
 
+def gpu_table(results: Sequence[Result]) -> list[str]:
+    """A row a pair, method and buffer; the kind `gpu`."""
+    lines: list[str] = []
+    for result in results:
+        runs = [run for run in result["runs"] if run["failed"] is None]
+        groups: dict[tuple[str, str, int], list[Mapping[str, Any]]] = {}
+        for run in runs:
+            groups.setdefault((run["pair"], run["method"], run["samples"]), []).append(run)
+        table = [
+            (
+                name,
+                method,
+                f"{samples:,}",
+                str(len(found)),
+                spread(column(found, "teacher_accuracy")[:1], " %", 2),
+                spread(column(found, "student_accuracy"), " %", 2),
+                spread(column(found, "ratio_percent"), " %", 1),
+                spread(column(found, "seconds"), " s", 0),
+            )
+            for (name, method, samples), found in groups.items()
+        ]
+        lines += [*markdown(GPU_HEAD, table), "", provenance(result), ""]
+    return lines[:-1]
+
+
 PAGES = (
     Page("README.md", "results", ("demo", "cifar"), results_table),
     Page("README.md", "int8", ("int8",), int8_summary),
@@ -296,53 +323,8 @@ PAGES = (
     Page("docs/benchmarks.md", "steps", ("steps",), steps_table),
     Page("docs/benchmarks.md", "buffer", ("buffer",), buffer_table),
     Page("docs/benchmarks.md", "growth", ("growth",), growth_table),
+    Page("docs/benchmarks.md", "gpu", ("gpu",), gpu_table),
 )
-
-
-def by(rows: Sequence[Mapping[str, Any]], key: str) -> dict[Any, list[Mapping[str, Any]]]:
-    """The rows of each value of `key`, in the order in which they appear."""
-    found: dict[Any, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        found.setdefault(row[key], []).append(row)
-    return found
-
-
-def column(runs: Runs, name: str) -> list[float]:
-    """The values of `name` that were measured, one a run."""
-    return [run[name] for run in runs if run.get(name) is not None]
-
-
-def mean(runs: Runs, name: str) -> float:
-    """The mean of `name` over the runs."""
-    return statistics.fmean(column(runs, name))
-
-
-def spread(values: Sequence[float], unit: str, digits: int) -> str:
-    """`84.20 ± 0.31 %`: mean and sample standard deviation; of a single value the value alone."""
-    if not values:
-        return UNKNOWN
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{deviation}{unit}"
-
-
-def pair(runs: Runs, name: str, form: str, unit: str) -> str:
-    """`teacher → student`: the means of teacher_<name> and student_<name>."""
-    sides = [column(runs, f"{network}_{name}") for network in ("teacher", "student")]
-    return " → ".join(form.format(statistics.fmean(side)) if side else UNKNOWN for side in sides) + unit
-
-
-def provenance(result: Result) -> str:
-    """One sentence: the command, when, on which commit, machine and versions."""
-    machine, versions = (
-        ", ".join(f"{name} {value}" for name, value in result[key].items() if value is not None)
-        for key in ("machine", "versions")
-    )
-    return f"- `{result['command']}`: {result['created']}, commit `{result['commit']}`; {machine}; {versions}."
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 def read_results(folder: Path) -> Iterator[Result]:

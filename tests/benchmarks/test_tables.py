@@ -136,6 +136,14 @@ GROWTH = {
         for axis in ("samples", "classes", "pixels", "teacher")
     ],
 }
+GPU_RUN = {
+    **{"pair": "wrn40_2-wrn16_2", "method": "ssdkd", "samples": 5000, "failed": None, "seconds": 140.0},
+    **{"teacher_accuracy": 94.0, "student_accuracy": 93.0, "ratio_percent": 98.9},
+}
+GPU = {
+    **{"kind": "gpu", "command": "python -m benchmarks.gpu DATA", **ABOUT},
+    "runs": [GPU_RUN, GPU_RUN | {"student_accuracy": 92.0}, GPU_RUN | {"method": "nayer", "failed": "no kornia"}],
+}
 
 
 def project(root: Path, *results: dict[str, object]) -> Path:
@@ -152,7 +160,7 @@ def project(root: Path, *results: dict[str, object]) -> Path:
         "<!-- int8 --><!-- /int8 -->\n<!-- int8-speed --><!-- /int8-speed -->\n"
     )
     (root / "docs" / "benchmarks.md").write_text(
-        "".join(f"<!-- {marker} --><!-- /{marker} -->\n" for marker in ("race", "steps", "buffer", "growth"))
+        "".join(f"<!-- {marker} --><!-- /{marker} -->\n" for marker in ("race", "steps", "buffer", "growth", "gpu"))
     )
     (root / "docs" / "method.md").write_text("<!-- ablation --><!-- /ablation -->\nafter\n")
     return root
@@ -264,4 +272,11 @@ def test_a_page_without_markers_is_named(tmp_path: Path) -> None:
 def test_the_committed_pages_show_the_committed_results(page: tables.Page) -> None:
     text = (tables.ROOT / page.path).read_text(encoding="utf-8")
     results = list(tables.read_results(tables.ROOT / "benchmarks" / "results"))
-    assert tables.filled(text, page, results) == text, "run `python benchmarks/tables.py`"
+    assert tables.filled(text, page, results) == text, "run `python -m benchmarks.tables`"
+
+
+def test_runs_of_a_gpu_that_failed_are_not_shown(tmp_path: Path) -> None:
+    tables.write_tables(project(tmp_path, GPU))
+    assert rows_of(tmp_path / "docs" / "benchmarks.md") == [
+        "| wrn40_2-wrn16_2 | ssdkd | 5,000 | 2 | 94.00 % | 92.50 ± 0.71 % | 98.9 % | 140 s |"
+    ]
