@@ -6,7 +6,7 @@ Needs matplotlib (`pip install -e ".[dev]"`). Lines are means over the seeds, an
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -26,20 +26,42 @@ COLOURS = {
 }
 
 
+Curve = Sequence[Sequence[float]]  # (seconds, percent) of its points
+
+
 def race(result: Result, figure: Figure) -> None:
     """A curve a method: accuracy against the seconds of its clock."""
     axes = figure.subplots()
-    for method, runs in by(result["runs"], "method").items():
-        colour = COLOURS.get(method)
+    runs = by(result["runs"], "method").items()
+    against_seconds(axes, {method: [run["points"] for run in own] for method, own in runs})
+    axes.set_title(f"{result['task']}, to {result['student']}")
+
+
+def gpu(result: Result, figure: Figure) -> None:
+    """A race a pair of networks, one beside the other."""
+    pairs = by([run for run in result["runs"] if run["failed"] is None], "pair")
+    for axes, (name, runs) in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs.items(), strict=True):
+        curves: dict[str, list[Curve]] = {}
         for run in runs:
-            axes.plot(*zip(*run["points"], strict=True), color=colour, linewidth=0.6, alpha=0.5)
-        axes.plot(*mean_curve([run["points"] for run in runs]), color=colour, linewidth=2, label=method)
-    axes.set(xlabel="seconds", ylabel="student accuracy, %", title=f"{result['task']}, to {result['student']}")
+            method = f"{run['method']}, {run['samples']:,} samples"
+            curves.setdefault(method, []).append([(at["seconds"], at["accuracy"]) for at in run["curve"]])
+        against_seconds(axes, curves)
+        axes.set_title(name)
+
+
+def against_seconds(axes: Axes, curves: Mapping[str, Sequence[Curve]]) -> None:
+    """The curves of each method, thin, and their mean."""
+    for method, own in curves.items():
+        colour = COLOURS.get(method.split(",")[0])
+        for curve in own:
+            axes.plot(*zip(*curve, strict=True), color=colour, linewidth=0.6, alpha=0.5)
+        axes.plot(*mean_curve(own), color=colour, linewidth=2, label=method)
+    axes.set(xlabel="seconds", ylabel="student accuracy, %")
     finish(axes)
     axes.legend(frameon=False)
 
 
-def mean_curve(curves: Sequence[Sequence[Sequence[float]]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def mean_curve(curves: Sequence[Curve]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Seconds, from the latest first point to the latest end, and the mean of the curves there, each to its own end."""
     first, last = max(curve[0][0] for curve in curves), max(curve[-1][0] for curve in curves)
     seconds = np.linspace(first, last, GRID)
@@ -91,11 +113,12 @@ DRAWN: dict[str, tuple[Callable[[Result, Figure], None], tuple[float, float]]] =
     "race": (race, (6.4, 4.2)),
     "buffer": (buffer, (6.4, 3.4)),
     "growth": (growth, (12.0, 5.2)),
+    "gpu": (gpu, (12.0, 4.2)),
 }
 
 
 def draw(results: Sequence[Result], folder: Path) -> list[Path]:
-    """Draw what there is, `KIND_TASK.svg` or `KIND_DEVICE.svg`; the same results give the same bytes."""
+    """Draw what there is, `KIND_NAME.svg`; the same results give the same bytes."""
     mpl.rcParams.update({"svg.hashsalt": "ssdkd", "svg.fonttype": "none", "font.size": 9})
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
@@ -105,10 +128,17 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
         how, inches = DRAWN[result["kind"]]
         figure = Figure(figsize=inches, layout="constrained")
         how(result, figure)
-        path = folder / f"{result['kind']}_{result.get('task') or result['device']}.svg"
+        path = folder / f"{result['kind']}_{name_of(result)}.svg"
         figure.savefig(path, metadata={"Date": None})
         drawn.append(path)
     return drawn
+
+
+def name_of(result: Result) -> str:
+    """What tells a figure from others of its kind: its task, its device, or the pairs, methods and buffers it shows."""
+    if result["kind"] == "gpu":
+        return "_".join(str(value) for key in ("pair", "method", "samples") for value in by(result["runs"], key))
+    return str(result.get("task") or result["device"])
 
 
 if __name__ == "__main__":
