@@ -4,8 +4,8 @@
     python -m benchmarks.buffer cifar --teacher FILE --test-images FOLDER
 
 FILE is a ResNet-20 of CIFAR-10, whose student is resnet8. 170 rounds make as many samples as the largest buffer holds.
-The budget is counted in rounds, so that a busy machine changes nothing; two of these commands, of other seeds, can
-share one result. Goes on where it was stopped.
+The budget is counted in rounds, so that a busy machine changes nothing; two of these commands, of other seeds or
+samples, can share one result. Goes on where it was stopped.
 """
 
 import argparse
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("task", choices=["demo", "cifar"])
     parser.add_argument("--teacher", type=Path)
     parser.add_argument("--test-images", type=Path)
+    parser.add_argument("--samples", type=int, nargs="*", default=SAMPLES)
     parser.add_argument("--rounds", type=int, default=170)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -62,7 +63,7 @@ def main() -> None:
     teacher = task.teacher()
     about = {"task": arguments.task, "teacher_accuracy": scorer(teacher, task.labelled())(teacher.module)}
     for seed in arguments.seeds:
-        for samples in SAMPLES:
+        for samples in arguments.samples:
             runs = unfinished(out, source).get("runs", [])
             if any((done["samples"], done["seed"]) == (samples, seed) for done in runs):
                 continue
