@@ -8,6 +8,7 @@ Needs matplotlib (`pip install -e ".[dev]"`). Lines are means over the seeds, an
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -39,7 +40,7 @@ def race(result: Result, figure: Figure) -> None:
 
 def gpu(result: Result, figure: Figure) -> None:
     """A race a pair of networks, one beside the other."""
-    pairs = by([run for run in result["runs"] if run["failed"] is None], "pair")
+    pairs = by(went_through(result), "pair")
     for axes, (name, runs) in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs.items(), strict=True):
         curves: dict[str, list[Curve]] = {}
         for run in runs:
@@ -47,6 +48,11 @@ def gpu(result: Result, figure: Figure) -> None:
             curves.setdefault(method, []).append([(at["seconds"], at["accuracy"]) for at in run["curve"]])
         against_seconds(axes, curves)
         axes.set_title(name)
+
+
+def went_through(result: Result) -> list[Mapping[str, Any]]:
+    """The runs of a GPU's result that did not fail."""
+    return [run for run in result["runs"] if run["failed"] is None]
 
 
 def against_seconds(axes: Axes, curves: Mapping[str, Sequence[Curve]]) -> None:
@@ -123,7 +129,7 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for result in results:
-        if result["kind"] not in DRAWN:
+        if result["kind"] not in DRAWN or (result["kind"] == "gpu" and not went_through(result)):
             continue
         how, inches = DRAWN[result["kind"]]
         figure = Figure(figsize=inches, layout="constrained")
@@ -137,7 +143,7 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
 def name_of(result: Result) -> str:
     """What tells a figure from others of its kind: its task, its device, or the pairs, methods and buffers it shows."""
     if result["kind"] == "gpu":
-        return "_".join(str(value) for key in ("pair", "method", "samples") for value in by(result["runs"], key))
+        return "_".join(str(value) for key in ("pair", "method", "samples") for value in by(went_through(result), key))
     return str(result.get("task") or result["device"])
 
 

@@ -3,6 +3,7 @@
     python -m benchmarks.gpu DATA --pack FOLDER        (any machine: train.npz and test.npz, 57 MB, to carry along)
     python -m benchmarks.gpu DATA --out FOLDER [--pairs wrn40_2-wrn16_2 ...] [--seeds 3] [--minutes 8] [--device cuda]
     python -m benchmarks.gpu DATA --out FOLDER --rivals fast-5 nayer --fast-dfkd CHECKOUT --nayer CHECKOUT ...
+    python -m benchmarks.gpu DATA --out FOLDER --without-graphs                (ours once more, without CUDA graphs)
     python -m benchmarks.gpu DATA --out FOLDER --buffer 500 2500 5000 10000      (the first pair, by size of the buffer)
 
 DATA holds train/ and test/, a folder a class, or what --pack made of them; the training images only make teachers that
@@ -15,6 +16,7 @@ FOLDER: teachers/NAME.pt, runs/PAIR-METHOD-SAMPLES-SEED.json, and gpu.json with 
 
 import argparse
 import copy
+import gc
 import json
 import shlex
 import sys
@@ -104,9 +106,11 @@ def run_ssdkd(job: Job, **changed: Any) -> dict[str, Any]:
     settings = settings_for("full", image_shape=spec.input_shape, **sized)
     state = begin(job.student, job.teacher, settings, seed=job.seed, compute=job.compute)
     if job.compute.device.type == "cuda":
+        gc.collect()  # the graphs of the run before
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(job.compute.device)
     kept, last = keep_students(state, job.seconds, job.size.points)
-    gigabytes = torch.cuda.max_memory_allocated(job.compute.device) / 1e9 if job.compute.device.type == "cuda" else None
+    gigabytes = torch.cuda.max_memory_reserved(job.compute.device) / 1e9 if job.compute.device.type == "cuda" else None
     curve = [{**about, "accuracy": job.evaluate(average)} for about, average in kept]
     return {
         "seconds": state.seconds,
@@ -123,7 +127,7 @@ def run_ssdkd(job: Job, **changed: Any) -> dict[str, Any]:
         "synthesized_per_second": state.round * settings.inversion_batch / state.seconds,
         "peak_memory_gb": gigabytes,
         "hurried": state.hurried,
-        "recordings": recordings(state),
+        "recordings": {name: step.refusal or step.replays for name, step in recordings(state).items()},
         "settings": asdict(settings),
     }
 

@@ -97,7 +97,7 @@ def measure(case: Case, device: str) -> dict[str, Any]:
     clock = [0.0, *(metrics.seconds for metrics in distill(state))]
     seconds = statistics.median(after - before for before, after in list(pairwise(clock))[UNTIMED:])
     if state.compute.device.type == "cuda":
-        peak_memory_mb = torch.cuda.max_memory_allocated() / 1e6
+        peak_memory_mb = torch.cuda.max_memory_reserved() / 1e6
     else:
         peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # it counts in KiB
     return {

@@ -36,6 +36,12 @@ def spread(values: Sequence[float], unit: str, digits: int) -> str:
     return f"{statistics.fmean(values):.{digits}f}{deviation}{unit}"
 
 
+def with_deviation(row: Mapping[str, Any], key: str, unit: str, digits: int) -> str:
+    """`84.20 ± 0.31 %` of a row that holds both."""
+    deviation = row[f"{key}_deviation"]
+    return f"{row[key]:.{digits}f}{f' ± {deviation:.{digits}f}' if deviation else ''}{unit}"
+
+
 def pair(runs: Runs, name: str, form: str, unit: str) -> str:
     """`teacher → student`: the means of teacher_<name> and student_<name>."""
     sides = [column(runs, f"{network}_{name}") for network in ("teacher", "student")]

@@ -199,7 +199,7 @@ def measure(name: str, batch: int, *, turns: int, turn_steps: int, compute: Comp
         "ratio_to_bare_without_teacher": medians["engine"] / medians["bare_without_teacher"],
         "teacher_forwards_per_draw": forwards,
         "ratio_to_bare_with_those": (medians["engine"] + forwards * teacher_ms) / medians["bare"],
-        "recording": state.gradients.status,
+        "recording": state.gradients.refusal or state.gradients.replays,
         "turns": turns,
         "steps_per_turn": turn_steps,
     }

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.markdown import UNKNOWN, Result, by, column, markdown, mean, pair, provenance, spread
+from benchmarks.markdown import UNKNOWN, Result, by, column, markdown, mean, pair, provenance, spread, with_deviation
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINE = "full"  # the variant that the others are compared with
@@ -43,7 +43,8 @@ INT8_SPEED_HEAD = (
 OURS, LEAST_RIVAL = "ssdkd", 60.0  # percent: a rival that ends below it is no measure
 RACE_HEAD = ("method", "seeds", "ended after", "student accuracy at the end", "ours gets there in")
 STEPS_HEAD = (
-    *("pair", "batch", "precision", "the engine's step, ms", "bare step, ms", "without teacher, ms"),
+    *("pair", "batch", "precision", "the engine's step, ms", "not as a CUDA graph", "bare step, ms"),
+    "without teacher, ms",
     *("throughput, of the bare step's", "the teacher's looks counted in", "of the one without teacher"),
 )
 STEP_RATIOS = ("bare", "bare_with_those", "bare_without_teacher")
@@ -235,7 +236,10 @@ def steps_table(results: Sequence[Result]) -> list[str]:
                 row["pair"],
                 str(row["batch"]),
                 row["precision"],
-                *(f"{row[f'{step}_ms']:.2f}" for step in ("engine", "bare", "bare_without_teacher")),
+                *(
+                    f"{row[f'{step}_ms']:.2f}" if f"{step}_ms" in row else UNKNOWN
+                    for step in ("engine", "engine_without_graphs", "bare", "bare_without_teacher")
+                ),
                 *(f"{100 / row[f'ratio_to_{step}']:.0f} %" for step in STEP_RATIOS),
             )
             for row in result["rows"]
@@ -291,22 +295,23 @@ def gpu_table(results: Sequence[Result]) -> list[str]:
     """A row a pair, method and buffer; the kind `gpu`."""
     lines: list[str] = []
     for result in results:
-        runs = [run for run in result["runs"] if run["failed"] is None]
-        groups: dict[tuple[str, str, int], list[Mapping[str, Any]]] = {}
-        for run in runs:
-            groups.setdefault((run["pair"], run["method"], run["samples"]), []).append(run)
         table = [
             (
-                name,
-                method,
-                f"{samples:,}",
-                str(len(found)),
-                spread(column(found, "teacher_accuracy")[:1], " %", 2),
-                spread(column(found, "student_accuracy"), " %", 2),
-                spread(column(found, "ratio_percent"), " %", 1),
-                spread(column(found, "seconds"), " s", 0),
+                row["pair"],
+                row["method"],
+                f"{row['samples']:,}",
+                str(row["seeds"]),
+                *(
+                    with_deviation(row, key, unit, digits)
+                    for key, unit, digits in (
+                        ("teacher_accuracy", " %", 2),
+                        ("student_accuracy", " %", 2),
+                        ("ratio_percent", " %", 1),
+                        ("seconds", " s", 0),
+                    )
+                ),
             )
-            for (name, method, samples), found in groups.items()
+            for row in result["summary"]
         ]
         lines += [*markdown(GPU_HEAD, table), "", provenance(result), ""]
     return lines[:-1]

@@ -1,4 +1,4 @@
-"""Where a run computes: the device and its precision. The only file of the engine that asks what the machine is."""
+"""Where a run computes: the device and its precision. The one file of the engine that asks what the machine is."""
 
 import contextlib
 from dataclasses import dataclass
@@ -27,6 +27,11 @@ class Compute:
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether the device can record work and repeat it (engine.recording)."""
+        return self.device.type == "cuda"
 
     def at_once(self, batch: int) -> int:
         """Images of a forward pass without gradients, where one with them has `batch`: a GPU wants as many as fit.

@@ -187,7 +187,7 @@ def teach(state: State, progress: float) -> Tensor:
     losses = torch.zeros(settings.student_steps, device=state.rng.device)
     for step in range(settings.student_steps):
         draw(state)
-        loss, divergences, *gradients = state.gradients()
+        (loss, divergences), gradients = state.gradients()
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         state.optimizer.step()

@@ -8,7 +8,7 @@ al., AAAI 2022; the step is that of Reptile, Nichol et al. 2018).
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ from engine.losses import (
     modulation,
     recorded_statistics,
 )
-from engine.recording import Outputs, Recorded, copied
+from engine.recording import Outputs, Recorded, laid_out_as
 from engine.source import Source
 from engine.task import Classification
 
@@ -46,27 +46,38 @@ class InversionLosses:
     adversarial: Tensor
 
 
-@dataclass
-class Inverter:
-    """The generator, its fast copy, and what an inner step reads, in memory that stays where it is."""
+@dataclass(frozen=True)
+class Problem:
+    """What an inner step reads, in memory that stays where it is."""
 
-    generator: Generator
     fast_generator: Generator
-    optimizer: torch.optim.Optimizer  # of the fast copy and the latents; it begins afresh each round
     latent: Tensor  # [B, L]
     targets: Tensor  # int64 [B], the class that each image shall show
     class_counts: Tensor  # int64 [K], the buffer's classes now
     adversarial_weight: Tensor  # scalar, of the term with the student
-    inner_step: dict[bool, Recorded]  # whether the student is asked -> losses and gradients of an inner step
-    student: nn.Module
+    teacher: nn.Module
+    student: nn.Module | None
+    task: Classification
     prior: BatchNormPrior | None
     normalization: Normalization
     settings: DistillationSettings
     compute: Compute
 
 
-def new_inverter(source: Source, student: nn.Module, *, settings: DistillationSettings, compute: Compute) -> Inverter:
-    """A fresh generator of images for `source`, whose network is frozen and in eval mode, and for `student`.
+@dataclass(frozen=True)
+class Inverter:
+    """The generator, and what its fast copy is fitted with in each round."""
+
+    generator: Generator
+    problem: Problem
+    optimizer: torch.optim.Optimizer  # of the fast copy and the latents; it begins afresh each round
+    inner_step: Mapping[bool, Recorded]  # whether the student is asked -> losses and gradients
+
+
+def new_inverter(
+    source: Source, student: nn.Module | None, *, settings: DistillationSettings, compute: Compute
+) -> Inverter:
+    """A fresh generator of images for `source`, whose network is frozen and in eval mode, and for `student`, if any.
 
     Both networks are on the device of `compute`.
     """
@@ -76,28 +87,35 @@ def new_inverter(source: Source, student: nn.Module, *, settings: DistillationSe
         return generator.to(compute.device).to(memory_format=torch.channels_last)
 
     generator, fast = build().requires_grad_(False), build()
-    device, count, task = compute.device, settings.inversion_batch, source.task
-    latent = torch.zeros(count, settings.generator_latent, device=device, requires_grad=True)
-    rates: list[dict[str, Any]] = [{"params": [*fast.parameters()]}, {"params": [latent], "lr": settings.latent_rate}]
-    inverter = Inverter(
-        generator,
-        fast,
-        torch.optim.Adam(rates, lr=settings.generator_rate, betas=ADAM_BETAS, fused=True),
-        latent,
+    device, count = compute.device, settings.inversion_batch
+    problem = Problem(
+        fast_generator=fast,
+        latent=torch.zeros(count, settings.generator_latent, device=device, requires_grad=True),
         targets=torch.zeros(count, dtype=torch.int64, device=device),
-        class_counts=torch.zeros(task.classes, dtype=torch.int64, device=device),
+        class_counts=torch.zeros(source.task.classes, dtype=torch.int64, device=device),
         adversarial_weight=torch.zeros((), device=device),
-        inner_step={},
+        teacher=source.network,
         student=student,
+        task=source.task,
         prior=batchnorm_prior(source.batchnorm_layers) if source.batchnorm_layers else None,
         normalization=normalization(source.mean, source.std, device),
         settings=settings,
         compute=compute,
     )
-    for asks_student in (False, True):
-        step = partial(losses_and_gradients, inverter, source.network, task, asks_student=asks_student)
-        inverter.inner_step[asks_student] = Recorded(step, device, enabled=settings.cuda_graphs)
-    return inverter
+    rates: list[dict[str, Any]] = [
+        {"params": [*fast.parameters()]},
+        {"params": [problem.latent], "lr": settings.latent_rate},
+    ]
+    recorded = settings.cuda_graphs and compute.has_graphs
+    return Inverter(
+        generator,
+        problem,
+        torch.optim.Adam(rates, lr=settings.generator_rate, betas=ADAM_BETAS, fused=True),
+        {
+            asked: Recorded(partial(losses_and_gradients, problem, asks_student=asked), device, enabled=recorded)
+            for asked in (False, True)
+        },
+    )
 
 
 def invert(
@@ -115,66 +133,71 @@ def invert(
     Returns:
         uint8 [B, H, W, C] and the losses.
     """
-    fast, latent, settings = inverter.fast_generator, inverter.latent, inverter.settings
+    problem = inverter.problem
+    fast, latent, settings = problem.fast_generator, problem.latent, problem.settings
     parameters: list[Tensor] = list(fast.parameters())
     inner_step = inverter.inner_step[adversarial_weight > 0]
     with torch.no_grad():
         torch._foreach_copy_(parameters, [*inverter.generator.parameters()])
         latent.normal_(generator=rng)
-        inverter.targets.copy_(targets)
-        inverter.class_counts.copy_(class_counts)
-        inverter.adversarial_weight.fill_(adversarial_weight)
+        problem.targets.copy_(targets)
+        problem.class_counts.copy_(class_counts)
+        problem.adversarial_weight.fill_(adversarial_weight)
     restart(inverter.optimizer)
-    with evaluating(inverter.student):
+    with evaluating(problem.student):
         for _ in range(settings.inversion_steps):
-            total, prior_loss, target_loss, adversarial_loss, *gradients = inner_step()
+            losses, gradients = inner_step()
             for variable, gradient in zip([*parameters, latent], gradients, strict=True):
                 variable.grad = gradient
             inverter.optimizer.step()
     with torch.no_grad():
         if settings.meta:
             torch._foreach_lerp_([*inverter.generator.parameters()], parameters, settings.meta_rate)
-        with inverter.compute.autocast():
+        with problem.compute.autocast():
             images = to_bytes(fast(latent))
-    return images, InversionLosses(*copied((total, prior_loss, target_loss, adversarial_loss)))
+    return images, InversionLosses(*(term.clone() for term in losses))
 
 
-def losses_and_gradients(
-    inverter: Inverter, teacher: nn.Module, task: Classification, *, asks_student: bool
-) -> Outputs:
+def losses_and_gradients(problem: Problem, *, asks_student: bool) -> Outputs:
     """L_inv, its terms before their weights, and its gradients by the fast generator's parameters and the latents."""
-    fast, latent, prior, settings = inverter.fast_generator, inverter.latent, inverter.prior, inverter.settings
-    with recorded_statistics(prior.layers if prior else ()) as recorded, inverter.compute.autocast():
-        inputs = normalize(fast(latent), inverter.normalization)
-        teacher_logits = teacher(inputs)
-        student_logits = inverter.student(inputs) if asks_student else teacher_logits
+    fast, latent, prior, settings = problem.fast_generator, problem.latent, problem.prior, problem.settings
+    task, student = problem.task, problem.student if asks_student else None
+    with recorded_statistics(prior.layers if prior else ()) as recorded, problem.compute.autocast():
+        inputs = normalize(fast(latent), problem.normalization)
+        teacher_logits = problem.teacher(inputs)
+        student_logits = teacher_logits if student is None else student(inputs)
     prior_loss = image_prior_loss(inputs) if prior is None else batchnorm_loss(prior, flat_statistics(prior, recorded))
-    target_loss = task.target_loss(teacher_logits, inverter.targets).mean()
+    target_loss = task.target_loss(teacher_logits, problem.targets).mean()
     adversarial_loss = target_loss.new_zeros(())
-    if asks_student:
-        phi = sample_weights(teacher_logits.detach(), task, inverter.class_counts, settings)
+    if student is not None:
+        phi = sample_weights(teacher_logits.detach(), task, problem.class_counts, settings)
         agree = task.agreement(teacher_logits, student_logits)
         divergence = task.discrepancy(teacher_logits, student_logits, temperature=1.0)
         adversarial_loss = -(phi * agree * divergence).mean()
     loss = (
         settings.batchnorm_weight * prior_loss
         + settings.class_weight * target_loss
-        + inverter.adversarial_weight * adversarial_loss
+        + problem.adversarial_weight * adversarial_loss
     )
-    gradients = torch.autograd.grad(loss, [*fast.parameters(), latent])
-    return (*(term.detach() for term in (loss, prior_loss, target_loss, adversarial_loss)), *gradients)
+    variables = [*fast.parameters(), latent]
+    gradients = laid_out_as(variables, torch.autograd.grad(loss, variables))
+    return Outputs(tuple(term.detach() for term in (loss, prior_loss, target_loss, adversarial_loss)), gradients)
 
 
 @torch.no_grad()
 def restart(optimizer: torch.optim.Optimizer) -> None:
     """Forget all steps so far: every moment and every count is 0 again, in the same memory."""
-    for values in optimizer.state.values():
-        torch._foreach_zero_([*values.values()])
+    kept = [tensor for values in optimizer.state.values() for tensor in values.values()]
+    if kept:
+        torch._foreach_zero_(kept)
 
 
 @contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Within the context the module is in eval mode; then in the mode that it was in."""
+def evaluating(module: nn.Module | None) -> Iterator[None]:
+    """Within the context the module, if there is one, is in eval mode; then in the mode that it was in."""
+    if module is None:
+        yield
+        return
     was_training = module.training
     module.eval()
     try:

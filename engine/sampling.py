@@ -42,7 +42,7 @@ def synthesize(
     teacher.to(compute.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     settings = replace(settings, class_weight=CLASS_WEIGHT)
     rng = torch.Generator(compute.device).manual_seed(seed)
-    inverter = new_inverter(source, teacher, settings=settings, compute=compute)
+    inverter = new_inverter(source, None, settings=settings, compute=compute)
     counts = torch.zeros(task.classes, dtype=torch.int64, device=compute.device)
     rounds = rounds_for(number, settings)
     for index in range(rounds):

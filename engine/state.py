@@ -73,7 +73,7 @@ def start(
         batch,
         buffer,
         task=task,
-        normalization=inverter.normalization,
+        normalization=inverter.problem.normalization,
         temperature=settings.temperature,
         compute=compute,
     )
@@ -84,19 +84,19 @@ def start(
         average=copy.deepcopy(student).eval().requires_grad_(False),
         optimizer=new_optimizer(student, inherited, settings),
         batch=batch,
-        gradients=Recorded(gradients, device, enabled=settings.cuda_graphs),
+        gradients=Recorded(gradients, device, enabled=settings.cuda_graphs and compute.has_graphs),
         inverter=inverter,
         buffer=buffer,
         held_out=replay.empty_buffer(settings.held_out, image_shape, views=1, classes=task.classes, device=device),
         task=task,
-        normalization=inverter.normalization,
+        normalization=inverter.problem.normalization,
         settings=settings,
         compute=compute,
         rng=torch.Generator(device).manual_seed(seed),
     )
 
 
-def recordings(state: State) -> dict[str, str]:
-    """How each step that a GPU can record is run, by name: "replayed", "called", or why it is only called."""
-    steps = {"inversion": state.inverter.inner_step[True], "teaching": state.gradients}
-    return {name: step.status for name, step in steps.items()}
+def recordings(state: State) -> dict[str, Recorded]:
+    """Each step that a GPU can record, by name."""
+    inner = state.inverter.inner_step
+    return {"inversion in the warm-up": inner[False], "inversion": inner[True], "teaching": state.gradients}

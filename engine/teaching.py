@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from engine.config import DistillationSettings
 from engine.device import Compute
 from engine.images import Normalization, render, to_input
-from engine.recording import Outputs
+from engine.recording import Outputs, laid_out_as
 from engine.replay import ReplayBuffer
 from engine.task import Classification
 
@@ -63,15 +63,19 @@ def loss_and_gradients(
     temperature: float,
     compute: Compute,
 ) -> Outputs:
-    """The weighted loss, each sample's divergence [B], and the gradient of each of `learning_parameters`."""
+    """The weighted loss, each sample's divergence [B], and the gradient of each of `learning_parameters`.
+
+    The gradient of a parameter that has no part in the logits is zero.
+    """
     slots, weights = batch.slots, batch.weights
     inputs = to_input(render(buffer.images, slots, buffer.views[slots, batch.views]), normalization)
     with compute.autocast():
         student_logits = student(inputs)
     divergences = task.discrepancy(buffer.logits[slots, batch.views], student_logits, temperature)
     loss = (weights / weights.mean() * divergences).mean()
-    gradients = torch.autograd.grad(loss, learning_parameters(student), materialize_grads=True)
-    return loss.detach(), divergences.detach(), *gradients
+    parameters = learning_parameters(student)
+    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+    return Outputs((loss.detach(), divergences.detach()), laid_out_as(parameters, gradients))
 
 
 def rate_factor(progress: float) -> float:

@@ -172,8 +172,11 @@ def describe_distillation(state: State, *, held_out_samples: int, seed: int) -> 
 
 def run_warnings(state: State) -> list[str]:
     """What the user must know of a distillation that went through."""
-    unrecorded = {step: why for step, why in recordings(state).items() if ":" in why}
-    slow = [f"{step} takes longer than it could on this GPU: {why}" for step, why in unrecorded.items()]
+    slow = [
+        f"{name} is slower than it could be on this GPU, its steps are launched kernel by kernel: {step.refusal}"
+        for name, step in recordings(state).items()
+        if step.refusal
+    ]
     return [*prior_warnings(class_histogram(state)), *([NOT_REPEATABLE] if state.hurried else []), *slow]
 
 

@@ -16,7 +16,7 @@ from engine.config import DistillationSettings
 from engine.device import Compute
 from engine.distill import RoundMetrics, averaged_student, class_histogram, distill
 from engine.errors import NonFiniteLossError
-from engine.images import render, to_input
+from engine.images import random_views, render, to_input
 from engine.source import Source
 from engine.state import State, start
 from engine.task import Classification
@@ -171,6 +171,20 @@ def test_the_buffer_holds_what_the_teacher_says(finished: tuple[State, list[Roun
     assert (state.buffer.views[:, 1:] != 0).any()
 
 
+@pytest.mark.parametrize("at_once", [3, 50, 1000])
+def test_the_teacher_says_the_same_however_many_views_it_gets_at_once(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = begin()
+    images = torch.randint(256, (5, 16, 16, 1), generator=state.rng, dtype=torch.uint8)
+    views = random_views(5, 4, 3, state.rng)
+    usual = loop.teacher_logits(state, images, views)
+    monkeypatch.setattr(Compute, "at_once", lambda compute, batch: at_once)
+    torch.testing.assert_close(loop.teacher_logits(state, images, views), usual)
+    seen = render(images, torch.arange(5), views[:, 2])
+    torch.testing.assert_close(usual[:, 2], state.teacher(to_input(seen, state.normalization)))
+
+
 def test_the_student_learns_what_the_teacher_says() -> None:
     state = begin(rounds=12, student_steps=12, student_rate=0.05)
 
@@ -195,7 +209,7 @@ def test_other_sizes_and_channels(image_shape: tuple[int, int, int]) -> None:
 def test_a_teacher_without_batchnorm_runs() -> None:
     teacher = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES))
     state, metrics = finish(teacher=teacher)
-    assert state.inverter.prior is None
+    assert state.inverter.problem.prior is None
     assert all(math.isfinite(item.inversion_loss) and item.prior_loss > 0 for item in metrics)
 
 

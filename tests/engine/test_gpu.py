@@ -17,8 +17,9 @@ from engine.batchnorm import batchnorm_layers
 from engine.config import settings_for
 from engine.device import choose_device
 from engine.distill import averaged_student, class_histogram, distill
+from engine.errors import SSDKDError
 from engine.losses import ChannelStatistics
-from engine.recording import alike, copied
+from engine.recording import TIDIES_UP, alike
 from engine.source import Source
 from engine.state import State, recordings, start
 from engine.task import Classification
@@ -68,10 +69,10 @@ def tensors_of(state: State) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name in ("teacher", "student", "average"):
         found |= {f"{name}.{key}": value for key, value in getattr(state, name).state_dict().items()}
-    for name in ("generator", "fast_generator"):
-        network = getattr(state.inverter, name)
+    problem = state.inverter.problem
+    for name, network in (("generator", state.inverter.generator), ("fast_generator", problem.fast_generator)):
         found |= {f"{name}.{key}": value for key, value in network.state_dict().items()}
-    for name, owner in (("buffer", state.buffer), ("held_out", state.held_out), ("prior", state.inverter.prior)):
+    for name, owner in (("buffer", state.buffer), ("held_out", state.held_out), ("prior", problem.prior)):
         values = vars(owner).items()
         found |= {f"{name}.{key}": value for key, value in values if isinstance(value, Tensor)}
     found |= {"mean": state.normalization.mean, "std": state.normalization.std}
@@ -137,64 +138,88 @@ def test_inverting_and_remembering_never_wait_for_the_device(
 # Recorded steps
 
 
-def test_both_steps_are_replayed_after_a_smoke_run(finished: tuple[State, list[loop.RoundMetrics]]) -> None:
-    assert recordings(finished[0]) == {"inversion": "replayed", "teaching": "replayed"}
+def test_all_steps_are_replayed_after_a_smoke_run(finished: tuple[State, list[loop.RoundMetrics]]) -> None:
+    for name, step in recordings(finished[0]).items():
+        assert step.replays, (name, step.refusal)
 
 
 def test_without_cuda_graphs_every_kernel_is_launched_anew() -> None:
     state = begin("cuda", cuda_graphs=False)
     list(distill(state))
-    assert recordings(state) == {"inversion": "called", "teaching": "called"}
+    assert not any(step.replays or step.refusal for step in recordings(state).values())
 
 
 def test_a_replayed_step_gives_what_the_plain_call_gives(finished: tuple[State, list[loop.RoundMetrics]]) -> None:
     state, _ = finished
+    problem = state.inverter.problem
     for _ in range(3):  # of several batches: a graph that had kept the first would be noticed
         loop.draw(state)
-        replayed = copied(state.gradients())
-        assert alike(replayed, state.gradients.function())
+        expected = state.gradients.function()
+        assert alike(state.gradients(), expected)
     state.student.eval()
-    for weight in (0.0, 1.0):
-        state.inverter.latent.detach().normal_(generator=state.rng)
-        state.inverter.adversarial_weight.fill_(weight)
-        step = state.inverter.inner_step[True]
-        assert alike(copied(step()), step.function())
+    for asked, weight in ((False, 0.0), (True, 1.0), (True, 0.5)):
+        problem.latent.detach().normal_(generator=state.rng)
+        problem.adversarial_weight.fill_(weight)
+        expected = state.inverter.inner_step[asked].function()
+        assert alike(state.inverter.inner_step[asked](), expected)
 
 
 def test_recorded_runs_learn_as_well_as_plain_ones(finished: tuple[State, list[loop.RoundMetrics]]) -> None:
-    plain = list(distill(begin("cuda", cuda_graphs=False)))
-    replayed = finished[1]
-    assert replayed[-1].prior_loss == pytest.approx(plain[-1].prior_loss, rel=0.3)
-    assert replayed[-1].distillation_loss == pytest.approx(plain[-1].distillation_loss, rel=0.3)
+    plain, replayed = list(distill(begin("cuda", cuda_graphs=False))), finished[1]
+    assert replayed[-1].prior_loss < 2 * plain[-1].prior_loss
+    assert replayed[-1].distillation_loss < 2 * plain[-1].distillation_loss
 
 
-class ReadsAValue(nn.Module):
+class Stubborn(nn.Module):
     """A student that a graph cannot hold."""
 
-    def __init__(self) -> None:
+    def __init__(self, how: str) -> None:
         super().__init__()
+        torch.manual_seed(1)
         self.network = resnet_cifar(CLASSES, CHANNELS, depth=8, width=8)
+        self.how = how
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.network(images)
-        return logits * (1.0 if logits.abs().max().item() >= 0 else 0.0)
+        if self.how == "reads a value":
+            return logits * (1.0 if logits.abs().max().item() >= 0 else 0.0)
+        torch.cuda.synchronize()  # which no check but the recording itself notices
+        return logits
 
 
 def test_a_student_that_reads_a_value_is_taught_without_a_graph() -> None:
-    state = begin("cuda", student=ReadsAValue())
+    state = begin("cuda", student=Stubborn("reads a value"))
     metrics = list(distill(state))
-    assert all(why.startswith("called: it cannot be recorded") for why in recordings(state).values())
+    assert all("cannot be recorded" in str(recordings(state)[name].refusal) for name in ("inversion", "teaching"))
+    assert metrics[-1].distillation_loss < metrics[state.settings.warmup_rounds].distillation_loss
+
+
+@pytest.mark.skipif(not TIDIES_UP, reason="a failed recording stops the run in this PyTorch: tested below")
+def test_a_recording_that_fails_leaves_the_device_in_order() -> None:
+    state = begin("cuda", student=Stubborn("synchronizes"))
+    metrics = list(distill(state))
+    assert recordings(state)["teaching"].refusal
     assert metrics[-1].distillation_loss < metrics[state.settings.warmup_rounds].distillation_loss
     assert torch.rand(3, device="cuda").isfinite().all()  # the device's own generator still works
+    again = begin("cuda")
+    list(distill(again))
+    assert recordings(again)["teaching"].replays
 
 
-def test_dropout_draws_anew_in_each_replay() -> None:
+@pytest.mark.skipif(TIDIES_UP, reason="this PyTorch goes on after a failed recording: tested above")
+def test_a_recording_that_fails_stops_an_older_pytorch_and_says_what_to_type() -> None:
+    with pytest.raises(SSDKDError, match="could not be recorded") as caught:
+        list(distill(begin("cuda", student=Stubborn("synchronizes"))))
+    assert "cuda_graphs = false" in caught.value.hint
+
+
+def test_dropout_is_replayed_and_draws_anew() -> None:
     student = nn.Sequential(resnet_cifar(CLASSES, CHANNELS, depth=8, width=8), nn.Dropout(0.5))
     state = begin("cuda", student=student)
     list(distill(state))
+    assert recordings(state)["teaching"].replays, recordings(state)["teaching"].refusal
     state.student.train()
-    losses = {float(state.gradients()[0]) for _ in range(4)}
-    assert len(losses) == 4, recordings(state)
+    assert len({float(state.gradients().losses[0]) for _ in range(4)}) == 4
 
 
 def test_waiting_would_be_noticed() -> None:
@@ -207,8 +232,8 @@ def test_products_are_computed_in_half_precision_and_weights_kept_in_float32(
     finished: tuple[State, list[loop.RoundMetrics]],
 ) -> None:
     state, _ = finished
-    expected = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    assert state.compute.autocast_dtype == expected
+    expected = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    assert state.compute.autocast_dtype == (None if expected == torch.float32 else expected)
     with torch.no_grad(), state.compute.autocast():
         logits = state.student(torch.randn(4, CHANNELS, PIXELS, PIXELS, device="cuda"))
     assert logits.dtype == expected

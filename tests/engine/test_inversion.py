@@ -62,8 +62,7 @@ def inverter_of(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         inverter = new_inverter(source, student, settings=dataclasses.replace(SETTINGS, **changed), compute=compute)
-    inverter.generator = generator or inverter.generator
-    return inverter
+    return dataclasses.replace(inverter, generator=generator or inverter.generator)
 
 
 def run(
@@ -219,7 +218,7 @@ def test_the_meta_step_moves_the_generator_so_that_the_next_round_starts_nearer(
 def test_the_generator_follows_its_fast_copy_by_the_meta_rate(teacher: nn.Module, student: nn.Module) -> None:
     before = state_of(inverter_of(teacher, student).generator)
     _, _, inverter = run(teacher, student, meta_rate=0.25)
-    fast = dict(inverter.fast_generator.named_parameters())
+    fast = dict(inverter.problem.fast_generator.named_parameters())
     for name, parameter in inverter.generator.named_parameters():
         torch.testing.assert_close(parameter, before[name] + 0.25 * (fast[name] - before[name]), rtol=1e-4, atol=1e-6)
     assert not same(before, state_of(inverter.generator))

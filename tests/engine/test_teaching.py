@@ -1,0 +1,111 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine import replay
+from engine.config import DistillationSettings
+from engine.device import Compute
+from engine.images import normalization, render, to_input
+from engine.recording import Outputs
+from engine.replay import ReplayBuffer
+from engine.task import Classification
+from engine.teaching import Batch, empty_batch, learning_parameters, loss_and_gradients, new_optimizer
+
+CPU = torch.device("cpu")
+CLASSES = 4
+CONSTANTS = normalization((0.5,), (0.25,), CPU)
+SETTINGS = DistillationSettings(student_rate=0.1, inherited_rate=0.1)
+
+
+class StandardisedConv(nn.Conv2d):
+    """Its weight is reshaped before it is used, as weight-standardised networks do: its gradient has another layout."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = self.weight.reshape(1, len(self.weight), -1)
+        weight = F.batch_norm(rows, None, None, training=True).reshape_as(self.weight)
+        return F.conv2d(images, weight, self.bias, self.stride, self.padding)
+
+
+def student() -> nn.Module:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.ReLU(), StandardisedConv(6, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4)
+    )
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.fixture
+def drawn() -> tuple[ReplayBuffer, Batch]:
+    rng = torch.Generator().manual_seed(0)
+    buffer = replay.empty_buffer(32, (1, 12, 12), views=2, classes=CLASSES, device=CPU)
+    images = torch.randint(256, (32, 12, 12, 1), generator=rng, dtype=torch.uint8)
+    views = torch.randint(2, (32, 2, 3), generator=rng)
+    logits, classes = torch.randn(32, 2, CLASSES, generator=rng), torch.randint(CLASSES, (32,), generator=rng)
+    replay.add(buffer, torch.arange(32), images, views, logits, classes, torch.rand(32, generator=rng))
+    batch = empty_batch(8, CPU)
+    batch.slots.copy_(torch.arange(3, 11))
+    batch.views.copy_(torch.arange(8) % 2)
+    batch.weights.copy_(torch.linspace(0.2, 3.0, 8))
+    return buffer, batch
+
+
+def outputs(network: nn.Module, drawn: tuple[ReplayBuffer, Batch]) -> Outputs:
+    buffer, batch = drawn
+    return loss_and_gradients(
+        network,
+        batch,
+        buffer,
+        task=Classification(CLASSES),
+        normalization=CONSTANTS,
+        temperature=4.0,
+        compute=Compute(CPU, None),
+    )
+
+
+def test_loss_and_gradients_are_those_of_backward(drawn: tuple[ReplayBuffer, Batch]) -> None:
+    buffer, batch = drawn
+    network = student()
+    (loss, divergences), gradients = outputs(network, drawn)
+    seen = render(buffer.images, batch.slots, buffer.views[batch.slots, batch.views])
+    known = buffer.logits[batch.slots, batch.views]
+    each = Classification(CLASSES).discrepancy(known, network(to_input(seen, CONSTANTS)), 4.0)
+    expected = (batch.weights * each).sum() / batch.weights.sum()
+    expected.backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(divergences, each.detach())
+    torch.testing.assert_close(loss, expected.detach())
+    for parameter, gradient in zip(learning_parameters(network), gradients, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)
+
+
+def test_a_fused_step_moves_a_student_as_the_plain_one_does(drawn: tuple[ReplayBuffer, Batch]) -> None:
+    network = student()
+    plain = copy.deepcopy(network)
+    fused = new_optimizer(network, frozenset(), SETTINGS)
+    usual = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True, foreach=False)
+    for _ in range(3):
+        for moved, optimizer in ((network, fused), (plain, usual)):
+            for parameter, gradient in zip(learning_parameters(moved), outputs(moved, drawn).gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+    before = student()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(network.state_dict()[name], value)
+        assert not torch.equal(value, before.state_dict()[name]), name
+
+
+def test_every_gradient_has_the_layout_of_its_parameter(drawn: tuple[ReplayBuffer, Batch]) -> None:
+    network = student()
+    for parameter, gradient in zip(learning_parameters(network), outputs(network, drawn).gradients, strict=True):
+        assert gradient.stride() == parameter.stride()
+
+
+def test_a_parameter_without_a_part_in_the_logits_has_a_gradient_of_zero(drawn: tuple[ReplayBuffer, Batch]) -> None:
+    network = student()
+    network.register_parameter("unused", nn.Parameter(torch.ones(3)))
+    network.register_parameter("frozen", nn.Parameter(torch.ones(3), requires_grad=False))
+    gradients = outputs(network, drawn).gradients
+    assert len(gradients) == len(list(network.parameters())) - 1
+    assert any(torch.equal(gradient, torch.zeros(3)) for gradient in gradients)
