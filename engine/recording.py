@@ -1,8 +1,8 @@
 """A computation that a GPU records once and then repeats by itself.
 
 A step of a small network is hundreds of short kernels, and the host takes longer to launch them than the GPU to run
-them. As a CUDA graph they are one launch (engine.device says which devices have them). A recording counts only if it gives what the plain call gives on the next
-batch; else the plain call stays, and `refusal` says why.
+them. As a CUDA graph they are one launch. A recording counts only if it gives what the plain call gives on the next
+batch; else the plain call stays, and `refusal` says why. Which devices have graphs, engine.device says.
 """
 
 import functools
