@@ -58,7 +58,7 @@ PAIRS = {
 }
 SAMPLES = 5000  # a tenth of the training images
 RUN_OVERHEAD_SECONDS = 15.0  # of a run: building, and looking at the test images afterwards
-SAME = ("seconds_limit", "rounds", "tiny", "commit")  # what runs of one result must share, beside the GPU and torch
+SAME = ("seconds_limit", "rounds_limit", "tiny", "commit")  # what runs of one result share, beside GPU and torch
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ def run_pair(
     seconds = arguments.seconds or run_seconds(arguments.minutes, len(jobs), size.schedule.seconds)
     if seconds <= 0:
         sys.exit(f"{arguments.minutes} minutes are too few for a teacher and {len(jobs)} runs: give more --minutes")
-    about = {**source, "pair": pair, "seconds_limit": seconds, "rounds": arguments.rounds, "tiny": arguments.tiny}
+    about = {**source, "pair": pair, "seconds_limit": seconds, "rounds_limit": arguments.rounds, "tiny": arguments.tiny}
     done = finished(out, about, [name_of(pair, *job) for job in jobs])
     left = [job for job in jobs if name_of(pair, *job) not in done]
     if not left:

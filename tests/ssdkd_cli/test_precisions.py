@@ -53,7 +53,8 @@ def losing(monkeypatch: pytest.MonkeyPatch) -> Any:
     return until
 
 
-def test_where_nothing_is_lost_the_ranges_are_enough(subject: Subject) -> None:
+def test_where_nothing_is_lost_the_ranges_are_enough(subject: Subject, losing: Any) -> None:
+    losing(0)  # x86 without VNNI saturates and loses some
     graph = int8(subject)
     assert graph.lost <= most_lost(200)
     assert graph.integer_share == 1.0
