@@ -19,15 +19,14 @@ from numpy.typing import NDArray
 from benchmarks.markdown import Result, by
 from benchmarks.tables import GROWTH_NAMES, OURS, ROOT, read_results
 
+Curve = Sequence[Sequence[float]]  # (seconds, percent) of its points
+
 GRID = 200  # points of a mean curve
 FOLDER = ROOT / "docs" / "figures"
 COLOURS = {
     **{OURS: "#d1495b", "SSD-KD off": "#edae49", "ssdkd afresh": "#b58db6"},
     **{"fast-2": "#8cb9bd", "fast-5": "#30638e", "fast-10": "#003d5b", "nayer": "#5b8e7d"},
 }
-
-
-Curve = Sequence[Sequence[float]]  # (seconds, percent) of its points
 
 
 def race(result: Result, figure: Figure) -> None:

@@ -10,9 +10,7 @@ from engine.errors import SSDKDError
 NATIVE_BFLOAT16 = (
     8  # first compute capability (Ampere) that multiplies bfloat16; older GPUs emulate it, slower than float32
 )
-
-
-BATCHES_AT_ONCE = 8  # of a GPU in a forward pass that keeps no gradients
+BATCHES_AT_ONCE = 8  # of a GPU in a forward pass that keeps no gradients; not measured
 
 
 @dataclass(frozen=True)
