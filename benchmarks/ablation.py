@@ -7,17 +7,15 @@ float student's accuracy on the demo's 2,000 test images; nothing is chosen by i
 """
 
 import argparse
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.common import RESULTS, provenance, save, unfinished
-from benchmarks.race import DEMO, PLAIN, begin, scorer
-from engine.config import EFFORTS, settings_for
-from engine.device import choose_device
-from engine.distill import averaged_student, distill
+from benchmarks.race import DEMO, PLAIN, run_rounds, scorer
+from engine.config import EFFORTS
+from engine.distill import averaged_student
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -36,13 +34,7 @@ def run(changed: dict[str, Any], *, rounds: int, seed: int) -> dict[str, Any]:
     """One distillation of the demo; accuracies in percent."""
     teacher = DEMO.teacher()
     score = scorer(teacher, DEMO.labelled())
-    sized = {"rounds": rounds, "samples": DEMO.samples, **changed}
-    started = time.perf_counter()
-    settings = settings_for("quick", image_shape=teacher.spec.input_shape, **sized)
-    state = begin(DEMO.student, teacher, settings, seed=seed, compute=choose_device("cpu"))
-    for metrics in distill(state):
-        last = metrics
-    seconds = time.perf_counter() - started
+    last, state = run_rounds(DEMO, rounds=rounds, seed=seed, changed=changed)
     teacher_accuracy, student_accuracy = score(teacher.module), score(averaged_student(state))
     return {
         "seed": seed,
@@ -50,7 +42,7 @@ def run(changed: dict[str, Any], *, rounds: int, seed: int) -> dict[str, Any]:
         "student_accuracy": student_accuracy,
         "ratio_percent": 100 * student_accuracy / teacher_accuracy,
         "class_balance": last.class_balance,
-        "seconds": seconds,
+        "seconds": last.seconds,
     }
 
 

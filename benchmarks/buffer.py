@@ -16,28 +16,22 @@ import torch
 
 from benchmarks.common import RESULTS, provenance, save, unfinished
 from benchmarks.cpu import CIFAR_STUDENT
-from benchmarks.race import DEMO, Task, begin, scorer
-from engine.config import settings_for
-from engine.device import choose_device
-from engine.distill import averaged_student, distill
+from benchmarks.race import DEMO, Task, run_rounds, scorer
+from engine.distill import averaged_student
 
 SAMPLES = (500, 2500, 5000, 10_000)
 
 
 def run(task: Task, *, samples: int, rounds: int, seed: int) -> dict[str, Any]:
     """One distillation; accuracy in percent. A buffer of more samples than were `made` never filled."""
-    teacher = task.teacher()
-    settings = settings_for("full", image_shape=teacher.spec.input_shape, samples=samples, rounds=rounds)
-    state = begin(task.student, teacher, settings, seed=seed, compute=choose_device("cpu"))
-    for metrics in distill(state):
-        last = metrics
+    last, state = run_rounds(task, rounds=rounds, seed=seed, changed={"samples": samples})
     return {
         "samples": samples,
         "seed": seed,
         "made": state.buffer.added,
         "seconds": last.seconds,
         "agreement": last.agreement,
-        "accuracy": scorer(teacher, task.labelled())(averaged_student(state)),
+        "accuracy": scorer(task.teacher(), task.labelled())(averaged_student(state)),
     }
 
 

@@ -17,7 +17,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from benchmarks.markdown import Result, by
-from benchmarks.tables import GROWTH_NAMES, OURS, ROOT, read_results
+from benchmarks.tables import ROOT, read_results
+from benchmarks.tables_of_accuracy import OURS
+from benchmarks.tables_of_cost import GROWTH_NAMES
 
 Curve = Sequence[Sequence[float]]  # (seconds, percent) of its points
 

@@ -1,4 +1,4 @@
-"""One distillation of ours on a fixed budget of seconds, looked at as it runs; the task and the rivals are given.
+"""One distillation of ours: on a budget of seconds, looked at as it runs, or of rounds; the task and rivals are given.
 
 The clock is the engine's own: it runs from the first round to the last and stands still while the student is scored.
 """
@@ -12,7 +12,7 @@ from torch import nn
 
 from engine.config import DistillationSettings, settings_for
 from engine.device import Compute, choose_device
-from engine.distill import averaged_student, distill
+from engine.distill import RoundMetrics, averaged_student, distill
 from engine.inheritance import inherit
 from engine.source import source_of
 from engine.state import State, start
@@ -104,3 +104,14 @@ def run_own(
                 break  # the clock stands still until the next round is asked for
         points.append(Point(state.seconds, score(averaged_student(state))))
     return points, state
+
+
+def run_rounds(task: Task, *, rounds: int, seed: int, changed: Mapping[str, Any]) -> tuple[RoundMetrics, State]:
+    """A run of so many rounds, in which a busy machine changes nothing but the seconds: last metrics and state."""
+    teacher = task.teacher()
+    sized = {"samples": task.samples, "rounds": rounds, **changed}
+    settings = settings_for("full", image_shape=teacher.spec.input_shape, **sized)
+    state = begin(task.student, teacher, settings, seed=seed, compute=choose_device("cpu"))
+    for metrics in distill(state):
+        last = metrics
+    return last, state

@@ -128,6 +128,16 @@ BUFFER = {
         for samples, seed, accuracy in ((5000, 0, 70.0), (5000, 1, 72.0), (500, 0, 69.0))
     ],
 }
+SETTINGS = {
+    **{"kind": "settings", "command": "python -m benchmarks.settings demo", **ABOUT, "task": "demo"},
+    "runs": [
+        {"changed": changed, "rounds": 50, "seed": seed, "accuracy": accuracy, "agreement": 80.0}
+        for changed, seed, accuracy in (
+            *(({}, 0, 70.0), ({}, 1, 72.0)),
+            *(({"gamma": 2.0}, 0, 71.0), ({"gamma": 2.0}, 1, 71.0), ({"beta": 0.0, "priority": False}, 1, 73.0)),
+        )
+    ],
+}
 CASE = {"samples": 500, "classes": 10, "pixels": 32, "teacher": "resnet20", "teacher_parameters": 269722, "batch": 64}
 GROWTH = {
     **{"kind": "growth", "command": "python -m benchmarks.growth", **ABOUT},
@@ -163,7 +173,10 @@ def project(root: Path, *results: dict[str, object]) -> Path:
         "<!-- int8 --><!-- /int8 -->\n<!-- int8-speed --><!-- /int8-speed -->\n"
     )
     (root / "docs" / "benchmarks.md").write_text(
-        "".join(f"<!-- {marker} --><!-- /{marker} -->\n" for marker in ("race", "steps", "buffer", "growth", "gpu"))
+        "".join(
+            f"<!-- {marker} --><!-- /{marker} -->\n"
+            for marker in ("race", "steps", "buffer", "settings", "growth", "gpu")
+        )
     )
     (root / "docs" / "method.md").write_text("<!-- ablation --><!-- /ablation -->\nafter\n")
     return root
@@ -239,6 +252,9 @@ def test_a_rival_is_reached_at_the_accuracy_where_it_ends_and_not_at_its_best(tm
     [
         (STEPS, "| demo | 64 | bfloat16 | 10.00 | – | 9.00 | 8.00 | 90 % | 83 % | 80 % |"),
         (BUFFER, "| 500 | 1 | 69.00 % | 86.2 % | -2.00 points |"),
+        (SETTINGS, "| nothing | 2 | 71.00 ± 1.41 % | – | – | 80.0 % |"),
+        (SETTINGS, "| gamma 2.0 | 2 | 71.00 % | 0.00 ± 1.41 points | 1 of 2 | 80.0 % |"),
+        (SETTINGS, "| beta 0.0, priority False | 1 | 73.00 % | 1.00 points | 1 of 1 | 80.0 % |"),
         (GROWTH, "| buffer, samples | 500 | 64 | 1.50 | 1.20 | 1,234 |"),
         (GROWTH, "| teacher | resnet20 (269,722) | 64 | 1.50 | 1.20 | 1,234 |"),
     ],
@@ -249,7 +265,7 @@ def test_rows_of_the_other_benchmarks(tmp_path: Path, result: dict[str, object],
 
 
 def test_writing_again_changes_nothing(tmp_path: Path) -> None:
-    tables.write_tables(project(tmp_path, DEMO, ABLATION, INT8, INT8_SPEED, RACE, STEPS, BUFFER, GROWTH))
+    tables.write_tables(project(tmp_path, DEMO, ABLATION, INT8, INT8_SPEED, RACE, STEPS, BUFFER, SETTINGS, GROWTH))
     pages = [tmp_path / "README.md", *(tmp_path / "docs").iterdir()]
     once = [page.read_text() for page in pages]
     tables.write_tables(tmp_path)
