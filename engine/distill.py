@@ -21,7 +21,7 @@ from engine.replay import ReplayBuffer
 from engine.state import State
 from engine.teaching import averaged_tensors, learning_parameters, rate_factor, update_average
 
-HELD_OUT_SHARE = 16  # one new image in this many is held out
+HELD_OUT_SHARE = 8  # one new image in this many is held out
 MEASURED = 256  # of the newest held-out samples, each round: more would cost a tenth of it
 
 
@@ -110,7 +110,8 @@ def synthesize(state: State, targets: Tensor, progress: float) -> tuple[Tensor, 
     """A batch of images for these targets, uint8 [B, H, W, C].
 
     The adversarial term waits for the warm-up to end, then falls with the run: a student that hardly moves any more
-    could not learn from the samples that fool it.
+    could not learn from the samples that fool it. Images that will be held out are spared it: they are to forecast
+    what the student is worth, not to find where it fails.
     """
     if not state.settings.inversion:
         return random_images(state, len(targets))
@@ -119,6 +120,7 @@ def synthesize(state: State, targets: Tensor, progress: float) -> tuple[Tensor, 
         targets,
         class_counts=replay.class_counts(state.buffer, state.task.classes),
         adversarial_weight=state.settings.adversarial_weight * (1 - progress) if is_taught(state) else 0.0,
+        spared=held_out_number(state, len(targets)),
         rng=state.rng,
     )
 
@@ -131,9 +133,14 @@ def random_images(state: State, number: int) -> tuple[Tensor, InversionLosses]:
     return images, InversionLosses(*torch.zeros(4, device=device))
 
 
+def held_out_number(state: State, number: int) -> int:
+    """How many of `number` new images, the first ones, are held out from training."""
+    return min(max(1, number // HELD_OUT_SHARE), state.held_out.capacity)
+
+
 @torch.no_grad()
 def remember(state: State, images: Tensor) -> None:
-    """Put new images in the place of the least valuable samples; every sixteenth is held out from training.
+    """Put new images in the place of the least valuable samples; every eighth is held out from training.
 
     The teacher looks at the views of an image here and never again: what the student learns from it is kept beside it.
     """
@@ -142,7 +149,7 @@ def remember(state: State, images: Tensor) -> None:
     views[:, 0] = 0  # the image itself
     logits = teacher_logits(state, images, views)
     classes, confidences = state.task.predict(logits[:, 0])
-    held_out = min(max(1, len(images) // HELD_OUT_SHARE), state.held_out.capacity)
+    held_out = held_out_number(state, len(images))
     for buffer, part in ((state.held_out, slice(held_out)), (state.buffer, slice(held_out, None))):
         kept = slice(buffer.views.shape[1])
         values = kept_values(state, buffer)

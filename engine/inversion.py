@@ -54,7 +54,7 @@ class Problem:
     latent: Tensor  # [B, L]
     targets: Tensor  # int64 [B], the class that each image shall show
     class_counts: Tensor  # int64 [K], the buffer's classes now
-    adversarial_weight: Tensor  # scalar, of the term with the student
+    adversarial_weights: Tensor  # float32 [B], of each image's term with the student
     teacher: nn.Module
     student: nn.Module | None
     task: Classification
@@ -93,7 +93,7 @@ def new_inverter(
         latent=torch.zeros(count, settings.generator_latent, device=device, requires_grad=True),
         targets=torch.zeros(count, dtype=torch.int64, device=device),
         class_counts=torch.zeros(source.task.classes, dtype=torch.int64, device=device),
-        adversarial_weight=torch.zeros((), device=device),
+        adversarial_weights=torch.zeros(count, device=device),
         teacher=source.network,
         student=student,
         task=source.task,
@@ -119,7 +119,13 @@ def new_inverter(
 
 
 def invert(
-    inverter: Inverter, targets: Tensor, *, class_counts: Tensor, adversarial_weight: float, rng: torch.Generator
+    inverter: Inverter,
+    targets: Tensor,
+    *,
+    class_counts: Tensor,
+    adversarial_weight: float,
+    spared: int = 0,
+    rng: torch.Generator,
 ) -> tuple[Tensor, InversionLosses]:
     """One batch of synthetic images.
 
@@ -128,6 +134,7 @@ def invert(
         targets: int64 [B], the class that each image shall show; B is the settings' `inversion_batch`.
         class_counts: int64 [K], the buffer's classes now.
         adversarial_weight: of the term with the student; at 0 the student is not asked.
+        spared: the first so many images are made without that term.
         rng: on the device.
 
     Returns:
@@ -142,7 +149,7 @@ def invert(
         latent.normal_(generator=rng)
         problem.targets.copy_(targets)
         problem.class_counts.copy_(class_counts)
-        problem.adversarial_weight.fill_(adversarial_weight)
+        problem.adversarial_weights.fill_(adversarial_weight)[:spared].zero_()
     restart(inverter.optimizer)
     with evaluating(problem.student):
         for _ in range(settings.inversion_steps):
@@ -168,20 +175,21 @@ def losses_and_gradients(problem: Problem, *, asks_student: bool) -> Outputs:
         student_logits = teacher_logits if student is None else student(inputs)
     prior_loss = image_prior_loss(inputs) if prior is None else batchnorm_loss(prior, flat_statistics(prior, recorded))
     target_loss = task.target_loss(teacher_logits, problem.targets).mean()
-    adversarial_loss = target_loss.new_zeros(())
+    adversarial_losses = target_loss.new_zeros(len(latent))
     if student is not None:
         phi = sample_weights(teacher_logits.detach(), task, problem.class_counts, settings)
         agree = task.agreement(teacher_logits, student_logits)
         divergence = task.discrepancy(teacher_logits, student_logits, temperature=1.0)
-        adversarial_loss = -(phi * agree * divergence).mean()
+        adversarial_losses = -phi * agree * divergence
     loss = (
         settings.batchnorm_weight * prior_loss
         + settings.class_weight * target_loss
-        + problem.adversarial_weight * adversarial_loss
+        + (problem.adversarial_weights * adversarial_losses).mean()
     )
     variables = [*fast.parameters(), latent]
     gradients = laid_out_as(variables, torch.autograd.grad(loss, variables))
-    return Outputs(tuple(term.detach() for term in (loss, prior_loss, target_loss, adversarial_loss)), gradients)
+    terms = (loss, prior_loss, target_loss, adversarial_losses.mean())
+    return Outputs(tuple(term.detach() for term in terms), gradients)
 
 
 @torch.no_grad()

@@ -137,10 +137,16 @@ def correct_biases(
         layer.bias -= error / counts[name]
 
 
+@torch.no_grad()
+def float_logits(module: nn.Module, images: Tensor, *, normalization: Normalization, batch: int) -> Tensor:
+    """What `module` says of `images` uint8 [N, H, W, C], `batch` at a time: float32 [N, K]."""
+    return torch.cat([module(to_input(part, normalization)).float() for part in images.split(batch)])
+
+
 def quantization_aware(
     module: nn.Module,
     images: Tensor,
-    teacher_logits: Tensor,
+    wanted: Tensor,
     ranges: Ranges,
     grid: Grid,
     *,
@@ -151,13 +157,16 @@ def quantization_aware(
     rng: torch.Generator,
     steps: int = STEPS,
 ) -> Iterator[float]:
-    """Train `module` in place to be right on the grid: distillation as in the run, with every layer rounded.
+    """Train `module` in place to say on the grid what the float network says: distillation, with every layer rounded.
+
+    Not from the teacher: a student that agrees better with it on the few samples here was worse on photographs
+    (docs/experiments.md), and the file is to compute what the student computes.
 
     Args:
         module: on the device of `rng`, in eval mode: BatchNorm keeps its statistics. All is float32: bfloat16 would
             round once more.
         images: uint8 [N, H, W, C], synthetic samples on the same device.
-        teacher_logits: float32 [N, K], what the teacher says of each.
+        wanted: float32 [N, K], the logits of each before anything was rounded, from `float_logits`.
         ranges: from `observed_ranges`; they stay.
         grid: the integers.
         task, normalization, temperature: as in the distillation.
@@ -179,7 +188,7 @@ def quantization_aware(
                 group["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
             drawn = torch.randint(len(images), (batch,), generator=rng, device=rng.device)
             logits = module(to_input(images[drawn], normalization))
-            loss = task.discrepancy(teacher_logits[drawn], logits, temperature).mean()
+            loss = task.discrepancy(wanted[drawn], logits, temperature).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -199,13 +208,11 @@ def sensitivities(
 ) -> dict[str, float]:
     """How far each layer, rounded alone, moves the logits: mean squared error over `images`, the worst layer first."""
 
-    def logits() -> Tensor:
-        return torch.cat([module(to_input(part, normalization)).float() for part in images.split(batch)])
-
-    exact, moved = logits(), {}
+    exact, moved = float_logits(module, images, normalization=normalization, batch=batch), {}
     for name in ranges:
         with fake_quantized(module, ranges, grid, only=(name,)):
-            moved[name] = float(F.mse_loss(logits(), exact))
+            rounded = float_logits(module, images, normalization=normalization, batch=batch)
+        moved[name] = float(F.mse_loss(rounded, exact))
     return dict(sorted(moved.items(), key=lambda item: item[1], reverse=True))
 
 

@@ -112,7 +112,7 @@ def test_metrics_count_what_was_done(finished: tuple[State, list[RoundMetrics]])
     assert [item.phase for item in metrics] == ["warm-up", "distill", "distill", "distill"]
     assert [item.steps for item in metrics] == [0, 3, 6, 9]
     assert [item.images_seen for item in metrics] == [0, 48, 96, 144]
-    assert [item.buffer_size for item in metrics] == [30, 60, 64, 64]  # 2 of 32 are held out
+    assert [item.buffer_size for item in metrics] == [28, 56, 64, 64]  # 4 of 32 are held out
     assert (state.round, state.steps, state.images_seen) == (4, 9, 144)
 
 
@@ -330,15 +330,15 @@ def test_without_the_meta_step_the_generator_stays() -> None:
 
 def test_without_replay_the_buffer_grows_and_forgets_nothing() -> None:
     state, metrics = finish(replay=False)
-    assert [item.buffer_size for item in metrics] == [30, 60, 90, 120]
-    assert state.buffer.capacity >= 120
-    assert state.buffer.born[:120].tolist() == list(range(120))
+    assert [item.buffer_size for item in metrics] == [28, 56, 84, 112]
+    assert state.buffer.capacity >= 112
+    assert state.buffer.born[:112].tolist() == list(range(112))
 
 
 def test_with_replay_some_early_samples_stay_and_some_go(finished: tuple[State, list[RoundMetrics]]) -> None:
     born = set(finished[0].buffer.born.tolist())
     assert len(born) == 64
-    assert set(range(90, 120)) <= born  # the newest are all there
+    assert set(range(84, 112)) <= born  # the newest are all there
     assert 0 < len(born & set(range(60))) < 60
 
 
@@ -437,15 +437,15 @@ def test_without_phi_the_oldest_samples_go_first() -> None:
     state = crowded(diversity=False, difficulty=False)
     assert loop.kept_values(state, state.buffer).tolist() == list(range(64))
     born = finish(diversity=False, difficulty=False)[0].buffer.born
-    assert sorted(born.tolist()) == list(range(56, 120))
+    assert sorted(born.tolist()) == list(range(48, 112))
 
 
 def test_remembering_replaces_easy_samples_of_crowded_classes() -> None:
     state = crowded()
     loop.remember(state, torch.randint(256, (16, 16, 16, 1), dtype=torch.uint8, generator=state.rng))
     replaced = [slot for slot, born in enumerate(state.buffer.born.tolist()) if born >= 64]
-    assert replaced == list(range(49, 64))  # the most confident of class 0; one of 16 is held out
-    assert state.held_out.size == 1
+    assert replaced == list(range(50, 64))  # the most confident of class 0; two of 16 are held out
+    assert state.held_out.size == 2
 
 
 @pytest.mark.parametrize(
@@ -474,8 +474,8 @@ def test_held_out_samples_are_never_in_the_buffer(monkeypatch: pytest.MonkeyPatc
     for _ in distill(state):
         trained |= rows(state.buffer.images[: state.buffer.size])
         held_out |= rows(state.held_out.images[: state.held_out.size])
-    assert len(held_out) == 12  # two of 32 a round
-    assert state.held_out.born.tolist() == [8, 9, 10, 11, 4, 5, 6, 7]  # the newest eight
+    assert len(held_out) == 24  # four of 32 a round
+    assert state.held_out.born.tolist() == [16, 17, 18, 19, 20, 21, 22, 23]  # the newest eight
     assert not trained & held_out
 
 

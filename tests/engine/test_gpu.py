@@ -159,7 +159,7 @@ def test_a_replayed_step_gives_what_the_plain_call_gives(finished: tuple[State, 
     state.student.eval()
     for asked, weight in ((False, 0.0), (True, 1.0), (True, 0.5)):
         problem.latent.detach().normal_(generator=state.rng)
-        problem.adversarial_weight.fill_(weight)
+        problem.adversarial_weights.fill_(weight)
         expected = state.inverter.inner_step[asked].function()
         assert alike(state.inverter.inner_step[asked](), expected)
 
