@@ -34,6 +34,7 @@ from ssdkd_cli.precisions import (
     float_graph,
     half_graph,
     integer_graph,
+    loses_too_much,
     most_lost,
     predictions,
 )
@@ -135,7 +136,7 @@ def _graph(
     qat, fallback = (target.qat, target.fallback) if is_asked else ("off", False)
     with console.stage("int8", "quantizing, calibrated on synthetic samples") as done:
         graph = integer_graph(subject, exported, Integers(target.scheme, qat, fallback, compute, seed))
-        done("; ".join(graph.notes), good=graph.lost <= most_lost(len(subject.samples.held_out)))
+        done("; ".join(graph.notes), good=not loses_too_much(graph, len(subject.samples.held_out)))
     return graph
 
 
@@ -164,17 +165,8 @@ def _write_and_prove(graph: Graph, subject: Subject, folder: Path, *, is_asked: 
             done(f"{path}, {size(unproven.stat().st_size)}")
         samples = subject.samples.held_out[: None if graph.precision == "int8" else PROOF_SAMPLES]
         with console.stage("proof", f"running {path.name} on {len(samples)} held-out synthetic samples") as done:
-            source = graph.module or subject.module  # corrected and trained networks have logits of their own
-            found = verify(source, unproven, samples, mean=card.mean, std=card.std, precision=graph.precision)
-            if graph.module and found.verified:
-                of_file = predictions(subject, open_runtime(unproven).run)
-                found = replace(found, agreement=100 * float((of_file == subject.predicted).mean()))
-            allowed = most_lost(len(subject.samples.held_out))
-            if found.verified and graph.precision == "int8" and graph.lost > allowed:
-                loss = (
-                    f"it loses {graph.lost:.2f} points of agreement with the teacher; at most {allowed:.2f} may be lost"
-                )
-                found = replace(found, verified=False, reason=f"{loss}; {found.reason}")
+            found = verify(subject.module, unproven, samples, mean=card.mean, std=card.std, precision=graph.precision)
+            found = _with_loss(found, graph, len(subject.samples.held_out))
             found = replace(found, reason=found.reason.replace(unproven.name, path.name))
             done(found.reason, good=bool(found.verified))
         if not found.verified and not is_asked:
@@ -184,6 +176,20 @@ def _write_and_prove(graph: Graph, subject: Subject, folder: Path, *, is_asked: 
     if not found.verified:
         console.warn(f"the file is not proven to compute what the student computes: it was set aside as {path.name}")
     return Proven(path, "onnx", "onnxruntime", graph, found)
+
+
+def _with_loss(found: Verification, graph: Graph, samples: int) -> Verification:
+    """`found`, and a word on what an INT8 file loses against the teacher; where that is too much it is not verified."""
+    allowed = most_lost(samples)
+    if not found.verified or graph.loss.points <= allowed:
+        return found
+    is_too_much = loses_too_much(graph, samples)
+    verdict = "" if is_too_much else f", which {samples} samples cannot tell from as much"
+    loss = (
+        f"it loses {graph.loss.points:.2f} points of agreement with the teacher; at most {allowed:.2f} may be "
+        f"lost{verdict}"
+    )
+    return replace(found, verified=not is_too_much, reason=f"{loss}; {found.reason}")
 
 
 @contextlib.contextmanager
@@ -263,8 +269,7 @@ def _verify_plan(plan: Path, proof: Proven, sidecar: Sidecar, subject: Subject) 
         return Verification(None, f"{NOT_RUN}: {error.message}; {proof.path.name}, its source, is verified", None, None)
     precision, card = proof.graph.precision, subject.card
     samples = subject.samples.held_out[: None if precision == "int8" else PROOF_SAMPLES]
-    source = proof.graph.module or subject.module
-    return verify(source, plan, samples, mean=card.mean, std=card.std, precision=precision)
+    return verify(subject.module, plan, samples, mean=card.mean, std=card.std, precision=precision)
 
 
 def score_file(runtime: Runtime, labelled: LabelledImages) -> float:

@@ -5,6 +5,7 @@ distillation with every layer on the integers' grid; the layers that lose most l
 """
 
 import copy
+import math
 import tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,6 +26,7 @@ from engine.quantization import (
     Grid,
     Ranges,
     correct_biases,
+    float_logits,
     observed_ranges,
     quantization_aware,
     quantized_layers,
@@ -40,6 +42,7 @@ from exporters.verify import LIMITS
 from ssdkd_cli.runs import Samples, StudentCard
 
 MOST_LOST = 0.5  # points of agreement with the teacher that an INT8 file may lose against the float student
+CONFIDENCE = 1.645  # standard deviations: 95 % of a normal distribution lie below
 CALIBRATION_IMAGES = 512  # that ranges are taken from: more widen them and gain nothing (docs/quantization.md)
 SENSITIVITY_IMAGES = 128
 UNTRAINABLE = ("its layers are a graph's operations: they can be neither corrected nor trained nor left in float32",)
@@ -69,19 +72,30 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Graph:
-    """An ONNX model in one precision, and what was done for it.
+class Loss:
+    """Points of agreement with the teacher that a file loses against the float network, on held-out samples.
 
-    `lost`: points of agreement with the teacher against the float network, on held-out samples; 0 for fp32 and fp16.
+    `doubt`: how many points chance alone would make at most, in 95 of 100 cases, of as many predictions that became
+    right or wrong (McNemar 1947).
     """
+
+    points: float = 0.0
+    doubt: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{abs(self.points):.2f} points of agreement {'lost' if self.points >= 0 else 'gained'}"
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An ONNX model in one precision, and what was done for it; fp32 and fp16 lose nothing that is looked at."""
 
     precision: str
     model: onnx.ModelProto
     integer_share: float = 0.0  # of the multiply-accumulates, 0 to 1
-    lost: float = 0.0
+    loss: Loss = Loss()
     float_layers: tuple[str, ...] = ()  # of an INT8 graph
     notes: tuple[str, ...] = ()
-    module: nn.Module | None = None  # what it was made of, where that is no longer the network itself
 
 
 @dataclass(frozen=True)
@@ -143,18 +157,18 @@ def integer_graph(subject: Subject, exported: onnx.ModelProto, integers: Integer
     allowed = most_lost(len(subject.samples.held_out))
     module, graph = subject.module, judged(subject, exported, integers, "calibrated on synthetic samples")
     if not quantized_layers(module):
-        is_wanted = graph.lost > allowed or integers.qat == "on"
+        is_wanted = graph.loss.points > allowed or integers.qat == "on"
         return replace(graph, notes=(*graph.notes, *UNTRAINABLE)) if is_wanted else graph
-    if graph.lost > allowed:
+    if graph.loss.points > allowed:
         changed = corrected(subject, module, integers)
         module, graph = better(subject, module, graph, changed, integers, "biases corrected")
-    if integers.qat == "on" or (integers.qat == "auto" and graph.lost > allowed):
+    if integers.qat == "on" or (integers.qat == "auto" and graph.loss.points > allowed):
         try:
             changed, done = aware(subject, module, integers), f"{STEPS} steps of quantization-aware distillation"
             module, graph = better(subject, module, graph, changed, integers, done, keep=integers.qat == "on")
         except NonFiniteLossError as error:
             graph = replace(graph, notes=(*graph.notes, f"{error.message}; it was left out"))
-    if graph.lost > allowed and integers.fallback:
+    if graph.loss.points > allowed and integers.fallback:
         graph = with_float_layers(subject, module, graph, integers)
     return graph
 
@@ -168,10 +182,21 @@ def judged(
     with tempfile.TemporaryDirectory(prefix="ssdkd-") as folder:
         path = Path(folder) / "int8.onnx"
         onnx.save(model, path)
-        predicted = predictions(subject, open_runtime(path).run)
-    lost = agreement(subject, subject.predicted) - agreement(subject, predicted)
-    note = f"{done}: {abs(lost):.2f} points of agreement {'lost' if lost >= 0 else 'gained'}"
-    return Graph("int8", model, integer_share(model), lost, float_layers, (note,))
+        loss = loss_of(subject, predictions(subject, open_runtime(path).run))
+    return Graph("int8", model, integer_share(model), loss, float_layers, (f"{done}: {loss}",))
+
+
+def loss_of(subject: Subject, predicted: NDArray[np.int64]) -> Loss:
+    """What a file loses that predicts these classes [M] of the held-out samples."""
+    teachers, number = subject.samples.held_out_logits.argmax(1), len(predicted)
+    lost = int(((subject.predicted == teachers) & (predicted != teachers)).sum())
+    gained = int(((subject.predicted != teachers) & (predicted == teachers)).sum())
+    return Loss(100 * (lost - gained) / number, 100 * CONFIDENCE * math.sqrt(lost + gained) / number)
+
+
+def loses_too_much(graph: Graph, samples: int) -> bool:
+    """Whether it loses more than `most_lost`, and more than chance makes of so few samples."""
+    return graph.loss.points - graph.loss.doubt > most_lost(samples)
 
 
 def graph_names(subject: Subject, layers: tuple[str, ...]) -> tuple[str, ...]:
@@ -202,8 +227,8 @@ def better(
 ) -> tuple[nn.Module, Graph]:
     """The changed module and its graph where that loses less, or is to be kept anyway; the notes tell of both cases."""
     other = judged(subject, float_graph(subject, changed), integers, done)
-    if other.lost < graph.lost or keep:
-        return changed, replace(other, notes=(*graph.notes, *other.notes), module=changed)
+    if other.loss.points < graph.loss.points or keep:
+        return changed, replace(other, notes=(*graph.notes, *other.notes))
     return module, replace(graph, notes=(*graph.notes, f"{other.notes[0]}, no gain: it was left out"))
 
 
@@ -217,15 +242,15 @@ def corrected(subject: Subject, module: nn.Module, integers: Integers) -> nn.Mod
 
 
 def aware(subject: Subject, module: nn.Module, integers: Integers) -> nn.Module:
-    """A copy that was distilled on the grid. Raises NonFiniteLossError."""
+    """A copy that was distilled on the grid from the float network. Raises NonFiniteLossError."""
     copied, constants, batch = on_device(module, subject, integers)
-    device = integers.compute.device
-    few = calibration_images(subject, integers.compute, CALIBRATION_IMAGES)
+    device, images = integers.compute.device, calibration_images(subject, integers.compute)
+    original, _, _ = on_device(subject.module, subject, integers)
     steps = quantization_aware(
         copied,
-        calibration_images(subject, integers.compute),
-        torch.from_numpy(subject.samples.calibration_logits).to(device),
-        observed_ranges(copied, few, normalization=constants, batch=batch),
+        images,
+        float_logits(original, images, normalization=constants, batch=batch),
+        observed_ranges(copied, images[:CALIBRATION_IMAGES], normalization=constants, batch=batch),
         integers.grid,
         task=Classification(subject.card.classes),
         normalization=constants,
@@ -255,8 +280,8 @@ def with_float_layers(subject: Subject, module: nn.Module, graph: Graph, integer
         other = judged(subject, exported, integers, said, layers)
         if other.integer_share < LEAST_INTEGER_SHARE:
             break
-        if other.lost <= most_lost(len(subject.samples.held_out)):
-            return replace(other, notes=(*graph.notes, *other.notes), module=graph.module)
+        if other.loss.points <= most_lost(len(subject.samples.held_out)):
+            return replace(other, notes=(*graph.notes, *other.notes))
         number *= 2
     return replace(graph, notes=(*graph.notes, "leaving the worst layers in float32 did not bring it back"))
 

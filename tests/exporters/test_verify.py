@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from exporters.metadata import PREFIX, metadata_for
 from exporters.precision import Scheme, to_fp16, to_int8
-from exporters.runtimes import to_input
+from exporters.runtimes import predictor, to_input
 from exporters.to_onnx import WithPreprocessing, write_onnx
-from exporters.verify import Verification, verify
+from exporters.verify import LIMITS, Verification, _compare, _matches, _swapped_classes, verify
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 SHAPE = (3, 8, 8)
@@ -361,3 +361,16 @@ def test_wrong_weights_are_found_in_every_precision(
     failed = verify(other, other_precisions[precision], samples, mean=MEAN, std=STD, precision=precision)
     assert failed.verified is False
     assert "are not the student's" in failed.reason or "changed places" in failed.reason
+
+
+def test_int8_may_move_a_single_logit_far_and_no_class_as_a_whole(network: nn.Module, samples: Samples) -> None:
+    reference = predictor(network)(to_input(samples, MEAN, STD))
+    spread, limits = reference.std(axis=0).mean(), LIMITS["int8"]
+    one_logit, one_class, swapped = reference.copy(), reference.copy(), reference[:, [1, 0, *range(2, 5)]]
+    one_logit[0, 2] += 2 * spread
+    one_class[:, 2] += 0.6 * spread
+    assert _matches(reference, one_logit, limits)
+    assert not _matches(reference, one_class, limits)
+    assert not _matches(reference, one_logit, LIMITS["fp16"])
+    assert _swapped_classes(reference, swapped, limits) == "classes have changed places (0 holds 1, 1 holds 0)"
+    assert "rms error" in _compare(reference, one_logit, limits).reason

@@ -13,7 +13,18 @@ from engine.device import choose_device
 from engine.teacher import load_teacher
 from exporters.precision import Scheme
 from ssdkd_cli import precisions, runs
-from ssdkd_cli.precisions import Graph, Integers, Subject, float_graph, half_graph, integer_graph, most_lost
+from ssdkd_cli.precisions import (
+    Graph,
+    Integers,
+    Loss,
+    Subject,
+    float_graph,
+    half_graph,
+    integer_graph,
+    loses_too_much,
+    loss_of,
+    most_lost,
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +56,7 @@ def losing(monkeypatch: pytest.MonkeyPatch) -> Any:
         ) -> Graph:
             graph = judged(subject, exported, integers, done, float_layers)
             lost = 9.0 if len(float_layers) < layers else 0.0
-            return dataclasses.replace(graph, lost=lost, notes=(f"{done}: {lost} points lost",))
+            return dataclasses.replace(graph, loss=Loss(lost), notes=(f"{done}: {lost} points lost",))
 
         monkeypatch.setattr(precisions, "judged", worse)
         monkeypatch.setattr(precisions, "STEPS", 3)
@@ -56,7 +67,7 @@ def losing(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_where_nothing_is_lost_the_ranges_are_enough(subject: Subject, losing: Any) -> None:
     losing(0)  # x86 without VNNI saturates and loses some
     graph = int8(subject)
-    assert graph.lost <= most_lost(200)
+    assert graph.loss.points <= most_lost(200)
     assert graph.integer_share == 1.0
     assert graph.float_layers == ()
     assert len(graph.notes) == 1
@@ -65,7 +76,7 @@ def test_where_nothing_is_lost_the_ranges_are_enough(subject: Subject, losing: A
 
 def test_float16_needs_no_steps(subject: Subject) -> None:
     graph = half_graph(float_graph(subject))
-    assert (graph.precision, graph.notes, graph.lost) == ("fp16", (), 0.0)
+    assert (graph.precision, graph.notes, graph.loss) == ("fp16", (), Loss())
 
 
 def test_the_step_that_helps_is_kept(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,11 +84,11 @@ def test_the_step_that_helps_is_kept(subject: Subject, monkeypatch: pytest.Monke
 
     def first_is_bad(*given: Any) -> Graph:
         calls.append(given)
-        return dataclasses.replace(judged(*given), lost=9.0 if len(calls) == 1 else 0.25)
+        return dataclasses.replace(judged(*given), loss=Loss(9.0 if len(calls) == 1 else 0.25))
 
     monkeypatch.setattr(precisions, "judged", first_is_bad)
     graph = int8(subject)
-    assert graph.lost == 0.25
+    assert graph.loss.points == 0.25
     assert [note.partition(":")[0] for note in graph.notes] == ["calibrated on synthetic samples", "biases corrected"]
 
 
@@ -93,21 +104,21 @@ def test_every_step_is_tried_in_turn_and_said(subject: Subject, losing: Any) -> 
     kept = {tensor.name for tensor in graph.model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
     assert {f"{name}.weight" for name in graph.float_layers} <= kept
     assert graph.integer_share < 1.0
-    assert graph.lost == 0.0
+    assert graph.loss.points == 0.0
 
 
 def test_without_fallback_no_layer_is_swapped(subject: Subject, losing: Any) -> None:
     losing(1)
     graph = int8(subject, qat="off", fallback=False)
     assert graph.float_layers == ()
-    assert graph.lost == 9.0
+    assert graph.loss.points == 9.0
     assert not any("distillation" in note for note in graph.notes)
 
 
 def test_a_fallback_that_would_leave_too_little_in_integers_is_not_taken(subject: Subject, losing: Any) -> None:
     losing(99)
     graph = int8(subject, qat="off")
-    assert graph.lost == 9.0
+    assert graph.loss.points == 9.0
     assert graph.notes[-1] == "leaving the worst layers in float32 did not bring it back"
 
 
@@ -131,3 +142,25 @@ def test_few_samples_cannot_show_half_a_point() -> None:
     assert most_lost(1024) == 0.5
     assert most_lost(16) == pytest.approx(6.25)
     assert most_lost(3) == pytest.approx(10)  # with one of three lost the proof would reject the file
+
+
+def test_the_loss_is_net_and_its_doubt_grows_with_what_turned(subject: Subject) -> None:
+    teachers = subject.samples.held_out_logits.argmax(1)
+    assert loss_of(subject, subject.predicted) == Loss(0.0, 0.0)
+    wrong = teachers.copy()
+    wrong[:9] = (teachers[:9] + 1) % subject.card.classes  # of 200, all of which were right
+    assert loss_of(subject, wrong) == Loss(4.5, pytest.approx(100 * 1.645 * 3 / 200))
+
+
+@pytest.mark.parametrize(
+    ("loss", "is_too_much"),
+    [
+        (Loss(1.5, 1.2), False),  # 4 of 264 lost, none gained: may be chance
+        (Loss(1.5, 0.9), True),
+        (Loss(0.5, 0.0), False),
+        (Loss(-3.0, 0.0), False),
+    ],
+)
+def test_a_loss_counts_that_chance_does_not_explain(subject: Subject, loss: Loss, is_too_much: bool) -> None:
+    graph = dataclasses.replace(half_graph(float_graph(subject)), precision="int8", loss=loss)
+    assert loses_too_much(graph, 264) is is_too_much
