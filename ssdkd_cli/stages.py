@@ -203,9 +203,9 @@ def export(
         raise SSDKDError(
             f"{' '.join(given)} describe a teacher's file; {source} is a run, which knows its own", "leave them out"
         )
-    target = again.beside_what_is_there(target, source, folder)
-    again.check_place(source, target, folder, overwrite=overwrite, eval_data=eval_data)
     with new_folder(folder):
+        target = again.beside_what_is_there(target, source, folder)
+        again.check_place(source, target, folder, overwrite=overwrite, eval_data=eval_data)
         if source.is_dir():
             taken = material.from_run(source, trust_pickle=trust_pickle, embed_preprocessing=embed_preprocessing)
         else:

@@ -1,0 +1,24 @@
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ssdkd_cli import files, runs
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+@pytest.mark.parametrize("command", ["compress", "export"])
+def test_two_runs_do_not_write_into_one_folder(command: str, ssdkd: Any, shared: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = {
+        "compress": ["compress", shared / "teacher.pt", "--student", "resnet8", "--out", folder, "--overwrite"],
+        "export": ["export", shared / "teacher.pt", "--input", "1x16x16", "--out", folder],
+    }
+    with files.new_folder(folder):
+        (folder / runs.STUDENT).write_text("of the other")
+        ran = ssdkd(*words[command])
+        assert ran.code == 1
+        assert f"another ssdkd is writing {folder}" in ran.err
+        assert "--out DIR" in ran.err
+        assert [path.name for path in folder.iterdir()] == [runs.STUDENT]
