@@ -342,8 +342,9 @@ def read_samples(folder: Path) -> Samples:
         ):
             if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
                 raise ValueError(f"expected images uint8 [N, H, W, C], found {images.dtype} {list(images.shape)}")
-            if logits.ndim != 2 or len(logits) != len(images):
-                raise ValueError(f"expected logits [{len(images)}, classes], found shape {list(logits.shape)}")
+            if logits.dtype.kind != "f" or logits.ndim != 2 or len(logits) != len(images):
+                found = f"{logits.dtype} {list(logits.shape)}"
+                raise ValueError(f"expected float logits [{len(images)}, classes], found {found}")
             if not np.isfinite(logits).all():
                 raise ValueError("the teacher's logits hold NaN or infinity")
         return samples

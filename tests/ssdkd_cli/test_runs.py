@@ -344,7 +344,9 @@ def test_samples_are_kept(tmp_path: Path) -> None:
     [
         ({"held_out": np.uint8(1)}, r"expected images uint8 \[N, H, W, C\]"),
         ({"calibration": np.zeros((2, 4, 4, 3), np.float32)}, r"expected images uint8 \[N, H, W, C\], found float32"),
-        ({"held_out_logits": np.zeros((3, 5), np.float32)}, r"expected logits \[2, classes\], found shape \[3, 5\]"),
+        ({"held_out_logits": np.zeros((3, 5), np.float32)}, r"float logits \[2, classes\], found float32 \[3, 5\]"),
+        ({"held_out_logits": np.zeros((2, 5), np.complex64)}, r"float logits \[2, classes\], found complex64 \[2, 5\]"),
+        ({"calibration_logits": np.zeros((2, 5), "M8[s]")}, r"expected float logits .* found datetime64"),
         ({"calibration_logits": np.full((2, 5), np.nan, np.float32)}, "the teacher's logits hold NaN"),
     ],
 )
