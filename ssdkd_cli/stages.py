@@ -310,11 +310,14 @@ def report(run: Annotated[Path, RUN], json: Annotated[bool, JSON] = False) -> Ou
 
     Example: [bold]ssdkd report runs/demo[/bold]
     """
-    from ssdkd_cli.report import read_report, to_json, write_report
+    from ssdkd_cli.report import problem_of, read_report, to_json, write_report
     from ssdkd_cli.summary import show_report
 
     found = read_report(run)
     write_report(found, run)
+    for item in found.artifacts:
+        if problem := problem_of(item, run):
+            console.warn(f"{problem}; `ssdkd export {run} --precision {item.precision} --overwrite` writes it anew")
     if json:
         return Outcome(functools.partial(console.print_json, to_json(found)))
     return Outcome(functools.partial(show_report, run, found))
