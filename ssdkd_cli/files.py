@@ -21,15 +21,21 @@ def check_writable(folder: Path) -> None:
     """Make `folder` and try to write in it.
 
     Raises:
-        SSDKDError: `folder` is a file.
+        SSDKDError: `folder` is a file or a broken link, or nowhere is room for temporary files.
         OSError: it cannot be made or written; the error boundary has the sentence for it.
     """
     if folder.exists() and not folder.is_dir():
         raise SSDKDError(f"--out {folder} is a file: expected a folder", "choose another with --out DIR")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, FileExistsError):
         raise SSDKDError(f"{folder} cannot be made", "choose another folder with --out DIR") from None
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise SSDKDError(
+            f"temporary files cannot be written: {error.strerror}", "set TMPDIR to a folder that you may write"
+        ) from None
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(b"1" * 4096)
 
