@@ -70,6 +70,8 @@ def check_readable(path: Path) -> None:
         raise SSDKDError(f"{path} is a folder: expected {ACCEPTED}", hint)
     if not path.exists():
         raise SSDKDError(f"there is no file {path}", "check the folder and the spelling of the file's name")
+    if not path.is_file():
+        raise SSDKDError(f"{path} is a pipe or a device: expected {ACCEPTED}", "write it to a file, and give that")
     try:
         with path.open("rb") as file:
             first = file.read(1)

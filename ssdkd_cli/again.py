@@ -17,7 +17,7 @@ from ssdkd_cli import console, runs
 from ssdkd_cli.artifacts import PLAN, artifact, file_name, file_names, make_files, score_file, timed_paths
 from ssdkd_cli.gates import Limits, decide, recommend
 from ssdkd_cli.material import NOISE_SAMPLES, Material, smooth_noise
-from ssdkd_cli.report import Artifact, Gate, Percentiles, Report, read_report, write_report
+from ssdkd_cli.report import Artifact, Gate, Percentiles, Report, problem_of, read_report, write_report
 from ssdkd_cli.target import Target
 from ssdkd_cli.timing import BATCHES, measure, time_files, time_plan_file
 
@@ -150,10 +150,11 @@ def _with_artifacts(
 ) -> Report:
     """The report with these artifacts and what was judged of them, in place of those of the same files.
 
-    Files that are gone are left out. A file that was proven stays beside one of its name that was rejected now.
+    Files that are gone or were replaced are left out. A file that was proven stays beside one of its name that was
+    rejected now.
     """
     changed = {item.path for item in artifacts}
-    kept = [item for item in report.artifacts if item.path not in changed and (folder / item.path).exists()]
+    kept = [item for item in report.artifacts if item.path not in changed and _is_still_there(item, folder)]
     together = sorted((*kept, *artifacts), key=lambda item: PRECISIONS.index(item.precision))
     kept_gates = [gate for gate in report.gates if gate.artifact in {item.path for item in kept}]
     judged = (*kept_gates, *gates)
@@ -162,6 +163,13 @@ def _with_artifacts(
     latency = report.teacher.latency_ms
     recommendation = recommend([item for item in passing if item.path not in failed], latency.p50 if latency else None)
     return dataclasses.replace(report, artifacts=tuple(together), recommendation=recommendation, gates=judged)
+
+
+def _is_still_there(item: Artifact, folder: Path) -> bool:
+    problem = problem_of(item, folder)
+    if problem and (folder / item.path).exists():
+        console.warn(f"{problem}; the report leaves it out")
+    return problem is None
 
 
 def _still_known(item: Artifact, report: Report) -> Artifact:

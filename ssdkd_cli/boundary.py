@@ -132,6 +132,26 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Within the context Ctrl-C and the signals that are one wait; the first of them comes at its end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    numbers = [number for name in ("SIGINT", *ENDING) if (number := getattr(signal, name, None))]
+    handlers = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
+    waiting: list[int] = []
+    for number in handlers:
+        signal.signal(number, lambda number, _frame: waiting.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for number in waiting[:1]:
+        signal.raise_signal(number)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this is Python's, PyTorch's or CUDA's way to say that memory ran out."""
     if isinstance(error, MemoryError):

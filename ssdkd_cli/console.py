@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -40,6 +40,39 @@ for _name in ("stdout", "stderr"):
 
 show = Console(stderr=True, highlight=False)
 result = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+
+
+class Unbroken:
+    """stderr that does not end what is shown on it: where it cannot be written, the work goes on unseen.
+
+    Its reader may go away (`2>&1 | head`), its disk may be full.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write `text`, or send all that is still to come, from here and from libraries, to where nothing is kept."""
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self.go_unseen()
+            return len(text)
+
+    def flush(self) -> None:
+        """As `write`."""
+        try:
+            self.stream.flush()
+        except OSError:
+            self.go_unseen()
+
+    def go_unseen(self) -> None:
+        """Let the file descriptor lead nowhere."""
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
 def line(mark: Text, text: Text | str, console: Console = show) -> None:

@@ -1,7 +1,9 @@
 """Texts that are there whole or not at all, and the folder that a run may write to."""
 
 import contextlib
+import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,31 +21,66 @@ def check_writable(folder: Path) -> None:
     """Make `folder` and try to write in it.
 
     Raises:
-        SSDKDError: `folder` is a file.
+        SSDKDError: `folder` is a file or a broken link, or nowhere is room for temporary files.
         OSError: it cannot be made or written; the error boundary has the sentence for it.
     """
     if folder.exists() and not folder.is_dir():
         raise SSDKDError(f"--out {folder} is a file: expected a folder", "choose another with --out DIR")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, FileExistsError):
         raise SSDKDError(f"{folder} cannot be made", "choose another folder with --out DIR") from None
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise SSDKDError(
+            f"temporary files cannot be written: {error.strerror}", "set TMPDIR to a folder that you may write"
+        ) from None
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(b"1" * 4096)
 
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[None]:
-    """The folder, tried for writing; what fails inside takes it and new parents away again if they are still empty."""
+    """The folder, tried for writing and locked; what fails inside takes it and new parents away again where empty."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         check_writable(folder)
-        yield
+        with locked(folder):
+            yield
     except BaseException:
         with contextlib.suppress(OSError):  # it holds something
             for path in new:
                 path.rmdir()
         raise
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder for this process alone. The lock ends with the process, whatever ends it, and leaves no file.
+
+    Windows and some network disks have no such locks: nothing is locked there.
+
+    Raises:
+        SSDKDError: another process has it.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    with contextlib.ExitStack() as stack:
+        descriptor = os.open(folder, os.O_RDONLY)
+        stack.callback(os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SSDKDError(
+                f"another ssdkd is writing {folder}", "wait for it, or choose another folder with --out DIR"
+            ) from None
+        except OSError:
+            pass  # this disk has no locks
+        yield
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:

@@ -6,7 +6,7 @@ Exit codes: 0 done; 1 a known error; 2 wrong usage; 3 a verification failed; 130
 import contextlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, TextIO, cast
 
 import typer
 
@@ -31,13 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # what a test or a notebook put there may have no encoding
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    try:
-        app(args=words, prog_name="ssdkd", obj=words)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except SSDKDError as error:  # from --config, which is read before a command starts
-        console.error(error.message, error.hint)
-        return KNOWN_ERROR
+    with contextlib.redirect_stderr(cast(TextIO, console.Unbroken(sys.stderr))):
+        try:
+            app(args=words, prog_name="ssdkd", obj=words)
+        except SystemExit as stop:
+            return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except SSDKDError as error:  # from --config, which is read before a command starts
+            console.error(error.message, error.hint)
+            return KNOWN_ERROR
     return 0
 
 

@@ -73,9 +73,10 @@ def compress(options: Options, *, command: str) -> Finished:
     compute = choose_device(options.device)
     folder = options.out or runs.default_folder(options.teacher, options.student)
     read = (options.teacher, options.student_weights, options.classes, options.eval_data, options.config)
-    runs.check_free(folder, options.overwrite, inputs=[path for path in read if isinstance(path, Path)])
     ablations = read_config(options.config)["distillation"] if options.config else {}
     with new_folder(folder):
+        runs.recover(folder)
+        runs.check_free(folder, options.overwrite, inputs=[path for path in read if isinstance(path, Path)])
         teacher = load(options)
         settings = settings_of(options, ablations, teacher)
         student, inherited = build(options, teacher, settings, target)

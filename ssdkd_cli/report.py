@@ -3,6 +3,7 @@
 What is not known is null. Paths of artifacts are relative to the run's folder. Percent is 0 to 100.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -199,6 +200,17 @@ def read_report(folder: Path) -> Report:
             f"{path} is not a report of schema {SCHEMA_VERSION}: {where}: {first['msg']}",
             "write it anew with the ssdkd that made it, or run `ssdkd compress` again",
         ) from None
+
+
+def problem_of(item: Artifact, folder: Path) -> str | None:
+    """Why what the report says of a file does not hold: it is gone, or another one stands there."""
+    path = folder / item.path
+    if not path.is_file():
+        return f"{path} is gone"
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() == item.sha256:
+            return None
+    return f"{path} is not the file that the report describes: its sha256 is another"
 
 
 def to_markdown(report: Report) -> str:

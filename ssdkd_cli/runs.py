@@ -42,9 +42,8 @@ EXPORTED = (
     TIMING_CACHE,
 )
 OUTPUTS = (STUDENT, REPORT, REPORT_TEXT, METRICS, CONFIG, SAMPLES_PICTURE, SAMPLES, *EXPORTED)
-PREVIOUS = (
-    ".ssdkd-previous"  # folder in a run's folder, for the run that --overwrite replaces, until the new one is there
-)
+PREVIOUS = ".ssdkd-previous"  # in a run's folder while there is no new student: the run that it is to replace
+MOVING = ".ssdkd-moving"  # the same on its way there or back: what is in it and what is beside it are one run
 OTHER_OUT = "choose another folder with --out DIR"
 CARD_KEY = "ssdkd"
 SAME = "same"  # --student same: the teacher's own architecture
@@ -123,8 +122,9 @@ def check_free(folder: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> No
     for name in found:
         if (folder / name).is_dir():
             raise SSDKDError(f"{folder / name} is a folder: a run writes a file of that name", OTHER_OUT)
+    replaced = [place / name for place in (folder, folder / PREVIOUS) for name in OUTPUTS if (place / name).exists()]
     for path in inputs:
-        if path.exists() and any(path.samefile(folder / name) for name in found):
+        if path.exists() and any(path.samefile(output) for output in replaced):
             raise SSDKDError(f"{path} is needed for the run, and a run in {folder} would replace it", OTHER_OUT)
     if found and not overwrite:
         what = "another run" if {STUDENT, REPORT} & set(found) else "files that a run would replace"
@@ -141,30 +141,46 @@ def clear(folder: Path) -> None:
 
 
 def set_aside(folder: Path) -> None:
-    """Move what an earlier run left in `folder` into PREVIOUS, where it waits for the new run to succeed."""
-    found = [name for name in OUTPUTS if (folder / name).exists()]
-    if {STUDENT, REPORT} & set(found) or not (folder / PREVIOUS).exists():
-        drop_previous(folder)
-        for name in found:
-            (folder / PREVIOUS).mkdir(exist_ok=True)
-            (folder / name).replace(folder / PREVIOUS / name)
-    clear(folder)  # else it was killed before it had a student: the run before that one is worth more
+    """Move what an earlier run left in `folder` into PREVIOUS, where it waits for the new run to succeed.
 
-
-def put_back(folder: Path) -> None:
-    """Undo `set_aside`: the run that failed has left nothing, the earlier one is there again."""
-    clear(folder)
-    for name in OUTPUTS:
+    A finished run that waits there already is worth more than one that was interrupted, which is deleted.
+    """
+    if (folder / REPORT).exists() or not (folder / PREVIOUS / REPORT).exists():
+        clear(folder / PREVIOUS)
         with contextlib.suppress(FileNotFoundError):
-            (folder / PREVIOUS / name).replace(folder / name)
-    drop_previous(folder)
+            (folder / PREVIOUS).rename(folder / MOVING)  # a user's file may be in it
+        (folder / MOVING).mkdir(exist_ok=True)
+        move(folder, folder / MOVING)
+        (folder / MOVING).rename(folder / PREVIOUS)
+    clear(folder)
+
+
+def recover(folder: Path) -> None:
+    """Undo `set_aside` where no student came after it, or where it was cut short: the earlier run is there again."""
+    if (folder / PREVIOUS).exists() and not any((folder / name).exists() for name in (STUDENT, REPORT)):
+        clear(folder)
+        (folder / PREVIOUS).rename(folder / MOVING)
+    move(folder / MOVING, folder)
+    remove_folder(folder / MOVING)
 
 
 def drop_previous(folder: Path) -> None:
     """Delete what `set_aside` has moved."""
     clear(folder / PREVIOUS)
-    with contextlib.suppress(OSError):  # it is not there, or a user's file is in it
-        (folder / PREVIOUS).rmdir()
+    remove_folder(folder / PREVIOUS)
+
+
+def move(source: Path, target: Path) -> None:
+    """Move what a run left in `source`."""
+    for name in OUTPUTS:
+        with contextlib.suppress(FileNotFoundError):
+            (source / name).replace(target / name)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove `folder`, if it is there and empty: a user's file may be in it."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def save_student(folder: Path, module: "nn.Module", card: StudentCard) -> None:
@@ -326,8 +342,9 @@ def read_samples(folder: Path) -> Samples:
         ):
             if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
                 raise ValueError(f"expected images uint8 [N, H, W, C], found {images.dtype} {list(images.shape)}")
-            if logits.ndim != 2 or len(logits) != len(images):
-                raise ValueError(f"expected logits [{len(images)}, classes], found shape {list(logits.shape)}")
+            if logits.dtype.kind != "f" or logits.ndim != 2 or len(logits) != len(images):
+                found = f"{logits.dtype} {list(logits.shape)}"
+                raise ValueError(f"expected float logits [{len(images)}, classes], found {found}")
             if not np.isfinite(logits).all():
                 raise ValueError("the teacher's logits hold NaN or infinity")
         return samples

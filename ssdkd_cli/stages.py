@@ -203,9 +203,9 @@ def export(
         raise SSDKDError(
             f"{' '.join(given)} describe a teacher's file; {source} is a run, which knows its own", "leave them out"
         )
-    target = again.beside_what_is_there(target, source, folder)
-    again.check_place(source, target, folder, overwrite=overwrite, eval_data=eval_data)
     with new_folder(folder):
+        target = again.beside_what_is_there(target, source, folder)
+        again.check_place(source, target, folder, overwrite=overwrite, eval_data=eval_data)
         if source.is_dir():
             taken = material.from_run(source, trust_pickle=trust_pickle, embed_preprocessing=embed_preprocessing)
         else:
@@ -310,11 +310,14 @@ def report(run: Annotated[Path, RUN], json: Annotated[bool, JSON] = False) -> Ou
 
     Example: [bold]ssdkd report runs/demo[/bold]
     """
-    from ssdkd_cli.report import read_report, to_json, write_report
+    from ssdkd_cli.report import problem_of, read_report, to_json, write_report
     from ssdkd_cli.summary import show_report
 
     found = read_report(run)
     write_report(found, run)
+    for item in found.artifacts:
+        if problem := problem_of(item, run):
+            console.warn(f"{problem}; `ssdkd export {run} --precision {item.precision} --overwrite` writes it anew")
     if json:
         return Outcome(functools.partial(console.print_json, to_json(found)))
     return Outcome(functools.partial(show_report, run, found))

@@ -20,7 +20,7 @@ from engine.source import source_of
 from engine.state import State, start
 from engine.teacher import Teacher
 from ssdkd_cli import console, runs
-from ssdkd_cli.boundary import is_out_of_memory
+from ssdkd_cli.boundary import is_out_of_memory, uninterrupted
 from ssdkd_cli.words import shape
 
 SMALLEST_BATCH = 16
@@ -147,16 +147,18 @@ def keeping_student(folder: Path) -> Iterator[None]:
 
     An earlier run in `folder` is deleted only when what is inside has succeeded.
     """
-    runs.set_aside(folder)
     try:
+        with uninterrupted():
+            runs.set_aside(folder)
         yield
     except BaseException:
-        if (folder / runs.STUDENT).exists():
+        with uninterrupted():
+            runs.recover(folder)
+        if (folder / runs.PREVIOUS).exists():  # else no student came
             console.warn(f"{where_it_is(folder)}, the metrics are {folder / runs.METRICS}; --overwrite runs it again")
-            if (folder / runs.PREVIOUS).exists():
-                console.warn(f"the run that was to be replaced is {folder / runs.PREVIOUS}")
-        else:
-            runs.put_back(folder)
+            runs.remove_folder(folder / runs.PREVIOUS)
+        if (folder / runs.PREVIOUS).exists():
+            console.warn(f"the run that was to be replaced is {folder / runs.PREVIOUS}")
         raise
     runs.drop_previous(folder)
 

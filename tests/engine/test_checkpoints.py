@@ -291,6 +291,13 @@ def test_missing_files_and_folders(tmp_path):
     assert "model.safetensors" in caught.value.hint
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SSDKDError, match="pipe is a pipe or a device"):
+        read_checkpoint(tmp_path / "pipe")
+
+
 def test_formats_and_hashes(tmp_path):
     torch.save(weights(), tmp_path / "a")
     assert detect_format(tmp_path / "a") == "zip"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ssdkd_cli.boundary import exit_code_of
+from ssdkd_cli.boundary import exit_code_of, uninterrupted
 from ssdkd_cli.outcome import Outcome
 
 
@@ -48,6 +48,22 @@ def test_a_signal_that_ends_the_process_is_an_interruption(
     assert saved == [KeyboardInterrupt]
     assert "interrupted" in capsys.readouterr().err
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.usefixtures("as_started_from_a_terminal")
+def test_signals_wait_for_the_end_of_what_must_not_be_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    done = []
+
+    def work() -> None:
+        with uninterrupted():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), number)
+            done.append("all of it")
+        done.append("more")
+
+    assert exit_code_of(work) == 130  # type: ignore[arg-type]
+    assert done == ["all of it"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_only_the_result_is_on_stdout(capfd: pytest.CaptureFixture[str]) -> None:

@@ -321,6 +321,34 @@ def test_a_run_that_fails_loses_no_earlier_run(
     assert (folder / runs.PREVIOUS).exists() is learned
 
 
+def test_a_second_failure_loses_no_earlier_run(
+    ssdkd: Any, shared: Path, compressed: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(compressed, folder)
+    before = contents(folder)
+    for rounds in (2, 1):  # with a student, then without
+        with monkeypatch.context() as patch:
+            patch.setattr(teaching, "distill", fail_after(rounds, KeyboardInterrupt()))
+            assert ssdkd(*arguments(shared, folder, "--overwrite")).code == 130
+    assert contents(folder) == before
+    assert not (folder / runs.PREVIOUS).exists()
+
+
+def test_an_earlier_run_that_a_killed_one_left_behind_is_found(
+    ssdkd: Any, shared: Path, compressed: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(compressed, folder)
+    before = contents(folder)
+    runs.set_aside(folder)
+    (folder / runs.METRICS).write_text("of a run that was killed")
+    ran = ssdkd(*arguments(shared, folder))
+    assert ran.code == 1
+    assert "holds another run" in ran.err
+    assert contents(folder) == before
+
+
 def test_a_run_is_not_repeated_over_its_own_config(ssdkd: Any, compressed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(compressed, folder)

@@ -212,6 +212,22 @@ def test_a_precision_is_added_to_a_run_and_the_rest_stays(
     assert "model.fp16.onnx is there already" in again.err
 
 
+def test_a_file_that_was_replaced_is_not_the_one_that_was_proven(ssdkd: Any, compressed: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(compressed, tmp_path / "run"))
+    assert "model.onnx" not in ssdkd("report", folder).err
+    model = onnx.load(folder / "model.onnx")
+    model.producer_name = "somebody else"
+    onnx.save(model, folder / "model.onnx")
+    replaced = f"{folder / 'model.onnx'} is not the file that the report describes"
+    assert replaced in ssdkd("report", folder).err
+    ran = ssdkd("export", folder, "--precision", "fp16")
+    assert ran.code == 0, ran.err
+    assert replaced in ran.err
+    assert [item.path for item in read_report(folder).artifacts] == ["model.fp16.onnx"]
+    (folder / "model.fp16.onnx").unlink()
+    assert f"{folder / 'model.fp16.onnx'} is gone" in ssdkd("report", folder).err
+
+
 def test_what_was_known_of_the_same_bytes_stays_known(ssdkd: Any, compressed: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(compressed, tmp_path / "run"))
     before = read_report(folder).artifacts[0]

@@ -1,4 +1,5 @@
 import ast
+import json
 import resource
 import subprocess
 import sys
@@ -67,6 +68,27 @@ def test_a_closed_pipe_is_no_error_to_talk_about() -> None:
         run.stdout.close()
         assert run.stderr.read() == b""
     assert run.returncode == 1
+
+
+def test_a_run_goes_on_where_nobody_reads_what_it_shows(tmp_path: Path) -> None:
+    code = (
+        "import sys; from ssdkd_cli import console, main, stages\n"
+        "def work(*_):\n"
+        "    sys.stdin.read()\n"
+        "    for _ in range(3): console.warn('x' * 100_000); print('a library', file=sys.stderr)\n"
+        "    return []\n"
+        "import ssdkd_cli.environment as environment\n"
+        "environment.doctor_findings = work\n"
+        "sys.exit(main.main(['doctor', '--json']))"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes) as run:
+        assert run.stderr is not None
+        run.stderr.close()
+        run.stderr = None
+        out, _ = run.communicate(b"", timeout=60)
+    assert run.returncode == 0
+    assert json.loads(out)["findings"] == []
 
 
 def imports_of(folder: str) -> dict[str, set[str]]:

@@ -1,3 +1,5 @@
+import contextlib
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -171,19 +173,94 @@ def test_a_folder_called_like_a_file_of_a_run_is_refused(tmp_path: Path) -> None
         runs.check_free(tmp_path, overwrite=True)
 
 
+def texts(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def write_all(folder: Path, content: str, *names: str) -> None:
+    for name in names:
+        (folder / name).write_text(content)
+
+
+FINISHED = (runs.STUDENT, runs.CONFIG, runs.METRICS, runs.REPORT)
+
+
 def test_what_is_set_aside_comes_back_or_goes(tmp_path: Path) -> None:
-    for name in (runs.STUDENT, runs.CONFIG):
-        (tmp_path / name).write_text("first")
+    write_all(tmp_path, "first", *FINISHED)
     runs.set_aside(tmp_path)
-    (tmp_path / runs.CONFIG).write_text("killed before it had a student")
-    runs.set_aside(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [runs.PREVIOUS]
-    (tmp_path / runs.METRICS).write_text("third")
-    runs.put_back(tmp_path)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {runs.STUDENT: "first", runs.CONFIG: "first"}
+    assert set(texts(tmp_path)) == {f"{runs.PREVIOUS}/{name}" for name in FINISHED}
+    write_all(tmp_path, "killed before it had a student", runs.CONFIG, runs.METRICS)
+    runs.recover(tmp_path)
+    assert texts(tmp_path) == dict.fromkeys(FINISHED, "first")
     runs.set_aside(tmp_path)
     runs.drop_previous(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_run_that_waits_outlives_interrupted_ones(tmp_path: Path) -> None:
+    write_all(tmp_path, "finished", *FINISHED)
+    for _ in range(2):
+        runs.set_aside(tmp_path)
+        write_all(tmp_path, "interrupted", runs.CONFIG, runs.STUDENT)
+        runs.recover(tmp_path)
+        assert texts(tmp_path / runs.PREVIOUS) == dict.fromkeys(FINISHED, "finished")
+    runs.set_aside(tmp_path)
+    runs.recover(tmp_path)
+    assert texts(tmp_path) == dict.fromkeys(FINISHED, "finished")
+    runs.set_aside(tmp_path)
+    write_all(tmp_path, "the next", *FINISHED)
+    runs.set_aside(tmp_path)
+    assert texts(tmp_path / runs.PREVIOUS) == dict.fromkeys(FINISHED, "the next")
+
+
+@pytest.mark.parametrize("mine", [False, True])
+@pytest.mark.parametrize("step", [runs.set_aside, runs.recover])
+def test_a_run_that_is_killed_while_it_moves_files_loses_none(
+    step: Any, mine: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledError(Exception):
+        pass
+
+    for moves in itertools.count():
+        folder = tmp_path / str(moves)
+        folder.mkdir()
+        write_all(folder, "first", *FINISHED)
+        if mine:
+            (folder / runs.PREVIOUS).mkdir()
+            write_all(folder / runs.PREVIOUS, "mine", "notes.txt")
+        if step is runs.recover:
+            runs.set_aside(folder)
+            write_all(folder, "of the new run", runs.CONFIG, runs.METRICS)
+        left = [moves]
+
+        def counting(operation: Any, left: list[int] = left) -> Any:
+            def counted(*given: Any, **named: Any) -> Any:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise KilledError
+                return operation(*given, **named)
+
+            return counted
+
+        with monkeypatch.context() as patch:
+            for name in ("replace", "rename", "mkdir", "unlink", "rmdir"):
+                patch.setattr(Path, name, counting(getattr(Path, name)))
+            with contextlib.suppress(KilledError):
+                step(folder)
+        runs.recover(folder)
+        found = texts(folder)
+        assert {name: found.pop(name) for name in FINISHED} == dict.fromkeys(FINISHED, "first")
+        assert list(found.values()) == ["mine"] * mine
+        if left[0] >= 0:
+            break
+    assert moves > len(FINISHED)
+
+
+def test_a_file_of_the_run_that_waits_is_an_input_too(tmp_path: Path) -> None:
+    write_all(tmp_path, "first", *FINISHED, "model.onnx")
+    runs.set_aside(tmp_path)
+    with pytest.raises(SSDKDError, match=r"model\.onnx is needed for the run"):
+        runs.check_free(tmp_path, overwrite=True, inputs=[tmp_path / runs.PREVIOUS / "model.onnx"])
 
 
 @pytest.mark.parametrize("where", ["student", "teacher"])
@@ -267,7 +344,9 @@ def test_samples_are_kept(tmp_path: Path) -> None:
     [
         ({"held_out": np.uint8(1)}, r"expected images uint8 \[N, H, W, C\]"),
         ({"calibration": np.zeros((2, 4, 4, 3), np.float32)}, r"expected images uint8 \[N, H, W, C\], found float32"),
-        ({"held_out_logits": np.zeros((3, 5), np.float32)}, r"expected logits \[2, classes\], found shape \[3, 5\]"),
+        ({"held_out_logits": np.zeros((3, 5), np.float32)}, r"float logits \[2, classes\], found float32 \[3, 5\]"),
+        ({"held_out_logits": np.zeros((2, 5), np.complex64)}, r"float logits \[2, classes\], found complex64 \[2, 5\]"),
+        ({"calibration_logits": np.zeros((2, 5), "M8[s]")}, r"expected float logits .* found datetime64"),
         ({"calibration_logits": np.full((2, 5), np.nan, np.float32)}, "the teacher's logits hold NaN"),
     ],
 )

@@ -1,0 +1,44 @@
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.errors import SSDKDError
+from ssdkd_cli import files, runs
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+@pytest.mark.parametrize("command", ["compress", "export"])
+def test_two_runs_do_not_write_into_one_folder(command: str, ssdkd: Any, shared: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = {
+        "compress": ["compress", shared / "teacher.pt", "--student", "resnet8", "--out", folder, "--overwrite"],
+        "export": ["export", shared / "teacher.pt", "--input", "1x16x16", "--out", folder],
+    }
+    with files.new_folder(folder):
+        (folder / runs.STUDENT).write_text("of the other")
+        ran = ssdkd(*words[command])
+        assert ran.code == 1
+        assert f"another ssdkd is writing {folder}" in ran.err
+        assert "--out DIR" in ran.err
+        assert [path.name for path in folder.iterdir()] == [runs.STUDENT]
+
+
+def test_no_place_for_temporary_files_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "gone")])
+    with (
+        pytest.raises(SSDKDError, match="temporary files cannot be written") as caught,
+        files.new_folder(tmp_path / "a"),
+    ):
+        pass
+    assert "TMPDIR" in caught.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_link_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("gone")
+    with pytest.raises(SSDKDError, match="link cannot be made"):
+        files.check_writable(tmp_path / "link")
