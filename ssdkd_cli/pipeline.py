@@ -27,7 +27,7 @@ from exporters.runtimes import predictor
 from ssdkd_cli import console, runs
 from ssdkd_cli.artifacts import artifact, make_files, timed_paths, try_target
 from ssdkd_cli.config_file import read_config, write_config
-from ssdkd_cli.describe import Scores, count_parameters, describe_run, run_warnings
+from ssdkd_cli.describe import Scores, count_parameters, describe_run, run_warnings, size_warnings
 from ssdkd_cli.files import check_space, new_folder, write_text
 from ssdkd_cli.gates import Limits, check_limits
 from ssdkd_cli.labels import read_classes
@@ -79,11 +79,11 @@ def compress(options: Options, *, command: str) -> Finished:
         teacher = load(options)
         settings = settings_of(options, ablations, teacher)
         student, inherited = build(options, teacher, settings, target)
+        warnings = [*teacher.spec.warnings, *warn_all(size_warnings(student, teacher))]
         labelled = read_labelled(options.eval_data, teacher)
         check_space(folder, needed_bytes(teacher, student, settings))
         with keeping_student(folder):
             write_text(folder / runs.CONFIG, write_config(as_typed(options), ablations, dataclasses.asdict(settings)))
-            warnings = list(teacher.spec.warnings)
             card = runs.teacher_card(teacher.spec, options.student)
             distilled = teach(
                 teacher,

@@ -39,6 +39,9 @@ from ssdkd_cli.words import count, milliseconds, percent, shape, size
 MODEL = typer.Argument(metavar="MODEL", help="The folder of a run, or an .onnx file.", show_default=False)
 RUN = typer.Argument(metavar="RUN", help="The folder of a finished run.", show_default=False)
 TEACHER = typer.Argument(metavar="TEACHER", help="The file of a trained network.", show_default=False)
+NOTHING_SMALLER = (
+    "No student of `ssdkd students` has fewer parameters and fewer FLOPs than this teacher: quantize it as it is."
+)
 
 
 def inspect(
@@ -87,7 +90,7 @@ def inspect(
         "classes": f"{spec.classes}" + (f": {', '.join(spec.class_names[:10])}" if spec.class_names else ""),
         "file": f"{size(spec.size_bytes)}, sha256 {spec.sha256}",
     }
-    findings = [*spec.warnings, *found.findings]
+    findings = [*spec.warnings, *found.findings, *([NOTHING_SMALLER] if found.student is None else [])]
     closing = found.command or "ssdkd compress refuses such a teacher: take an earlier checkpoint of the training"
     return _outcome(
         json, found, functools.partial(console.print_facts, spec.path, facts, findings=findings, closing=closing)

@@ -60,6 +60,15 @@ def test_the_report_says_what_was_done(compressed: Path, shared: Path) -> None:
     assert report["gates"] == []
 
 
+def test_a_student_larger_than_the_teacher_is_warned_of(ssdkd: Any, shared: Path, tmp_path: Path) -> None:
+    ran = ssdkd(*arguments(shared, tmp_path / "run", "--student", "resnet14", "--json"))
+    assert ran.code == 0, ran.err
+    for name in ("parameters", "FLOPs"):
+        (warning,) = [text for text in ran.json["warnings"] if f"more {name} than the teacher" in text]
+        assert f"`ssdkd export {shared / 'teacher.pt'} --precision int8`" in warning
+        assert warning in ran.err
+
+
 def test_metrics_are_one_json_line_a_round(compressed: Path) -> None:
     lines = [json.loads(line) for line in (compressed / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == [1, 2, 3]

@@ -44,9 +44,11 @@ def test_inspect_says_what_is_in_the_file(ssdkd: Any, shared: Path) -> None:
     ran = ssdkd("inspect", shared / "teacher.pt", "--input", "1x16x16", "--json")
     assert ran.code == 0, ran.err
     assert (ran.json["spec"]["arch"], ran.json["spec"]["classes"]) == ("resnet8", 4)
-    assert ran.json["command"].startswith(f"ssdkd compress {shared}/teacher.pt --student ")
+    assert ran.json["student"] is None  # the teacher is the smallest itself
+    assert ran.json["command"].startswith(f"ssdkd export {shared}/teacher.pt --precision int8 ")
     shown = ssdkd("inspect", shared / "teacher.pt", "--input", "1x16x16")
     assert ran.json["command"] in shown.out
+    assert "No student of `ssdkd students` has fewer parameters" in shown.out
     assert "resnet8" in shown.out
 
 
