@@ -69,6 +69,17 @@ def test_a_student_larger_than_the_teacher_is_warned_of(ssdkd: Any, shared: Path
         assert warning in ran.err
 
 
+def test_what_fails_is_said_beside_the_json(ssdkd: Any, shared: Path, tmp_path: Path) -> None:
+    data = ("--eval-data", shared / "test.npz")
+    ran = ssdkd(*arguments(shared, tmp_path / "run", "--json", "--max-size-mb", "0.001", *data))
+    assert ran.code == 3
+    assert ran.err.splitlines()[-1].startswith("✗ --max-size-mb 0.001: model.onnx has 0.3")
+    accuracy = ran.json["teacher"]["accuracy"]
+    said = f"20 labelled images, for the report alone: teacher {accuracy:.1f} %"
+    assert ran.err.index(said) < ran.err.index("✓ distil")
+    assert any("accuracy is about chance" in text for text in ran.json["warnings"])  # the labels are arbitrary
+
+
 def test_metrics_are_one_json_line_a_round(compressed: Path) -> None:
     lines = [json.loads(line) for line in (compressed / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == [1, 2, 3]
