@@ -154,7 +154,7 @@ def rounds(title: str) -> Iterator[Callable[["RoundMetrics"], None]]:
         yield draw
     last = history[-1]
     text = (
-        f"{last.round:,} rounds, {last.steps:,} steps, {last.images_seen:,} images, "
+        f"{last.round:,} of {last.rounds:,} rounds, {last.steps:,} steps, {last.images_seen:,} images, "
         f"{last.agreement:.1f} % agreement with the teacher"
     )
     finish("distil", text, True, started)

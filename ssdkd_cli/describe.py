@@ -178,7 +178,17 @@ def run_warnings(state: State) -> list[str]:
         for name, step in recordings(state).items()
         if step.refusal
     ]
-    return [*prior_warnings(class_histogram(state)), *([NOT_REPEATABLE] if state.hurried else []), *slow]
+    done, planned = state.round, state.settings.rounds
+    cut_short = (
+        f"the time limit ended the run after {done} of {planned} rounds: the student is worse than that of a full run; "
+        "raise --time-limit"
+    )
+    return [
+        *prior_warnings(class_histogram(state)),
+        *([cut_short] if done < planned else []),
+        *([NOT_REPEATABLE] if state.hurried else []),
+        *slow,
+    ]
 
 
 def size_warnings(student: nn.Module, teacher: Teacher) -> list[str]:

@@ -250,7 +250,8 @@ def to_markdown(report: Report) -> str:
                 "p50 ms",
                 "images/s",
                 "max error",
-                "agreement",
+                "agrees with student",
+                "agrees with teacher",
                 "accuracy",
                 "verified",
             ),
@@ -266,7 +267,8 @@ def to_markdown(report: Report) -> str:
         *gate_lines(report.gates),
         "## Distillation",
         "",
-        f"{distillation.method}; {distillation.rounds} rounds, {distillation.steps:,} steps, "
+        f"{distillation.method}; {distillation.rounds} of {distillation.settings['rounds']} rounds, "
+        f"{distillation.steps:,} steps, "
         f"{distillation.images_seen:,} images in {duration(distillation.seconds)}, seed {distillation.seed}. "
         f"{distillation.samples:,} synthetic samples; "
         f"classes hold {min(distillation.class_histogram):,} to {max(distillation.class_histogram):,} of them.",
@@ -312,6 +314,7 @@ def artifact_row(artifact: Artifact) -> tuple[str, ...]:
         count(artifact.throughput_per_s),
         f"{artifact.max_abs_error:.1e}" if artifact.max_abs_error is not None else "unknown",
         percent(artifact.agreement),
+        percent(artifact.teacher_agreement),
         percent(artifact.accuracy),
         {True: "yes", False: "NO", None: "not here"}[artifact.verified],
     )

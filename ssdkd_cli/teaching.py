@@ -82,11 +82,11 @@ def run_rounds(state: State, metrics_path: Path, title: str, time_limit_seconds:
         for metrics in distill(state, time_limit_seconds=time_limit_seconds):
             writable = writable and append_metrics(metrics_path, metrics)
             show(metrics)
-    if not state.steps:
-        raise SSDKDError(
-            f"the time was up after {state.round} round(s), before the student's first step",
-            "give a longer --time-limit",
-        )
+        if not state.steps:
+            raise SSDKDError(
+                f"the time was up after {state.round} round(s), before the student's first step",
+                "give a longer --time-limit",
+            )
 
 
 def append_metrics(path: Path, metrics: RoundMetrics) -> bool:

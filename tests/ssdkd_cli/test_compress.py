@@ -202,6 +202,17 @@ def test_before_the_first_step_there_is_no_student_to_keep(
     assert not (tmp_path / "run").exists()
 
 
+def test_no_tick_before_the_error_that_nothing_was_learned(
+    ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    distill = teaching.distill
+    monkeypatch.setattr(teaching, "distill", lambda *given, **named: itertools.islice(distill(*given, **named), 1))
+    ran = ssdkd(*arguments(shared, tmp_path / "run"))
+    assert ran.code == 1
+    assert "the time was up after 1 round(s), before the student's first step" in ran.err
+    assert "✓ distil" not in ran.err
+
+
 def test_ctrl_c_after_the_last_round_keeps_the_student(
     ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
