@@ -218,9 +218,10 @@ def sparkline(values: Sequence[float]) -> str:
 
 def plain_round(metrics: "RoundMetrics") -> str:
     """One round as one line."""
+    phase = "warm-up  " if metrics.phase == "warm-up" else ""
     student = f"student loss {metrics.distillation_loss:.3g}  " if metrics.steps else ""
     return (
-        f"round {metrics.round}/{metrics.rounds}  agreement {metrics.agreement:.1f} %  {student}"
+        f"round {metrics.round}/{metrics.rounds}  {phase}agreement {metrics.agreement:.1f} %  {student}"
         f"image loss {image_losses(metrics).plain}  balance {metrics.class_balance:.2f}  "
         f"{metrics.images_per_second:,.0f} images/s  {duration(metrics.seconds_left)} left"
     )

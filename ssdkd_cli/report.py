@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from engine.errors import SSDKDError
 from ssdkd_cli.files import write_text
+from ssdkd_cli.runs import STUDENT
 from ssdkd_cli.words import count, duration, markdown_table, percent, shape, size
 
 SCHEMA_VERSION: Final = 1
@@ -183,6 +184,11 @@ def read_report(folder: Path) -> Report:
         SSDKDError: no report there, or one that does not follow the schema.
     """
     path = folder / "report.json"
+    if not path.exists() and (folder / STUDENT).exists():
+        raise SSDKDError(
+            f"{folder} has a student and no report: the run was interrupted before its report",
+            f"make files of the student with `ssdkd export {folder}`",
+        )
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

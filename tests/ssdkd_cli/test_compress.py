@@ -181,6 +181,12 @@ def test_an_interrupted_run_keeps_the_student_so_far(
     assert f"ssdkd export {tmp_path}/run" in ran.err
     assert "Traceback" not in ran.err
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
+    reported = ssdkd("report", tmp_path / "run")
+    assert reported.code == 1
+    assert "was interrupted before its report" in reported.err
+    assert f"ssdkd export {tmp_path}/run" in " ".join(reported.err.split())
+    assert "round 1/3  warm-up  agreement" in ran.err
+    assert "round 2/3  agreement" not in ran.err  # it was interrupted there
     scored = ssdkd("eval", tmp_path / "run", "--data", shared / "test.npz", "--json")
     assert scored.code == 0, scored.err
     assert [row["images"] for row in scored.json] == [20]
@@ -199,6 +205,7 @@ def test_before_the_first_step_there_is_no_student_to_keep(
     ran = ssdkd(*arguments(shared, tmp_path / "run"))
     assert ran.code == 130
     assert "student.safetensors" not in ran.err
+    assert "interrupted in the warm-up: the student had not begun, nothing is kept" in ran.err
     assert not (tmp_path / "run").exists()
 
 
