@@ -15,12 +15,13 @@ from exporters.runtimes import OPENERS, open_runtime, predictor
 from exporters.to_tensorrt import check_builder
 from ssdkd_cli import console, runs
 from ssdkd_cli.artifacts import PLAN, artifact, file_name, file_names, make_files, score_file, timed_paths
+from ssdkd_cli.environment import profile_warnings
 from ssdkd_cli.gates import Limits, decide, recommend
 from ssdkd_cli.labels import chance_warnings, read_classes
 from ssdkd_cli.material import NOISE_SAMPLES, Material, read_teacher, smooth_noise
 from ssdkd_cli.report import Artifact, Gate, Percentiles, Report, read_report, write_report
 from ssdkd_cli.target import Target
-from ssdkd_cli.timing import BATCHES, measure, time_files, time_plan_file
+from ssdkd_cli.timing import BATCHES, busy_warnings, measure, time_files, time_plan_file
 from ssdkd_cli.words import percent
 
 
@@ -113,6 +114,8 @@ def export(
     teacher_accuracy = _teacher_accuracy(material, labelled, is_needed=limits.max_drop is not None)
     proofs = make_files(subject, target, folder, compute=compute, seed=seed)
     _, timings = measure(*timed_paths(proofs), subject.samples.held_out, folder, batch=target.timed_batch)
+    doubts = busy_warnings({path.name: timing for path, timing in timings.items()}, folder)
+    console.warn_all([*doubts, *profile_warnings(target.profile.name)])
     profile = target.profile.name if target.is_named else None
     artifacts = tuple(
         artifact(proof, subject, timings, labelled, profile=profile, notes=material.notes) for proof in proofs
@@ -139,7 +142,7 @@ def _teacher_accuracy(material: Material, labelled: LabelledImages | None, *, is
         with console.stage("eval data", "scoring the teacher") as done:
             value = accuracy(predictor(material.subject.module), labelled, mean=card.mean, std=card.std)
             done(f"{len(labelled.labels):,} labelled images: teacher {percent(value)}")
-        _warn_of_chance(value, card.classes)
+        console.warn_all(chance_warnings(value, card.classes))
         return value
     if not is_needed and not (material.run / runs.REPORT).exists():
         return None
@@ -237,13 +240,8 @@ def evaluate(
             data, input_shape=runtime.input_shape, classes=runtime.classes, class_names=names or said.class_names
         )
         value = accuracy(runtime.run, labelled, mean=mean, std=std, batch=runtime.fixed_batch)
-    _warn_of_chance(value, len(labelled.class_names))
+    console.warn_all(chance_warnings(value, len(labelled.class_names)))
     return [Score(str(model), value, len(labelled.labels))]
-
-
-def _warn_of_chance(value: float, classes: int) -> None:
-    for sentence in chance_warnings(value, classes):
-        console.warn(sentence)
 
 
 def _score_run(model: Path, data: Path, trust_pickle: bool) -> list[Score]:
@@ -278,7 +276,9 @@ def bench(model: Path, *, input_shape: tuple[int, int, int] | None) -> list[File
         timings += [time_plan_file(path, BATCHES[0]) for path in plans]
     if timings[0].latency_batch > 1:
         console.warn(f"the latency is of {timings[0].latency_batch} images at once: no other batch can be run")
-    return [FileTiming(str(path), **vars(timing)) for path, timing in zip((*others, *plans), timings, strict=True)]
+    timed = dict(zip((*others, *plans), timings, strict=True))
+    console.warn_all(busy_warnings({path.name: timing for path, timing in timed.items()}, model))
+    return [FileTiming(str(path), **vars(timing)) for path, timing in timed.items()]
 
 
 def files_of(folder: Path) -> list[Path]:

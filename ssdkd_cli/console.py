@@ -57,6 +57,13 @@ def warn(text: str) -> None:
     line(Text("!", CAUTION), text)
 
 
+def warn_all(sentences: Sequence[str]) -> list[str]:
+    """Say each of them, and hand them back for the report."""
+    for sentence in sentences:
+        warn(sentence)
+    return list(sentences)
+
+
 def note(text: str) -> None:
     """Something worth knowing."""
     line(Text(" "), text)

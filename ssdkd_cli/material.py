@@ -64,8 +64,7 @@ def read_teacher(path: Path, **stated: Any) -> Teacher:
             f"{spec.arch} ({spec.arch_evidence}), {count(spec.parameters)} parameters, "
             f"{shape(spec.input_shape)}, {spec.classes} classes"
         )
-    for sentence in spec.warnings:
-        console.warn(sentence)
+    console.warn_all(spec.warnings)
     return teacher
 
 

@@ -29,6 +29,7 @@ from ssdkd_cli import console, runs
 from ssdkd_cli.artifacts import artifact, make_files, timed_paths, try_target
 from ssdkd_cli.config_file import read_config, write_config
 from ssdkd_cli.describe import Scores, count_parameters, describe_run, run_warnings, size_warnings
+from ssdkd_cli.environment import profile_warnings
 from ssdkd_cli.files import check_space, new_folder, write_text
 from ssdkd_cli.gates import Limits, check_limits
 from ssdkd_cli.labels import chance_warnings, read_classes
@@ -46,7 +47,7 @@ from ssdkd_cli.teaching import (
     keeping_student,
     teach,
 )
-from ssdkd_cli.timing import measure
+from ssdkd_cli.timing import busy_warnings, measure
 from ssdkd_cli.words import count, percent, shape
 
 SPARE_BYTES = 4_000_000  # report, picture, metrics
@@ -81,9 +82,10 @@ def compress(options: Options, *, command: str) -> Finished:
         teacher = load(options)
         settings = settings_of(options, ablations, teacher)
         student, inherited = build(options, teacher, settings, target)
-        warnings = [*teacher.spec.warnings, *warn_all(size_warnings(student, teacher))]
+        doubts = [*size_warnings(student, teacher), *profile_warnings(target.profile.name)]
+        warnings = [*teacher.spec.warnings, *console.warn_all(doubts)]
         labelled, teacher_accuracy = read_labelled(options.eval_data, teacher, compute.device)
-        warnings += warn_all(chance_warnings(teacher_accuracy, teacher.spec.classes))
+        warnings += console.warn_all(chance_warnings(teacher_accuracy, teacher.spec.classes))
         check_space(folder, needed_bytes(teacher, student, settings))
         with keeping_student(folder):
             write_text(folder / runs.CONFIG, write_config(as_typed(options), ablations, dataclasses.asdict(settings)))
@@ -99,7 +101,7 @@ def compress(options: Options, *, command: str) -> Finished:
                 seed=options.seed,
                 time_limit_seconds=options.time_limit,
             )
-            warnings += warn_all(run_warnings(distilled.state))
+            warnings += console.warn_all(run_warnings(distilled.state))
             save_picture(folder, distilled.state, class_names(teacher))
             subject = Subject(distilled.student, card, distilled.samples, options.embed_preprocessing)
             proofs = make_files(subject, target, folder, compute=compute, seed=options.seed)
@@ -110,6 +112,9 @@ def compress(options: Options, *, command: str) -> Finished:
                 batch=target.timed_batch,
                 teacher=replace(subject, module=teacher.module, embed_preprocessing=False),
             )
+            of_teacher = {"the teacher": teacher_timing} if teacher_timing else {}
+            of_files = {path.name: timing for path, timing in timings.items()}
+            warnings += console.warn_all(busy_warnings({**of_teacher, **of_files}, folder))
             with console.stage("score", "comparing student and teacher") as done:
                 scores = compare(distilled, teacher, labelled, teacher_accuracy, compute.device)
                 profile = target.profile.name if target.is_named else None
@@ -244,13 +249,6 @@ def needed_bytes(teacher: Teacher, student: nn.Module, settings: DistillationSet
     image_bytes = math.prod(teacher.spec.input_shape)
     samples = settings.held_out * image_bytes + min(CALIBRATION_SAMPLES * image_bytes, CALIBRATION_BYTES)
     return 4 * (teacher.spec.parameters + 5 * count_parameters(student)) + samples + SPARE_BYTES
-
-
-def warn_all(sentences: Sequence[str]) -> list[str]:
-    """Say each of them, and hand them back for the report."""
-    for sentence in sentences:
-        console.warn(sentence)
-    return list(sentences)
 
 
 def save_picture(folder: Path, state: State, names: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from engine.errors import NonFiniteLossError
 from engine.students import build_student
 from engine.teacher import load_teacher
 from exporters.verify import Verification
-from ssdkd_cli import artifacts, console, files, pipeline, runs, teaching, timing
+from ssdkd_cli import artifacts, console, environment, files, pipeline, runs, teaching, timing
 from ssdkd_cli.target import resolve_target
 
 
@@ -67,6 +67,20 @@ def test_a_student_larger_than_the_teacher_is_warned_of(ssdkd: Any, shared: Path
         (warning,) = [text for text in ran.json["warnings"] if f"more {name} than the teacher" in text]
         assert f"`ssdkd export {shared / 'teacher.pt'} --precision int8`" in warning
         assert warning in ran.err
+
+
+def test_doubts_of_the_machine_are_in_the_report(ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "cpuinfo").write_text("flags : avx2\n")
+    monkeypatch.setattr(environment, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(timing, "BUSY", 0)
+    ran = ssdkd(*arguments(shared, tmp_path / "run", "--json", "--profile", "x86-vnni"))
+    assert ran.code == 0, ran.err
+    for words in ("has no VNNI", "busy when the teacher was timed", "busy when model.onnx was timed"):
+        (warning,) = [text for text in ran.json["warnings"] if words in text]
+        assert warning in ran.err
+    exported = ssdkd("export", tmp_path / "run", "--overwrite", "--profile", "x86-vnni", "--precision", "fp32")
+    assert "has no VNNI" in exported.err
+    assert "busy when model.onnx was timed" in exported.err
 
 
 def test_what_fails_is_said_beside_the_json(ssdkd: Any, shared: Path, tmp_path: Path) -> None:

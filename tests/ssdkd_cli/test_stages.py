@@ -10,8 +10,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from engine.teacher import load_teacher
-from ssdkd_cli import artifacts
+from ssdkd_cli import again, artifacts
 from ssdkd_cli.material import logits_of, smooth_noise
+from ssdkd_cli.report import Percentiles
+from ssdkd_cli.timing import Timing
 
 NORMALISED = ("--mean", "0.5", "--std", "0.5")
 
@@ -109,6 +111,16 @@ def test_bench_of_a_run_and_of_a_file(ssdkd: Any, compressed: Path) -> None:
         assert row["batch"] == 32
         assert row["throughput_per_s"] > 0
     assert "CPUExecutionProvider" in ssdkd("bench", compressed).out
+
+
+def test_a_busy_machine_is_said(ssdkd: Any, compressed: Path, monkeypatch: Any) -> None:
+    for p90, is_said in ((1.6, False), (41.4, True)):
+        busy = Timing(Percentiles(p50=1.58, p90=p90, p99=50.0), 1, 100.0, 32, "onnxruntime")
+        monkeypatch.setattr(again, "time_files", lambda *_, timing=busy, **__: [timing])
+        ran = ssdkd("bench", compressed)
+        assert ran.code == 0, ran.err
+        said = "the machine was busy when model.onnx was timed: half of its calls took 1.58 ms, one of ten 41.4 ms"
+        assert (said in ran.err) == is_said
 
 
 @pytest.mark.parametrize("batch", [1, 8])
