@@ -119,10 +119,13 @@ def detect_format(path: Path) -> str:
     )
 
 
-def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of the file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(*paths: Path) -> str:
+    """Hexadecimal SHA-256 of a file, or of several as if they were one."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
 
 
 def _zip_format(path: Path) -> str:

@@ -11,11 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine.batchnorm import has_possible_variances, has_running_statistics, is_trained
 from engine.probing import noise
 from engine.shapes import words
+from engine.students import build_network
 from engine.teacher import Teacher, TeacherSpec
 
 MAX_NAMED = 3
-# A student worth trying for a teacher of at least that many parameters, the largest first.
-SUGGESTED_STUDENTS = ((5_000_000, "mobilenetv2"), (600_000, "resnet20"), (0, "resnet8"))
+SUGGESTED_STUDENTS = ("mobilenetv2", "resnet20", "resnet8")  # the largest first
+WORTH_TRYING = (0.5, 1.0)  # below this share of the teacher's parameters and of its FLOPs; rather the first
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Inspection:
     flops: int  # of one image: multiplications and additions counted apart
     layers: dict[str, int]  # class name -> how many, of the layers that have weights
     findings: tuple[str, ...]  # what is suspicious; empty if nothing is
-    command: str | None  # the `ssdkd compress` command to type; None if it would refuse the teacher
+    student: str | None  # the one to try; None if none of ours is smaller
+    command: str | None  # what to type: `ssdkd compress`, `ssdkd export` without a student; None if it would be refused
 
 
 def inspect_teacher(teacher: Teacher) -> Inspection:
@@ -46,16 +48,36 @@ def inspect_teacher(teacher: Teacher) -> Inspection:
         finite = bool(module(noise(spec.input_shape)).isfinite().all())  # the images that load_teacher tries
     if not finite and not broken:
         findings.append(f"The logits are not finite for images of {words(spec.input_shape)}.")
-    student = next(name for least, name in SUGGESTED_STUDENTS if spec.parameters >= least)
+    flops = count_flops(module, spec.input_shape)
+    student = suggested_student(spec, flops)
+    verb, wanted = ("compress", ("--student", student)) if student else ("export", ("--precision", "int8"))
     return Inspection(
         spec=spec,
-        flops=count_flops(module, spec.input_shape),
+        flops=flops,
         layers=dict(kinds.most_common()),
         findings=tuple(findings),
-        command=shlex.join(["ssdkd", "compress", spec.path, "--student", student, *spec.flags])
-        if finite and not broken
-        else None,
+        student=student,
+        command=shlex.join(["ssdkd", verb, spec.path, *wanted, *spec.flags]) if finite and not broken else None,
     )
+
+
+def suggested_student(spec: TeacherSpec, flops: int) -> str | None:
+    """The largest of SUGGESTED_STUDENTS that is much smaller than a teacher of so many FLOPs, else just smaller."""
+    sizes = {}  # parameters and FLOPs
+    for name in SUGGESTED_STUDENTS:
+        with torch.device("meta"):
+            network = build_network(
+                name, classes=spec.classes, channels=spec.input_shape[0], pixels=min(spec.input_shape[1:])
+            )
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        sizes[name] = parameters, count_flops(network, spec.input_shape)
+    fitting = (
+        name
+        for share in WORTH_TRYING
+        for name, (parameters, operations) in sizes.items()
+        if parameters < share * spec.parameters and operations < share * flops
+    )
+    return next(fitting, None)
 
 
 def count_flops(module: nn.Module, input_shape: tuple[int, int, int]) -> int:

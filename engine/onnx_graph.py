@@ -134,6 +134,18 @@ def read_onnx(path: Path) -> tuple[State, Graph, dict[str, str]]:
     return _layers_state(steps, weights), graph, {entry.key: entry.value for entry in model.metadata_props}
 
 
+def data_files(path: Path) -> list[Path]:
+    """The files beside an .onnx that hold weights of it; none where they are inside."""
+    import onnx
+
+    return [path.parent / name for name in _data_names(onnx.load(str(path), load_external_data=False))]
+
+
+def _data_names(model: Any) -> list[str]:
+    found = (entry for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location")
+    return list(dict.fromkeys(entry.value for entry in found))
+
+
 def _add_external_data(model: Any, path: Path) -> None:
     """Reads the weights that lie in files beside the .onnx.
 
@@ -141,13 +153,11 @@ def _add_external_data(model: Any, path: Path) -> None:
     """
     import onnx
 
-    files = [
-        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
-    ]
+    files = _data_names(model)
     try:
         onnx.load_external_data_for_model(model, str(path.parent))
     except (onnx.checker.ValidationError, FileNotFoundError) as error:
-        missing = [name for name in dict.fromkeys(files) if not (path.parent / name).is_file()]
+        missing = [name for name in files if not (path.parent / name).is_file()]
         if missing:
             raise SSDKDError(
                 f"{path.name} keeps its weights in {', '.join(missing[:3])}, which must lie beside it: "
@@ -155,7 +165,7 @@ def _add_external_data(model: Any, path: Path) -> None:
                 "copy it there under that name, or export the network again with its weights inside the .onnx",
             ) from error
         raise SSDKDError(
-            f"{path.name} keeps its weights in {', '.join(dict.fromkeys(files)) or 'another file'}, which cannot be "
+            f"{path.name} keeps its weights in {', '.join(files) or 'another file'}, which cannot be "
             f"read: expected a plain file beside it, found: {first_line(error)}",
             "copy both into one folder, or export the network again with its weights inside the .onnx",
         ) from error

@@ -10,6 +10,7 @@ from engine.batchnorm import batchnorm_layers, statistics_misfit
 from engine.checkpoints import read_checkpoint, sha256_of
 from engine.errors import SSDKDError
 from engine.facts import Metadata, class_names_in, input_shape_in, normalisation_in
+from engine.onnx_graph import data_files
 from engine.probing import as_classifier, input_channels
 from engine.resolve import resolve_network
 from engine.shapes import Shape, words
@@ -47,7 +48,7 @@ class TeacherSpec:
 
     path: str
     sha256: str
-    size_bytes: int
+    size_bytes: int  # this and the sha256 with the data files of an .onnx
     format: str  # "state_dict", "safetensors", "pickle", "torch.export", "torchscript", "onnx"
     arch: str  # a name that --arch takes, the class name of a pickled module, or "graph"
     arch_evidence: str
@@ -110,13 +111,14 @@ def load_teacher(
     _check_classes(found, classes, class_names)
     preprocessing, normalisation_warnings = _preprocessing(mean, std, metadata, module, shape[0])
     usable = len(batchnorm_layers(module))
+    files = [path, *(data_files(path) if checkpoint.format == "onnx" else [])]
     doubts = [MISFIT] if usable and statistics_misfit(module, shape) > LARGEST_MISFIT else []
     return Teacher(
         module,
         TeacherSpec(
             path=str(path),
-            sha256=sha256_of(path),
-            size_bytes=path.stat().st_size,
+            sha256=sha256_of(*files),
+            size_bytes=sum(file.stat().st_size for file in files),
             format=checkpoint.format,
             arch=network.arch,
             arch_evidence=network.evidence,

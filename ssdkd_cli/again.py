@@ -11,23 +11,27 @@ from exporters import FORMATS
 from exporters.evaluate import LAYOUT_HINT, LabelledImages, accuracy, load_labelled
 from exporters.metadata import describe, preprocessing_of
 from exporters.precision import PRECISIONS
-from exporters.runtimes import open_runtime, predictor
+from exporters.runtimes import OPENERS, open_runtime, predictor
 from exporters.to_tensorrt import check_builder
 from ssdkd_cli import console, runs
 from ssdkd_cli.artifacts import PLAN, artifact, file_name, file_names, make_files, score_file, timed_paths
+from ssdkd_cli.environment import profile_warnings
 from ssdkd_cli.gates import Limits, decide, recommend
-from ssdkd_cli.material import NOISE_SAMPLES, Material, smooth_noise
+from ssdkd_cli.labels import chance_warnings, read_classes
+from ssdkd_cli.material import NOISE_SAMPLES, Material, read_teacher, smooth_noise
 from ssdkd_cli.report import Artifact, Gate, Percentiles, Report, problem_of, read_report, write_report
 from ssdkd_cli.target import Target
-from ssdkd_cli.timing import BATCHES, measure, time_files, time_plan_file
+from ssdkd_cli.timing import BATCHES, busy_warnings, measure, time_files, time_plan_file
+from ssdkd_cli.words import percent
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export made, and the limits that were set for it."""
+    """What an export made, the limits that were set for it, and the teacher's accuracy (percent) where it is known."""
 
     artifacts: tuple[Artifact, ...]
     gates: tuple[Gate, ...]
+    teacher_accuracy: float | None
 
 
 @dataclass(frozen=True)
@@ -107,9 +111,11 @@ def export(
         labelled = load_labelled(
             eval_data, input_shape=card.input_shape, classes=card.classes, class_names=card.class_names
         )
-    teacher_accuracy = _teacher_accuracy(material, labelled) if limits.max_drop is not None else None
+    teacher_accuracy = _teacher_accuracy(material, labelled, is_needed=limits.max_drop is not None)
     proofs = make_files(subject, target, folder, compute=compute, seed=seed)
     _, timings = measure(*timed_paths(proofs), subject.samples.held_out, folder, batch=target.timed_batch)
+    doubts = busy_warnings({path.name: timing for path, timing in timings.items()}, folder)
+    console.warn_all([*doubts, *profile_warnings(target.profile.name)])
     profile = target.profile.name if target.is_named else None
     artifacts = tuple(
         artifact(proof, subject, timings, labelled, profile=profile, notes=material.notes) for proof in proofs
@@ -121,21 +127,29 @@ def export(
     _, gates = decide(limits, artifacts, target, teacher_accuracy)
     if report:
         write_report(_with_artifacts(report, folder, artifacts, gates, target), folder)
-    return Exported(artifacts, gates)
+    return Exported(artifacts, gates, teacher_accuracy)
 
 
-def _teacher_accuracy(material: Material, labelled: LabelledImages | None) -> float | None:
-    """Percent, what --max-drop compares with: of a teacher measured now, of a run's teacher what the report says.
+def _teacher_accuracy(material: Material, labelled: LabelledImages | None, *, is_needed: bool) -> float | None:
+    """Percent: of a teacher measured now, of a run's teacher what the report says of as many images, if it does.
 
-    Raises SSDKDError where a run's report does not say it of as many images.
+    Raises SSDKDError where it does not and `is_needed`, for --max-drop.
     """
     if labelled is None:
         return None
     if material.run is None:
         card = material.subject.card
-        return accuracy(predictor(material.subject.module), labelled, mean=card.mean, std=card.std)
+        with console.stage("eval data", "scoring the teacher") as done:
+            value = accuracy(predictor(material.subject.module), labelled, mean=card.mean, std=card.std)
+            done(f"{len(labelled.labels):,} labelled images: teacher {percent(value)}")
+        console.warn_all(chance_warnings(value, card.classes))
+        return value
+    if not is_needed and not (material.run / runs.REPORT).exists():
+        return None
     of_teacher, images = read_report(material.run).teacher, len(labelled.labels)
     if of_teacher.accuracy is None or of_teacher.accuracy_images != images:
+        if not is_needed:
+            return None
         known = f"on {of_teacher.accuracy_images:,} images" if of_teacher.accuracy_images else "on none"
         raise SSDKDError(
             f"--max-drop compares with the teacher, whose accuracy the report of {material.run} has {known}; "
@@ -182,34 +196,63 @@ def evaluate(
     model: Path,
     data: Path,
     *,
+    arch: str | None,
     input_shape: tuple[int, int, int] | None,
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
+    classes: int | Path | None,
     trust_pickle: bool,
 ) -> list[Score]:
-    """The accuracy of a run's student and of its files, or of one file, which `input_shape`, `mean` and `std` describe.
+    """The accuracy of a run's student and of its files, or of one file, an exported one or a teacher's.
+
+    What describes the network is for a single file; `arch` and `trust_pickle` are for a teacher's.
 
     Raises:
         SSDKDError: no model, data that does not fit it, or an option that does not apply to it.
     """
-    if not model.is_dir():
+    stated = {"--arch": arch, "--input": input_shape, "--mean": mean, "--std": std, "--classes": classes}
+    given = " ".join(name for name, value in stated.items() if value is not None)
+    if model.is_dir() and given:
+        raise SSDKDError(f"{given} describe a single file; {model} is a run, which knows its own", f"leave {given} out")
+    if model.is_dir():
+        return _score_run(model, data, trust_pickle)
+    number, names = read_classes(classes)
+    if model.suffix.lower() not in OPENERS:
+        teacher = read_teacher(
+            model,
+            arch=arch,
+            input_shape=input_shape,
+            mean=mean,
+            std=std,
+            classes=number,
+            class_names=names,
+            trust_pickle=trust_pickle,
+        )
+        spec = teacher.spec
+        mean, std = spec.preprocessing.mean, spec.preprocessing.std
+        labelled = load_labelled(data, input_shape=spec.input_shape, classes=spec.classes, class_names=spec.class_names)
+        value = accuracy(predictor(teacher.module), labelled, mean=mean, std=std)
+    else:
         runtime = open_runtime(model, input_shape=input_shape)
-        if trust_pickle:
-            raise SSDKDError(
-                f"--trust-pickle is for a run that needs its teacher's file; {model} is a file that runs no code",
-                "leave --trust-pickle out",
-            )
+        for flag, is_given in (("--arch", arch is not None), ("--trust-pickle", trust_pickle)):
+            if is_given:
+                raise SSDKDError(
+                    f"{flag} is for a run that needs its teacher's file, or for a checkpoint; {model} runs as it is",
+                    f"leave {flag} out",
+                )
+        if number not in (None, runtime.classes):
+            raise SSDKDError(f"--classes says {number}, but {model} has {runtime.classes} outputs", "correct --classes")
         said = describe(runtime.metadata)
         mean, std = preprocessing_of(said, channels=runtime.input_shape[0], mean=mean, std=std)
         labelled = load_labelled(
-            data, input_shape=runtime.input_shape, classes=runtime.classes, class_names=said.class_names
+            data, input_shape=runtime.input_shape, classes=runtime.classes, class_names=names or said.class_names
         )
         value = accuracy(runtime.run, labelled, mean=mean, std=std, batch=runtime.fixed_batch)
-        return [Score(str(model), value, len(labelled.labels))]
-    stated = {"--input": input_shape, "--mean": mean, "--std": std}
-    given = " ".join(name for name, value in stated.items() if value is not None)
-    if given:
-        raise SSDKDError(f"{given} describe a single file; {model} is a run, which knows its own", f"leave {given} out")
+    console.warn_all(chance_warnings(value, len(labelled.class_names)))
+    return [Score(str(model), value, len(labelled.labels))]
+
+
+def _score_run(model: Path, data: Path, trust_pickle: bool) -> list[Score]:
     run = runs.open_run(model, trust_pickle=trust_pickle)
     card = run.card
     labelled = load_labelled(data, input_shape=card.input_shape, classes=card.classes, class_names=card.class_names)
@@ -241,7 +284,9 @@ def bench(model: Path, *, input_shape: tuple[int, int, int] | None) -> list[File
         timings += [time_plan_file(path, BATCHES[0]) for path in plans]
     if timings[0].latency_batch > 1:
         console.warn(f"the latency is of {timings[0].latency_batch} images at once: no other batch can be run")
-    return [FileTiming(str(path), **vars(timing)) for path, timing in zip((*others, *plans), timings, strict=True)]
+    timed = dict(zip((*others, *plans), timings, strict=True))
+    console.warn_all(busy_warnings({path.name: timing for path, timing in timed.items()}, model))
+    return [FileTiming(str(path), **vars(timing)) for path, timing in timed.items()]
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -68,8 +68,8 @@ def exit_code_of(command: Callable[[], Outcome]) -> int:
         return outcome.exit_code
     except SSDKDError as error:
         console.error(error.message, error.hint)
-    except KeyboardInterrupt:
-        console.warn("interrupted")
+    except KeyboardInterrupt as interrupt:
+        console.warn(str(interrupt) or "interrupted")
         return INTERRUPTED
     except BrokenPipeError:
         # Python flushes stdout once more at its end: give it somewhere to go.

@@ -90,6 +90,13 @@ def warn(text: str) -> None:
     line(Text("!", CAUTION), text)
 
 
+def warn_all(sentences: Sequence[str]) -> list[str]:
+    """Say each of them, and hand them back for the report."""
+    for sentence in sentences:
+        warn(sentence)
+    return list(sentences)
+
+
 def note(text: str) -> None:
     """Something worth knowing."""
     line(Text(" "), text)
@@ -187,7 +194,7 @@ def rounds(title: str) -> Iterator[Callable[["RoundMetrics"], None]]:
         yield draw
     last = history[-1]
     text = (
-        f"{last.round:,} rounds, {last.steps:,} steps, {last.images_seen:,} images, "
+        f"{last.round:,} of {last.rounds:,} rounds, {last.steps:,} steps, {last.images_seen:,} images, "
         f"{last.agreement:.1f} % agreement with the teacher"
     )
     finish("distil", text, True, started)
@@ -251,9 +258,10 @@ def sparkline(values: Sequence[float]) -> str:
 
 def plain_round(metrics: "RoundMetrics") -> str:
     """One round as one line."""
+    phase = "warm-up  " if metrics.phase == "warm-up" else ""
     student = f"student loss {metrics.distillation_loss:.3g}  " if metrics.steps else ""
     return (
-        f"round {metrics.round}/{metrics.rounds}  agreement {metrics.agreement:.1f} %  {student}"
+        f"round {metrics.round}/{metrics.rounds}  {phase}agreement {metrics.agreement:.1f} %  {student}"
         f"image loss {image_losses(metrics).plain}  balance {metrics.class_balance:.2f}  "
         f"{metrics.images_per_second:,.0f} images/s  {duration(metrics.seconds_left)} left"
     )

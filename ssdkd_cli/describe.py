@@ -29,6 +29,7 @@ from ssdkd_cli.report import (
 from ssdkd_cli.target import Target
 from ssdkd_cli.teaching import Distilled
 from ssdkd_cli.timing import Timing
+from ssdkd_cli.words import count
 
 METHOD = "SSD-KD"
 NOT_REPEATABLE = "the time limit hurried the run: the same seed does not give the same student again"
@@ -177,14 +178,37 @@ def run_warnings(state: State) -> list[str]:
         for name, step in recordings(state).items()
         if step.refusal
     ]
-    return [*prior_warnings(class_histogram(state)), *([NOT_REPEATABLE] if state.hurried else []), *slow]
+    done, planned = state.round, state.settings.rounds
+    cut_short = (
+        f"the time limit ended the run after {done} of {planned} rounds: the student is worse than that of a full run; "
+        "raise --time-limit"
+    )
+    return [
+        *prior_warnings(class_histogram(state)),
+        *([cut_short] if done < planned else []),
+        *([NOT_REPEATABLE] if state.hurried else []),
+        *slow,
+    ]
+
+
+def size_warnings(student: nn.Module, teacher: Teacher) -> list[str]:
+    """A sentence for each of parameters and FLOPs of which the student has more than the teacher."""
+    spec = teacher.spec
+    flops = (count_flops(network, spec.input_shape) for network in (teacher.module, student))
+    sizes = {"parameters": (spec.parameters, count_parameters(student)), "FLOPs": tuple(flops)}
+    return [
+        f"the student has more {name} than the teacher, {count(of_student)} against {count(of_teacher)}: "
+        f"take a smaller one, or make the teacher faster as it is with `ssdkd export {spec.path} --precision int8`"
+        for name, (of_teacher, of_student) in sizes.items()
+        if of_student > of_teacher
+    ]
 
 
 def prior_warnings(histogram: Sequence[int]) -> list[str]:
     """Sentences on samples that leave classes out or prefer some; `histogram`: how many there are of each class."""
     if sum(histogram) < SAMPLES_A_CLASS * len(histogram):
         return []
-    missing = sum(count == 0 for count in histogram)
+    missing = sum(number == 0 for number in histogram)
     if missing:
         return [
             f"{missing} of {len(histogram)} classes are in none of the synthetic samples: the teacher's prior has "

@@ -11,16 +11,44 @@ from ssdkd_cli import __version__
 PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "safetensors")
 TENSORRT_FLAVOURS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
 
+CPU_INFO = Path("/proc/cpuinfo")
+# Profile, the flags in CPU_INFO of which one must be there, and what they mean; the first that fits is the machine's.
+CPU_PROFILES = (
+    ("x86-vnni", {"avx512_vnni", "avx_vnni"}, "VNNI"),
+    ("x86-avx2", {"avx2"}, "AVX2, no VNNI"),
+    ("arm64", {"asimddp"}, "ARM with dot products"),
+)
+
 
 def cpu_name() -> str:
     """'Intel(R) Xeon(R) ..., 2 cores', from where the system says it."""
     name = platform.processor() or platform.machine()
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = CPU_INFO.read_text(encoding="utf-8").splitlines()
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
     except (OSError, StopIteration):
         pass  # not Linux, or a processor without a name: the architecture will do
     return f"{name}, {available_threads()} cores"
+
+
+def cpu_profile() -> tuple[str, str] | None:
+    """The device profile that this processor fits, and why; None where none is known to fit."""
+    try:
+        lines = CPU_INFO.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    flags = {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()}
+    return next(((name, why) for name, one_of, why in CPU_PROFILES if flags & one_of), None)
+
+
+def profile_warnings(profile: str) -> list[str]:
+    """A sentence where files for a processor with VNNI are timed on one without."""
+    if profile != "x86-vnni" or (cpu_profile() or ("",))[0] != "x86-avx2":
+        return []
+    return [
+        "this processor has no VNNI: what is timed here for --profile x86-vnni says little of one that has; "
+        "--profile x86-avx2 fits this machine"
+    ]
 
 
 def gpu_names() -> list[str]:
@@ -73,6 +101,8 @@ def doctor_findings() -> list[str]:
             findings.append("an NVIDIA driver is here but PyTorch cannot use it: compare the driver with CUDA above")
         if not cpu_computes_bfloat16():
             findings.append("computes in float32: this processor has no native bfloat16")
+    if fitting := cpu_profile():
+        findings.append(f"fits this machine: --profile {fitting[0]} ({fitting[1]})")
     findings.append("exports to ONNX and proves the file in ONNX Runtime on the CPU")
     if torch.cuda.is_available() and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         findings.append("measures ONNX files on the CPU only: pip install onnxruntime-gpu to measure them on the GPU")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from engine.errors import SSDKDError
 from ssdkd_cli.report import Artifact, Gate, Recommendation
-from ssdkd_cli.words import times
+from ssdkd_cli.words import compared, times
 
 if TYPE_CHECKING:
     from ssdkd_cli.target import Target
@@ -122,13 +122,19 @@ def recommend(passing: Sequence[Artifact], teacher_latency_ms: float | None) -> 
     if not best.latency_ms:
         return Recommendation(best.path, f"{why}; no latency was measured here")
     if teacher_latency_ms and best.format == "onnx":
-        why += f": {times(teacher_latency_ms, best.latency_ms.p50)} the teacher's speed on this machine"
+        why += f"; on this machine {beside_teacher(teacher_latency_ms, best.latency_ms.p50)}"
     slower = [
         f"{item.path} takes {times(item.latency_ms.p50, best.latency_ms.p50)} as long"
         for item in others
         if item.latency_ms
     ]
     return Recommendation(best.path, "; ".join((why, *slower)))
+
+
+def beside_teacher(teacher_ms: float, file_ms: float) -> str:
+    """'3.1 times faster than the teacher', 'as fast as the teacher'."""
+    change = compared(teacher_ms, file_ms, ("faster", "slower"))
+    return "as fast as the teacher" if change == "the same" else f"{change} than the teacher"
 
 
 def gate_line(gate: Gate) -> str:

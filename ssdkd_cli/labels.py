@@ -1,8 +1,11 @@
-"""--classes: a number, or a file with one class name a line."""
+"""Classes and labels: what --classes says, and whether labels are numbered as the network numbers its classes."""
 
 from pathlib import Path
 
 from engine.errors import SSDKDError
+from ssdkd_cli.words import percent
+
+NEAR_CHANCE = 0.1  # of the way from chance to all right
 
 
 def read_classes(classes: int | Path | None) -> tuple[int | None, tuple[str, ...] | None]:
@@ -24,3 +27,15 @@ def read_classes(classes: int | Path | None) -> tuple[int | None, tuple[str, ...
         found = f"'{twice[0]}' twice" if twice else f"{len(names)} names"
         raise SSDKDError(f"--classes {classes}: expected two or more different names, found {found}", hint)
     return len(names), names
+
+
+def chance_warnings(accuracy: float | None, classes: int) -> list[str]:
+    """A sentence on a trained network's accuracy (percent) that is near chance, or below."""
+    chance = 100 / classes
+    if accuracy is None or accuracy > chance + NEAR_CHANCE * (100 - chance):
+        return []
+    return [
+        f"{percent(accuracy)} accuracy is about chance, {percent(chance)}, or below: are the labels in the order of "
+        "the network's classes (folders are numbered alphabetically, unless --classes FILE names the classes), and are "
+        "--mean, --std and --input those of the training?"
+    ]

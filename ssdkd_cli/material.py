@@ -18,6 +18,7 @@ from engine.teacher import Teacher, load_teacher
 from exporters.runtimes import inference_batch, predictor, to_input
 from ssdkd_cli import console, runs
 from ssdkd_cli.precisions import Subject
+from ssdkd_cli.words import count, shape
 
 NOISE_SAMPLES = 64
 ON_NOISE = "proven on smooth random images: a teacher that was not distilled has no synthetic samples"
@@ -54,6 +55,19 @@ def from_run(folder: Path, *, trust_pickle: bool, embed_preprocessing: bool) -> 
     return Material(Subject(run.module, run.card, samples, embed_preprocessing), folder, ())
 
 
+def read_teacher(path: Path, **stated: Any) -> Teacher:
+    """A teacher, `stated` as engine.teacher.load_teacher takes it; what is doubtful is said."""
+    with console.stage("teacher", f"reading {path}") as done:
+        teacher = load_teacher(path, **stated)
+        spec = teacher.spec
+        done(
+            f"{spec.arch} ({spec.arch_evidence}), {count(spec.parameters)} parameters, "
+            f"{shape(spec.input_shape)}, {spec.classes} classes"
+        )
+    console.warn_all(spec.warnings)
+    return teacher
+
+
 def from_teacher(
     path: Path, *, needs_samples: bool, seed: int, compute: Compute, embed_preprocessing: bool, **stated: Any
 ) -> Material:
@@ -61,11 +75,7 @@ def from_teacher(
 
     `needs_samples`: ranges are to be taken, so synthetic samples are made of it; else noise is enough for the proof.
     """
-    with console.stage("teacher", f"reading {path}") as done:
-        teacher = load_teacher(path, **stated)
-        done(teacher.spec.arch)
-    for sentence in teacher.spec.warnings:
-        console.warn(sentence)
+    teacher = read_teacher(path, **stated)
     card = runs.teacher_card(teacher.spec, runs.SAME)
     if needs_samples:
         samples = inverted(teacher, compute=compute, seed=seed)

@@ -178,8 +178,8 @@ NO_FALLBACK = typer.Option(
 )
 EVAL_DATA = typer.Option(
     metavar="DIR",
-    help="Labelled images (a folder a class, or an .npz) for the accuracy in the report; "
-    "the distillation never sees them.",
+    help="Labelled images (a folder a class, numbered alphabetically unless --classes or the teacher's file names the "
+    "classes; or an .npz) for the accuracy in the report; the distillation never sees them.",
     rich_help_panel="Result",
 )
 MAX_DROP = typer.Option(

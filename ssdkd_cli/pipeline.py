@@ -1,6 +1,7 @@
 """The stages of a run in their order: load, check, distil, save, export, prove, measure, score, report.
 
-Each is a function from named values to one value. Labelled images reach the scoring alone.
+Each is a function from named values to one value. Labelled images reach the scores alone: the teacher's at the start,
+the student's at the end.
 """
 
 import copy
@@ -21,16 +22,18 @@ from engine.errors import SSDKDError
 from engine.inheritance import inherit
 from engine.state import State
 from engine.students import STUDENTS, build_student
-from engine.teacher import Teacher, load_teacher
+from engine.teacher import Teacher
 from exporters.evaluate import LabelledImages, accuracy, load_labelled, predicted_classes
 from exporters.runtimes import predictor
 from ssdkd_cli import console, runs
 from ssdkd_cli.artifacts import artifact, make_files, timed_paths, try_target
 from ssdkd_cli.config_file import read_config, write_config
-from ssdkd_cli.describe import Scores, count_parameters, describe_run, run_warnings
+from ssdkd_cli.describe import Scores, count_parameters, describe_run, run_warnings, size_warnings
+from ssdkd_cli.environment import profile_warnings
 from ssdkd_cli.files import check_space, new_folder, write_text
 from ssdkd_cli.gates import Limits, check_limits
-from ssdkd_cli.labels import read_classes
+from ssdkd_cli.labels import chance_warnings, read_classes
+from ssdkd_cli.material import read_teacher
 from ssdkd_cli.options import Options, as_typed
 from ssdkd_cli.precisions import Subject
 from ssdkd_cli.report import Report, write_report
@@ -44,7 +47,7 @@ from ssdkd_cli.teaching import (
     keeping_student,
     teach,
 )
-from ssdkd_cli.timing import measure
+from ssdkd_cli.timing import busy_warnings, measure
 from ssdkd_cli.words import count, percent, shape
 
 SPARE_BYTES = 4_000_000  # report, picture, metrics
@@ -80,11 +83,13 @@ def compress(options: Options, *, command: str) -> Finished:
         teacher = load(options)
         settings = settings_of(options, ablations, teacher)
         student, inherited = build(options, teacher, settings, target)
-        labelled = read_labelled(options.eval_data, teacher)
+        doubts = [*size_warnings(student, teacher), *profile_warnings(target.profile.name)]
+        warnings = [*teacher.spec.warnings, *console.warn_all(doubts)]
+        labelled, teacher_accuracy = read_labelled(options.eval_data, teacher, compute.device)
+        warnings += console.warn_all(chance_warnings(teacher_accuracy, teacher.spec.classes))
         check_space(folder, needed_bytes(teacher, student, settings))
         with keeping_student(folder):
             write_text(folder / runs.CONFIG, write_config(as_typed(options), ablations, dataclasses.asdict(settings)))
-            warnings = list(teacher.spec.warnings)
             card = runs.teacher_card(teacher.spec, options.student)
             distilled = teach(
                 teacher,
@@ -97,7 +102,7 @@ def compress(options: Options, *, command: str) -> Finished:
                 seed=options.seed,
                 time_limit_seconds=options.time_limit,
             )
-            warnings += warn_all(run_warnings(distilled.state))
+            warnings += console.warn_all(run_warnings(distilled.state))
             save_picture(folder, distilled.state, class_names(teacher))
             subject = Subject(distilled.student, card, distilled.samples, options.embed_preprocessing)
             proofs = make_files(subject, target, folder, compute=compute, seed=options.seed)
@@ -108,8 +113,11 @@ def compress(options: Options, *, command: str) -> Finished:
                 batch=target.timed_batch,
                 teacher=replace(subject, module=teacher.module, embed_preprocessing=False),
             )
+            of_teacher = {"the teacher": teacher_timing} if teacher_timing else {}
+            of_files = {path.name: timing for path, timing in timings.items()}
+            warnings += console.warn_all(busy_warnings({**of_teacher, **of_files}, folder))
             with console.stage("score", "comparing student and teacher") as done:
-                scores = compare(distilled, teacher, labelled, compute.device)
+                scores = compare(distilled, teacher, labelled, teacher_accuracy, compute.device)
                 profile = target.profile.name if target.is_named else None
                 artifacts = tuple(artifact(proof, subject, timings, labelled, profile=profile) for proof in proofs)
                 correct = f", accuracy {percent(scores.student_accuracy)}" if labelled else ""
@@ -154,24 +162,17 @@ def load(options: Options) -> Teacher:
     """The teacher, as the options describe it; what is doubtful is said."""
     check_input_shape(options.input)
     classes, names = read_classes(options.classes)
-    with console.stage("teacher", f"reading {options.teacher}") as done:
-        teacher = load_teacher(
-            options.teacher,
-            arch=options.arch,
-            input_shape=options.input,
-            mean=options.mean,
-            std=options.std,
-            classes=classes,
-            class_names=names,
-            trust_pickle=options.trust_pickle,
-        )
-        spec = teacher.spec
-        done(
-            f"{spec.arch} ({spec.arch_evidence}), {count(spec.parameters)} parameters, "
-            f"{shape(spec.input_shape)}, {spec.classes} classes"
-        )
-    warn_all(spec.warnings)
-    check_input_shape(spec.input_shape)
+    teacher = read_teacher(
+        options.teacher,
+        arch=options.arch,
+        input_shape=options.input,
+        mean=options.mean,
+        std=options.std,
+        classes=classes,
+        class_names=names,
+        trust_pickle=options.trust_pickle,
+    )
+    check_input_shape(teacher.spec.input_shape)
     return teacher
 
 
@@ -229,15 +230,19 @@ def build(
     return student, inherited
 
 
-def read_labelled(path: Path | None, teacher: Teacher) -> LabelledImages | None:
-    """The labelled images of --eval-data, or None where it was not given."""
+def read_labelled(
+    path: Path | None, teacher: Teacher, device: torch.device
+) -> tuple[LabelledImages | None, float | None]:
+    """The labelled images of --eval-data and the teacher's accuracy, percent; None where there are none."""
     if path is None:
-        return None
+        return None, None
     spec = teacher.spec
     with console.stage("eval data", f"reading {path}") as done:
         labelled = load_labelled(path, input_shape=spec.input_shape, classes=spec.classes, class_names=spec.class_names)
-        done(f"{len(labelled.labels):,} labelled images, for the report alone")
-    return labelled
+        mean, std = spec.preprocessing.mean, spec.preprocessing.std
+        correct = accuracy(predictor(copy.deepcopy(teacher.module).to(device)), labelled, mean=mean, std=std)
+        done(f"{len(labelled.labels):,} labelled images, for the report alone: teacher {percent(correct)}")
+    return labelled, correct
 
 
 def needed_bytes(teacher: Teacher, student: nn.Module, settings: DistillationSettings) -> int:
@@ -245,13 +250,6 @@ def needed_bytes(teacher: Teacher, student: nn.Module, settings: DistillationSet
     image_bytes = math.prod(teacher.spec.input_shape)
     samples = settings.held_out * image_bytes + min(CALIBRATION_SAMPLES * image_bytes, CALIBRATION_BYTES)
     return 4 * (teacher.spec.parameters + 5 * count_parameters(student)) + samples + SPARE_BYTES
-
-
-def warn_all(sentences: Sequence[str]) -> list[str]:
-    """Say each of them, and hand them back for the report."""
-    for sentence in sentences:
-        console.warn(sentence)
-    return list(sentences)
 
 
 def save_picture(folder: Path, state: State, names: Sequence[str]) -> None:
@@ -266,17 +264,22 @@ def class_names(teacher: Teacher) -> tuple[str, ...]:
     return teacher.spec.class_names or tuple(f"class {number}" for number in range(teacher.spec.classes))
 
 
-def compare(distilled: Distilled, teacher: Teacher, labelled: LabelledImages | None, device: torch.device) -> Scores:
-    """How often the student agrees with the teacher, and how often each is right where there are labelled images."""
+def compare(
+    distilled: Distilled,
+    teacher: Teacher,
+    labelled: LabelledImages | None,
+    teacher_accuracy: float | None,
+    device: torch.device,
+) -> Scores:
+    """How often the student agrees with the teacher, and how often it is right where there are labelled images."""
     preprocessing = teacher.spec.preprocessing
     mean, std = preprocessing.mean, preprocessing.std
     networks = predictor(teacher.module), predictor(copy.deepcopy(distilled.student).to(device))
-    of_teacher, of_student = (accuracy(run, labelled, mean=mean, std=std) if labelled else None for run in networks)
     held_out = distilled.samples.held_out
     teachers, students = (predicted_classes(run, held_out, mean=mean, std=std) for run in networks)
     return Scores(
         agreement=100 * float((teachers == students).mean()),
-        teacher_accuracy=of_teacher,
-        student_accuracy=of_student,
+        teacher_accuracy=teacher_accuracy,
+        student_accuracy=accuracy(networks[1], labelled, mean=mean, std=std) if labelled else None,
         images=len(labelled.labels) if labelled else None,
     )

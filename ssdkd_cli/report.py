@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from engine.errors import SSDKDError
 from ssdkd_cli.files import write_text
+from ssdkd_cli.runs import STUDENT
 from ssdkd_cli.words import count, duration, markdown_table, percent, shape, size
 
 SCHEMA_VERSION: Final = 1
@@ -184,6 +185,11 @@ def read_report(folder: Path) -> Report:
         SSDKDError: no report there, or one that does not follow the schema.
     """
     path = folder / "report.json"
+    if not path.exists() and (folder / STUDENT).exists():
+        raise SSDKDError(
+            f"{folder} has a student and no report: the run was interrupted before its report",
+            f"make files of the student with `ssdkd export {folder}`",
+        )
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -262,7 +268,8 @@ def to_markdown(report: Report) -> str:
                 "p50 ms",
                 "images/s",
                 "max error",
-                "agreement",
+                "agrees with student",
+                "agrees with teacher",
                 "accuracy",
                 "verified",
             ),
@@ -278,7 +285,8 @@ def to_markdown(report: Report) -> str:
         *gate_lines(report.gates),
         "## Distillation",
         "",
-        f"{distillation.method}; {distillation.rounds} rounds, {distillation.steps:,} steps, "
+        f"{distillation.method}; {distillation.rounds} of {distillation.settings['rounds']} rounds, "
+        f"{distillation.steps:,} steps, "
         f"{distillation.images_seen:,} images in {duration(distillation.seconds)}, seed {distillation.seed}. "
         f"{distillation.samples:,} synthetic samples; "
         f"classes hold {min(distillation.class_histogram):,} to {max(distillation.class_histogram):,} of them.",
@@ -324,6 +332,7 @@ def artifact_row(artifact: Artifact) -> tuple[str, ...]:
         count(artifact.throughput_per_s),
         f"{artifact.max_abs_error:.1e}" if artifact.max_abs_error is not None else "unknown",
         percent(artifact.agreement),
+        percent(artifact.teacher_agreement),
         percent(artifact.accuracy),
         {True: "yes", False: "NO", None: "not here"}[artifact.verified],
     )

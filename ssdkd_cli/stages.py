@@ -37,8 +37,19 @@ from ssdkd_cli.outcome import Outcome, as_json
 from ssdkd_cli.words import count, milliseconds, percent, shape, size
 
 MODEL = typer.Argument(metavar="MODEL", help="The folder of a run, or an .onnx file.", show_default=False)
+SCORED = typer.Argument(
+    metavar="MODEL", help="The folder of a run, an .onnx file, or a teacher's file.", show_default=False
+)
 RUN = typer.Argument(metavar="RUN", help="The folder of a finished run.", show_default=False)
 TEACHER = typer.Argument(metavar="TEACHER", help="The file of a trained network.", show_default=False)
+DATA = typer.Option(
+    metavar="DIR",
+    help="Labelled images: a folder a class, numbered alphabetically unless the class names are known, or an .npz.",
+    rich_help_panel="Input",
+)
+NOTHING_SMALLER = (
+    "No student of `ssdkd students` has fewer parameters and fewer FLOPs than this teacher: quantize it as it is."
+)
 
 
 def inspect(
@@ -87,7 +98,7 @@ def inspect(
         "classes": f"{spec.classes}" + (f": {', '.join(spec.class_names[:10])}" if spec.class_names else ""),
         "file": f"{size(spec.size_bytes)}, sha256 {spec.sha256}",
     }
-    findings = [*spec.warnings, *found.findings]
+    findings = [*spec.warnings, *found.findings, *([NOTHING_SMALLER] if found.student is None else [])]
     closing = found.command or "ssdkd compress refuses such a teacher: take an earlier checkpoint of the training"
     return _outcome(
         json, found, functools.partial(console.print_facts, spec.path, facts, findings=findings, closing=closing)
@@ -238,12 +249,15 @@ def export(
             item.path,
             size(item.size_bytes),
             milliseconds(item.latency_ms.p50 if item.latency_ms else None),
+            *([percent(item.accuracy)] if eval_data else []),
             {True: "verified", False: "REJECTED", None: "not run here"}[item.verified],
             item.verified_reason,
         )
         for item in exported.artifacts
     ]
-    show = functools.partial(console.print_table, ("file", "size", "p50", "", ""), rows, right=(1, 2))
+    head = ("file", "size", "p50", *(["accuracy"] if eval_data else []), "", "")
+    caption = f"the teacher's accuracy: {percent(exported.teacher_accuracy)}" if eval_data else ""
+    show = functools.partial(console.print_table, head, rows, right=range(1, len(head) - 2), caption=caption)
     for gate in exported.gates:
         console.limit(gate_line(gate), gate.passed)
     failed = any(item.verified is False for item in exported.artifacts) or not all(
@@ -253,24 +267,27 @@ def export(
 
 
 def evaluate(
-    model: Annotated[Path, MODEL],
-    data: Annotated[
-        Path,
-        typer.Option(metavar="DIR", help="Labelled images: a folder a class, or an .npz.", rich_help_panel="Input"),
-    ],
+    model: Annotated[Path, SCORED],
+    data: Annotated[Path, DATA],
+    arch: Annotated[str | None, ARCH] = None,
     input: Annotated[Any, INPUT] = None,
     mean: Annotated[Any, MEAN] = None,
     std: Annotated[Any, STD] = None,
+    classes: Annotated[Any, CLASSES] = None,
     trust_pickle: Annotated[bool, TRUST_PICKLE] = False,
     json: Annotated[bool, JSON] = False,
 ) -> Outcome:
-    """Measure the accuracy of a run's student and files, or of an .onnx file, on labelled images.
+    """Measure the accuracy of a run's student and files, of an .onnx file, or of a teacher's, on labelled images.
 
     Example: [bold]ssdkd eval runs/demo --data images/[/bold]
+
+    Before a long run: [bold]ssdkd eval teacher.pt --data images/[/bold]
     """
     from ssdkd_cli import again
 
-    scores = again.evaluate(model, data, input_shape=input, mean=mean, std=std, trust_pickle=trust_pickle)
+    scores = again.evaluate(
+        model, data, arch=arch, input_shape=input, mean=mean, std=std, classes=classes, trust_pickle=trust_pickle
+    )
     rows = [(item.path, percent(item.accuracy), f"{item.images:,}") for item in scores]
     return _outcome(
         json, scores, functools.partial(console.print_table, ("model", "accuracy", "images"), rows, right=(1, 2))

@@ -6,9 +6,8 @@ from pathlib import Path
 from ssdkd_cli import console, runs
 from ssdkd_cli.gates import gate_line
 from ssdkd_cli.report import Artifact, Report
-from ssdkd_cli.words import count, milliseconds, percent, size, times
+from ssdkd_cli.words import compared, count, milliseconds, percent, size
 
-SAME = 1.05  # numbers that differ by less are called the same
 Words = Callable[[float | None], str]
 Row = tuple[str, str, str, str]  # name, teacher, student, gain
 
@@ -69,6 +68,4 @@ def _row(name: str, teacher: float | None, student: float | None, words: Words, 
     """`change`: what to call a student whose number is smaller, and one whose number is larger."""
     if not teacher or not student:
         return name, words(teacher), words(student), ""
-    larger, smaller = max(teacher, student), min(teacher, student)
-    gain = "the same" if larger < SAME * smaller else f"{times(larger, smaller)} {change[student > teacher]}"
-    return name, words(teacher), words(student), gain
+    return name, words(teacher), words(student), compared(teacher, student, change)

@@ -24,6 +24,7 @@ from ssdkd_cli.boundary import is_out_of_memory, uninterrupted
 from ssdkd_cli.words import shape
 
 SMALLEST_BATCH = 16
+NOTHING_YET = "interrupted in the warm-up: the student had not begun, nothing is kept"
 CALIBRATION_SAMPLES = 2048  # of the replay buffer, at most
 CALIBRATION_BYTES = 64_000_000  # of them together, at most
 
@@ -68,9 +69,11 @@ def teach(
             save_distilled(folder, distilled, card)
         except NonFiniteLossError:
             raise
-        except BaseException:
+        except BaseException as error:
             if state.steps:
                 rescue(folder, distilled_so_far(state), card)
+            elif isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(NOTHING_YET) from None
             raise
     return distilled
 
@@ -82,11 +85,11 @@ def run_rounds(state: State, metrics_path: Path, title: str, time_limit_seconds:
         for metrics in distill(state, time_limit_seconds=time_limit_seconds):
             writable = writable and append_metrics(metrics_path, metrics)
             show(metrics)
-    if not state.steps:
-        raise SSDKDError(
-            f"the time was up after {state.round} round(s), before the student's first step",
-            "give a longer --time-limit",
-        )
+        if not state.steps:
+            raise SSDKDError(
+                f"the time was up after {state.round} round(s), before the student's first step",
+                "give a longer --time-limit",
+            )
 
 
 def append_metrics(path: Path, metrics: RoundMetrics) -> bool:

@@ -1,7 +1,7 @@
 """How long files take on this machine: the teacher and the student's files in turn, TensorRT plans on the GPU."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from ssdkd_cli.words import milliseconds
 
 BATCHES = (32, 16, 8, 4, 2, 1)  # of the throughput: the largest that stays below BATCH_SECONDS a call
 BATCH_SECONDS = 0.4
+BUSY = 3  # times the median that one call of ten takes: other work held the processor
 BENCH_SECONDS = 0.5  # each file at each batch size is called for at least so long
 
 
@@ -67,6 +68,16 @@ def measure(
             words.insert(0, f"teacher {milliseconds(of_teacher.latency_ms.p50)}")
         done(", ".join(words))
     return of_teacher, timings
+
+
+def busy_warnings(timings: Mapping[str, Timing], model: Path) -> list[str]:
+    """A sentence where calls of the same network differ too much to be the network's; `model`: what to time again."""
+    return [
+        f"the machine was busy when {name} was timed: half of its calls took {milliseconds(latency.p50)}, one of ten "
+        f"{milliseconds(latency.p90)} and more; time it again with `ssdkd bench {model}`"
+        for name, latency in ((name, timing.latency_ms) for name, timing in timings.items())
+        if latency.p90 > BUSY * latency.p50
+    ]
 
 
 def _beside_teacher(

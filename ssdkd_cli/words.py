@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 UNKNOWN = "unknown"
+SAME = 1.05  # numbers that differ by less are called the same
 
 
 def percent(value: float | None) -> str:
@@ -51,6 +52,12 @@ def times(larger: float, smaller: float) -> str:
     """How many times one is the other: '3.5 times'."""
     ratio = larger / smaller
     return f"{ratio:.0f} times" if ratio >= 10 else f"{ratio:.1f} times"
+
+
+def compared(teacher: float, student: float, change: tuple[str, str]) -> str:
+    """'3.5 times fewer', or 'the same'; `change`: what to call a student whose number is smaller, and one larger."""
+    larger, smaller = max(teacher, student), min(teacher, student)
+    return "the same" if larger < SAME * smaller else f"{times(larger, smaller)} {change[student > teacher]}"
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

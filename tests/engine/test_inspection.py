@@ -6,6 +6,7 @@ from torch import nn
 
 from engine.errors import SSDKDError
 from engine.inspection import count_flops, inspect_teacher
+from engine.students import build_network
 from engine.teacher import load_teacher
 from engine.zoo import ZOO
 
@@ -59,6 +60,24 @@ def test_the_command_repeats_what_was_said_and_quotes_it(tmp_path):
 )
 def test_the_suggested_student_is_smaller_than_the_teacher(tmp_path, name, student):
     assert f"--student {student}" in inspected(tmp_path, trained(ZOO[name](10, 3))).command
+
+
+@pytest.mark.parametrize(
+    ("name", "input_shape", "command"),
+    [
+        ("resnet8", (3, 32, 32), "export {path} --precision int8"),  # nothing is smaller
+        ("torchvision/mobilenet_v3_small", (3, 224, 224), "compress {path} --student resnet8"),  # few FLOPs
+    ],
+)
+def test_the_suggestion_is_smaller_in_parameters_and_flops(tmp_path, name, input_shape, command):
+    network = build_network(name, classes=10, channels=3, pixels=input_shape[1])
+    inspection = inspected(tmp_path, trained(network), arch=name, input_shape=input_shape)
+    assert inspection.command.startswith(f"ssdkd {command.format(path=tmp_path / 'teacher.pt')}")
+    if inspection.student:
+        student = build_network(inspection.student, classes=10, channels=3, pixels=input_shape[1])
+        assert count_flops(student, input_shape) < inspection.flops
+    else:
+        assert "--student" not in inspection.command
 
 
 def with_nan(network):

@@ -1,5 +1,6 @@
 """Each ONNX operation against ONNX Runtime, and what is read out of a file."""
 
+import hashlib
 import warnings
 
 import numpy as np
@@ -14,6 +15,7 @@ from engine.errors import SSDKDError
 from engine.graphs import GraphBatchNorm, check_graph, relative_error
 from engine.onnx_graph import read_onnx
 from engine.onnx_operations import OPERATIONS
+from engine.teacher import load_teacher
 
 SHAPE = (4, 6, 7)
 RNG = np.random.default_rng(0)
@@ -368,6 +370,18 @@ def test_weights_in_a_file_beside(tmp_path):
     assert [list(value.shape) for value in state.values()] == [[3, 168], [3]]
     images = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
     assert relative_error(graph.module(images).detach(), graph.reference(images)) < 1e-5
+
+
+def test_files_of_weights_count_in_size_and_sha256(tmp_path):
+    path = with_external_data(tmp_path / "teacher.onnx")
+    files = [path, tmp_path / "weights.bin"]
+    before = load_teacher(path, input_shape=SHAPE).spec
+    assert before.size_bytes == sum(file.stat().st_size for file in files) > 2000
+    assert before.sha256 == hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    model = onnx.load(str(path))
+    onnx.save(model, str(tmp_path / "whole.onnx"))
+    whole = load_teacher(tmp_path / "whole.onnx", input_shape=SHAPE).spec
+    assert whole.sha256 == hashlib.sha256((tmp_path / "whole.onnx").read_bytes()).hexdigest()
 
 
 def test_a_missing_file_of_weights_is_named(tmp_path):

@@ -19,7 +19,7 @@ from engine.errors import NonFiniteLossError
 from engine.students import build_student
 from engine.teacher import load_teacher
 from exporters.verify import Verification
-from ssdkd_cli import artifacts, console, files, pipeline, runs, teaching, timing
+from ssdkd_cli import artifacts, console, environment, files, pipeline, runs, teaching, timing
 from ssdkd_cli.target import resolve_target
 
 
@@ -58,6 +58,40 @@ def test_the_report_says_what_was_done(compressed: Path, shared: Path) -> None:
     assert 0 < artifact["latency_ms"]["p50"] <= artifact["latency_ms"]["p99"]
     assert report["recommendation"]["artifact"] == "model.onnx"
     assert report["gates"] == []
+
+
+def test_a_student_larger_than_the_teacher_is_warned_of(ssdkd: Any, shared: Path, tmp_path: Path) -> None:
+    ran = ssdkd(*arguments(shared, tmp_path / "run", "--student", "resnet14", "--json"))
+    assert ran.code == 0, ran.err
+    for name in ("parameters", "FLOPs"):
+        (warning,) = [text for text in ran.json["warnings"] if f"more {name} than the teacher" in text]
+        assert f"`ssdkd export {shared / 'teacher.pt'} --precision int8`" in warning
+        assert warning in ran.err
+
+
+def test_doubts_of_the_machine_are_in_the_report(ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "cpuinfo").write_text("flags : avx2\n")
+    monkeypatch.setattr(environment, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(timing, "BUSY", 0)
+    ran = ssdkd(*arguments(shared, tmp_path / "run", "--json", "--profile", "x86-vnni"))
+    assert ran.code == 0, ran.err
+    for words in ("has no VNNI", "busy when the teacher was timed", "busy when model.onnx was timed"):
+        (warning,) = [text for text in ran.json["warnings"] if words in text]
+        assert warning in ran.err
+    exported = ssdkd("export", tmp_path / "run", "--overwrite", "--profile", "x86-vnni", "--precision", "fp32")
+    assert "has no VNNI" in exported.err
+    assert "busy when model.onnx was timed" in exported.err
+
+
+def test_what_fails_is_said_beside_the_json(ssdkd: Any, shared: Path, tmp_path: Path) -> None:
+    data = ("--eval-data", shared / "test.npz")
+    ran = ssdkd(*arguments(shared, tmp_path / "run", "--json", "--max-size-mb", "0.001", *data))
+    assert ran.code == 3
+    assert ran.err.splitlines()[-1].startswith("✗ --max-size-mb 0.001: model.onnx has 0.3")
+    accuracy = ran.json["teacher"]["accuracy"]
+    said = f"20 labelled images, for the report alone: teacher {accuracy:.1f} %"
+    assert ran.err.index(said) < ran.err.index("✓ distil")
+    assert any("accuracy is about chance" in text for text in ran.json["warnings"])  # the labels are arbitrary
 
 
 def test_metrics_are_one_json_line_a_round(compressed: Path) -> None:
@@ -161,6 +195,12 @@ def test_an_interrupted_run_keeps_the_student_so_far(
     assert f"ssdkd export {tmp_path}/run" in ran.err
     assert "Traceback" not in ran.err
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
+    reported = ssdkd("report", tmp_path / "run")
+    assert reported.code == 1
+    assert "was interrupted before its report" in reported.err
+    assert f"ssdkd export {tmp_path}/run" in " ".join(reported.err.split())
+    assert "round 1/3  warm-up  agreement" in ran.err
+    assert "round 2/3  agreement" not in ran.err  # it was interrupted there
     scored = ssdkd("eval", tmp_path / "run", "--data", shared / "test.npz", "--json")
     assert scored.code == 0, scored.err
     assert [row["images"] for row in scored.json] == [20]
@@ -179,7 +219,19 @@ def test_before_the_first_step_there_is_no_student_to_keep(
     ran = ssdkd(*arguments(shared, tmp_path / "run"))
     assert ran.code == 130
     assert "student.safetensors" not in ran.err
+    assert "interrupted in the warm-up: the student had not begun, nothing is kept" in ran.err
     assert not (tmp_path / "run").exists()
+
+
+def test_no_tick_before_the_error_that_nothing_was_learned(
+    ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    distill = teaching.distill
+    monkeypatch.setattr(teaching, "distill", lambda *given, **named: itertools.islice(distill(*given, **named), 1))
+    ran = ssdkd(*arguments(shared, tmp_path / "run"))
+    assert ran.code == 1
+    assert "the time was up after 1 round(s), before the student's first step" in ran.err
+    assert "✓ distil" not in ran.err
 
 
 def test_ctrl_c_after_the_last_round_keeps_the_student(

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from exporters import runtimes
-from ssdkd_cli.environment import _import_of, cpu_name
+from ssdkd_cli import environment
+from ssdkd_cli.environment import _import_of, cpu_name, cpu_profile, doctor_findings, profile_warnings
 
 
 def test_cores_are_those_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,3 +21,29 @@ def test_a_damaged_package_is_said_and_no_traceback(
     (tmp_path / "damaged_package.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     assert _import_of("damaged_package").startswith(f"cannot be imported: {said}")
+
+
+@pytest.mark.parametrize(
+    ("line", "fitting", "is_warned"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_vnni", "x86-vnni (VNNI)", False),
+        ("flags\t\t: fpu avx2 avx_vnni", "x86-vnni (VNNI)", False),
+        ("flags\t\t: fpu avx2 fma", "x86-avx2 (AVX2, no VNNI)", True),
+        ("Features\t: fp asimd asimddp", "arm64 (ARM with dot products)", False),
+        ("flags\t\t: fpu sse2", None, False),
+    ],
+)
+def test_the_profile_that_fits_this_machine(
+    line: str, fitting: str | None, is_warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
+    monkeypatch.setattr(environment, "CPU_INFO", tmp_path / "cpuinfo")
+    said = [finding for finding in doctor_findings() if "fits this machine" in finding]
+    assert said == ([f"fits this machine: --profile {fitting}"] if fitting else [])
+    assert ["no VNNI" in warning for warning in profile_warnings("x86-vnni")] == [True] * is_warned
+    assert profile_warnings("x86-avx2") == []
+
+
+def test_a_machine_that_does_not_say_fits_no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "CPU_INFO", tmp_path / "gone")
+    assert cpu_profile() is None

@@ -92,10 +92,20 @@ def test_the_fastest_verified_file_is_recommended() -> None:
     assert recommendation is not None
     assert recommendation.artifact == "model.int8.onnx"
     assert recommendation.why == (
-        "the fastest of 2 files that pass: 4.0 times the teacher's speed on this machine; "
+        "the fastest of 2 files that pass; on this machine 4.0 times faster than the teacher; "
         "model.onnx takes 2.0 times as long"
     )
     assert recommend(decide(Limits(), (broken, elsewhere), ANY, None)[0], None) is None
+
+
+@pytest.mark.parametrize(
+    ("teacher_ms", "words"),
+    [(0.5, "4.0 times slower than the teacher"), (2.05, "as fast as the teacher"), (6.0, "3.0 times faster than")],
+)
+def test_the_speed_beside_the_teacher_s_is_named_by_its_direction(teacher_ms: float, words: str) -> None:
+    recommendation = recommend([SLOW], teacher_ms)
+    assert recommendation is not None
+    assert words in recommendation.why
 
 
 def test_a_slower_precision_is_said_to_be_slower() -> None:

@@ -47,6 +47,7 @@ def test_what_is_written_is_what_is_read(report: Report, tmp_path: Path) -> None
     assert read_report(tmp_path) == report
     assert (tmp_path / "report.json").read_text() == to_json(report)
     assert (tmp_path / "report.md").read_text() == to_markdown(report)
+    assert "3 of 3 rounds" in to_markdown(report)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,15 @@ def test_markdown_says_unknown_and_never_guesses(report: Report) -> None:
     names = [name for name, *_ in comparison(blind)]
     assert "accuracy" not in names  # nothing to compare
     assert "agreement" in names
+
+
+def test_each_agreement_has_its_column(report: Report) -> None:
+    (artifact,) = report.artifacts
+    changed = dataclasses.replace(artifact, agreement=99.5, teacher_agreement=61.5)
+    text = to_markdown(dataclasses.replace(report, artifacts=(changed,)))
+    head, _, row = text.partition("## Artifacts")[2].strip().splitlines()[:3]
+    cells = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (head, row)), strict=True))
+    assert (cells["agrees with student"], cells["agrees with teacher"]) == ("99.5 %", "61.5 %")
 
 
 def test_the_comparison_says_what_was_gained_and_lost(report: Report) -> None:
@@ -141,6 +151,8 @@ def state_of_two_samples() -> Any:
         buffer=types.SimpleNamespace(size=2, classes=torch.tensor([0, 1])),
         task=Classification(2),
         hurried=False,
+        round=150,
+        settings=types.SimpleNamespace(rounds=150),
         inverter=types.SimpleNamespace(inner_step={False: called, True: called}),
         gradients=types.SimpleNamespace(refusal=None),
     )
@@ -151,6 +163,14 @@ def test_a_run_that_the_clock_hurried_says_so() -> None:
     assert run_warnings(state) == []
     state.hurried = True
     assert ["time limit" in warning for warning in run_warnings(state)] == [True]
+
+
+def test_a_run_that_the_time_limit_ended_says_after_how_many_rounds() -> None:
+    state = state_of_two_samples()
+    state.round = 19
+    (warning,) = run_warnings(state)
+    assert warning.startswith("the time limit ended the run after 19 of 150 rounds: the student is worse")
+    assert "--time-limit" in warning
 
 
 def test_a_gpu_that_cannot_record_a_step_is_said() -> None:

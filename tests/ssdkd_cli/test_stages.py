@@ -9,8 +9,11 @@ import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ssdkd_cli import artifacts
-from ssdkd_cli.material import smooth_noise
+from engine.teacher import load_teacher
+from ssdkd_cli import again, artifacts
+from ssdkd_cli.material import logits_of, smooth_noise
+from ssdkd_cli.report import Percentiles
+from ssdkd_cli.timing import Timing
 
 NORMALISED = ("--mean", "0.5", "--std", "0.5")
 
@@ -44,9 +47,11 @@ def test_inspect_says_what_is_in_the_file(ssdkd: Any, shared: Path) -> None:
     ran = ssdkd("inspect", shared / "teacher.pt", "--input", "1x16x16", "--json")
     assert ran.code == 0, ran.err
     assert (ran.json["spec"]["arch"], ran.json["spec"]["classes"]) == ("resnet8", 4)
-    assert ran.json["command"].startswith(f"ssdkd compress {shared}/teacher.pt --student ")
+    assert ran.json["student"] is None  # the teacher is the smallest itself
+    assert ran.json["command"].startswith(f"ssdkd export {shared}/teacher.pt --precision int8 ")
     shown = ssdkd("inspect", shared / "teacher.pt", "--input", "1x16x16")
     assert ran.json["command"] in shown.out
+    assert "No student of `ssdkd students` has fewer parameters" in shown.out
     assert "resnet8" in shown.out
 
 
@@ -77,6 +82,28 @@ def test_eval_of_a_run_is_the_report_s_accuracy(ssdkd: Any, shared: Path, compre
     assert single.json[0]["accuracy"] == report["student"]["accuracy"]
 
 
+def test_eval_of_a_teacher_is_the_report_s_accuracy(ssdkd: Any, shared: Path, compressed: Path) -> None:
+    report = json.loads((compressed / "report.json").read_text())
+    described = ("--input", "1x16x16", *NORMALISED, "--classes", shared / "labels.txt")
+    ran = ssdkd("eval", shared / "teacher.pt", "--data", shared / "test.npz", *described, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json == [
+        {"path": str(shared / "teacher.pt"), "accuracy": report["teacher"]["accuracy"], "images": 20},
+    ]
+
+
+def test_labels_in_another_order_are_warned_of(ssdkd: Any, shared: Path, tmp_path: Path) -> None:
+    described = ("--input", "1x16x16", *NORMALISED)
+    arrays = dict(np.load(shared / "test.npz"))
+    teacher = load_teacher(shared / "teacher.pt", input_shape=(1, 16, 16), mean=(0.5,), std=(0.5,))
+    right = logits_of(teacher, arrays["images"][..., None]).argmax(1)
+    for shift, is_warned in ((0, False), (1, True)):
+        np.savez(tmp_path / "test.npz", images=arrays["images"], labels=(right + shift) % 4)
+        ran = ssdkd("eval", shared / "teacher.pt", "--data", tmp_path / "test.npz", *described, "--json")
+        assert ran.json[0]["accuracy"] == (0 if shift else 100)
+        assert ("0.0 % accuracy is about chance, 25.0 %, or below" in ran.err) == is_warned
+
+
 def test_bench_of_a_run_and_of_a_file(ssdkd: Any, compressed: Path) -> None:
     for model in (compressed, compressed / "model.onnx"):
         (row,) = ssdkd("bench", model, "--json").json
@@ -84,6 +111,16 @@ def test_bench_of_a_run_and_of_a_file(ssdkd: Any, compressed: Path) -> None:
         assert row["batch"] == 32
         assert row["throughput_per_s"] > 0
     assert "CPUExecutionProvider" in ssdkd("bench", compressed).out
+
+
+def test_a_busy_machine_is_said(ssdkd: Any, compressed: Path, monkeypatch: Any) -> None:
+    for p90, is_said in ((1.6, False), (41.4, True)):
+        busy = Timing(Percentiles(p50=1.58, p90=p90, p99=50.0), 1, 100.0, 32, "onnxruntime")
+        monkeypatch.setattr(again, "time_files", lambda *_, timing=busy, **__: [timing])
+        ran = ssdkd("bench", compressed)
+        assert ran.code == 0, ran.err
+        said = "the machine was busy when model.onnx was timed: half of its calls took 1.58 ms, one of ten 41.4 ms"
+        assert (said in ran.err) == is_said
 
 
 @pytest.mark.parametrize("batch", [1, 8])
@@ -130,6 +167,9 @@ def test_eval_refuses_what_would_have_no_effect(ssdkd: Any, shared: Path, compre
     ran = ssdkd("eval", compressed / "model.onnx", "--data", shared / "test.npz", "--trust-pickle")
     assert ran.code == 1
     assert "--trust-pickle is for a run" in ran.err
+    ran = ssdkd("eval", compressed / "model.onnx", "--data", shared / "test.npz", "--classes", "5")
+    assert ran.code == 1
+    assert "--classes says 5" in ran.err
 
 
 def test_a_file_that_normalises_by_itself_is_not_normalised_twice(ssdkd: Any, shared: Path, embedded: Path) -> None:
@@ -157,10 +197,13 @@ def test_export_again_needs_neither_teacher_nor_config(ssdkd: Any, run_folder: P
     assert {item.key: item.value for item in model.metadata_props}["ssdkd.input_range"] == "0...1"
 
 
-def test_export_into_the_run_updates_its_report(ssdkd: Any, run_folder: Path) -> None:
+def test_export_into_the_run_updates_its_report(ssdkd: Any, shared: Path, run_folder: Path) -> None:
     refused = ssdkd("export", run_folder)
     assert refused.code == 1
     assert "--overwrite" in refused.err
+    shown = ssdkd("export", run_folder, "--overwrite", "--eval-data", shared / "test.npz")
+    report = json.loads((run_folder / "report.json").read_text())
+    assert f"the teacher's accuracy: {report['teacher']['accuracy']:.1f} %" in shown.out  # the report's
     ran = ssdkd("export", run_folder, "--overwrite", "--embed-preprocessing", "--json")
     assert ran.code == 0, ran.err
     report = json.loads((run_folder / "report.json").read_text())
@@ -232,6 +275,10 @@ def test_export_of_a_student_that_the_file_does_not_match_exits_3(
 
 def test_export_of_a_teacher_as_it_is(ssdkd: Any, shared: Path, tmp_path: Path) -> None:
     described = ("--input", "1x16x16", "--mean", "0.5", "--std", "0.5")
+    data = ("--eval-data", shared / "test.npz")
+    shown = ssdkd("export", shared / "teacher.pt", *described, *data, "--out", tmp_path / "shown")
+    assert "accuracy" in shown.out.splitlines()[0]
+    assert "the teacher's accuracy: " in shown.out
     command = ("export", shared / "teacher.pt", *described, "--out", tmp_path / "teacher", "--json")
     ran = ssdkd(*command)
     assert ran.code == 0, ran.err
