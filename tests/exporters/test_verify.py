@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from exporters import verify as verifier
 from exporters.metadata import PREFIX, metadata_for
 from exporters.precision import Scheme, to_fp16, to_int8
-from exporters.runtimes import predictor, to_input
+from exporters.runtimes import open_runtime, predictor, to_input
 from exporters.to_onnx import WithPreprocessing, write_onnx
-from exporters.verify import LIMITS, Verification, _compare, _matches, _swapped_classes, verify
+from exporters.verify import Verification, verify
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 SHAPE = (3, 8, 8)
@@ -279,7 +281,22 @@ def test_images_that_affect_each_other(network: nn.Module, samples: Samples, tmp
     write_onnx(MixesTheBatch(network), tmp_path / "model.onnx", input_shape=SHAPE, metadata={})
     result = check(network, tmp_path / "model.onnx", samples)
     assert not result.verified
-    assert "right for one image and wrong for several" in result.reason
+    assert "an image's logits depend on the images beside it" in result.reason
+
+
+def test_int8_hides_no_mixed_batch_behind_an_average(
+    other_precisions: dict[str, Path], network: nn.Module, samples: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = open_runtime(other_precisions["int8"])
+
+    def first_batches_mixed_up(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        return runtime.run(batch)[::-1] if len(batch) == 7 else runtime.run(batch)
+
+    monkeypatch.setattr(verifier, "open_runtime", lambda _: replace(runtime, run=first_batches_mixed_up))
+    many = np.concatenate([samples] * 20)  # among which seven do not show in a root mean square
+    found = verify(network, other_precisions["int8"], many, mean=MEAN, std=STD, precision="int8")
+    assert found.verified is False
+    assert found.reason.startswith("an image's logits depend on the images beside it")
 
 
 def test_samples_of_another_size(network: nn.Module, exported: Path) -> None:
@@ -363,14 +380,32 @@ def test_wrong_weights_are_found_in_every_precision(
     assert "are not the student's" in failed.reason or "changed places" in failed.reason
 
 
-def test_int8_may_move_a_single_logit_far_and_no_class_as_a_whole(network: nn.Module, samples: Samples) -> None:
-    reference = predictor(network)(to_input(samples, MEAN, STD))
-    spread, limits = reference.std(axis=0).mean(), LIMITS["int8"]
-    one_logit, one_class, swapped = reference.copy(), reference.copy(), reference[:, [1, 0, *range(2, 5)]]
-    one_logit[0, 2] += 2 * spread
-    one_class[:, 2] += 0.6 * spread
-    assert _matches(reference, one_logit, limits)
-    assert not _matches(reference, one_class, limits)
-    assert not _matches(reference, one_logit, LIMITS["fp16"])
-    assert _swapped_classes(reference, swapped, limits) == "classes have changed places (0 holds 1, 1 holds 0)"
-    assert "rms error" in _compare(reference, one_logit, limits).reason
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda logits, spread: logits + np.eye(*logits.shape) * 2 * spread[2], None),  # five logits, far off
+        (lambda logits, spread: logits + np.eye(5)[2] * 0.9 * spread[2], "the logits are not the student's, rms error"),
+        (lambda logits, spread: logits * (1 - np.eye(5)[3]), "the logits are not the student's, rms error"),
+        (lambda logits, spread: logits[:, [1, 0, 2, 3, 4]], "classes have changed places (0 holds 1, 1 holds 0)"),
+    ],
+)
+def test_int8_is_held_to_what_a_class_does_over_all_images(
+    damage: Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.float32]],
+    reason: str | None,
+    other_precisions: dict[str, Path],
+    network: nn.Module,
+    samples: Samples,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    exact = predictor(network)(to_input(samples, MEAN, STD))
+    wrong = damage(exact, exact.std(axis=0)).astype(np.float32)
+    known = {image.tobytes(): logits for image, logits in zip(to_input(samples, MEAN, STD), wrong, strict=True)}
+
+    def run(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.stack([known.get(image.tobytes(), wrong[0]) for image in batch])  # else fed otherwise
+
+    runtime = replace(open_runtime(other_precisions["int8"]), run=run)
+    monkeypatch.setattr(verifier, "open_runtime", lambda _: runtime)
+    found = verify(network, other_precisions["int8"], samples, mean=MEAN, std=STD, precision="int8")
+    assert found.verified is (reason is None)
+    assert (reason or "rms error") in found.reason
