@@ -21,7 +21,7 @@ from engine.replay import ReplayBuffer
 from engine.state import State
 from engine.teaching import averaged_tensors, learning_parameters, rate_factor, update_average
 
-HELD_OUT_SHARE = 8  # one new image in this many is held out
+HELD_OUT_SHARES = 8, 32  # one new image in so many is held out: until there are enough, and then
 MEASURED = 256  # of the newest held-out samples, each round: more would cost a tenth of it
 
 
@@ -110,8 +110,8 @@ def synthesize(state: State, targets: Tensor, progress: float) -> tuple[Tensor, 
     """A batch of images for these targets, uint8 [B, H, W, C].
 
     The adversarial term waits for the warm-up to end, then falls with the run: a student that hardly moves any more
-    could not learn from the samples that fool it. Images that will be held out are spared it: they are to forecast
-    what the student is worth, not to find where it fails.
+    could not learn from the samples that fool it. Images that will be held out are spared it: they are to show
+    what the student is worth, not where it fails.
     """
     if not state.settings.inversion:
         return random_images(state, len(targets))
@@ -135,12 +135,14 @@ def random_images(state: State, number: int) -> tuple[Tensor, InversionLosses]:
 
 def held_out_number(state: State, number: int) -> int:
     """How many of `number` new images, the first ones, are held out from training."""
-    return min(max(1, number // HELD_OUT_SHARE), state.held_out.capacity)
+    wanted = state.held_out.capacity
+    share = HELD_OUT_SHARES[state.held_out.size == wanted]
+    return min(max(1, number // share), wanted)
 
 
 @torch.no_grad()
 def remember(state: State, images: Tensor) -> None:
-    """Put new images in the place of the least valuable samples; every eighth is held out from training.
+    """Put new images in the place of the least valuable samples; the first few are held out from training.
 
     The teacher looks at the views of an image here and never again: what the student learns from it is kept beside it.
     """

@@ -54,7 +54,8 @@ class Problem:
     latent: Tensor  # [B, L]
     targets: Tensor  # int64 [B], the class that each image shall show
     class_counts: Tensor  # int64 [K], the buffer's classes now
-    adversarial_weights: Tensor  # float32 [B], of each image's term with the student
+    adversarial_weight: Tensor  # scalar, of the term with the student
+    has_adversary: Tensor  # float32 [B]: 1 for an image with that term, 0 for one that is spared it
     teacher: nn.Module
     student: nn.Module | None
     task: Classification
@@ -93,7 +94,8 @@ def new_inverter(
         latent=torch.zeros(count, settings.generator_latent, device=device, requires_grad=True),
         targets=torch.zeros(count, dtype=torch.int64, device=device),
         class_counts=torch.zeros(source.task.classes, dtype=torch.int64, device=device),
-        adversarial_weights=torch.zeros(count, device=device),
+        adversarial_weight=torch.zeros((), device=device),
+        has_adversary=torch.ones(count, device=device),
         teacher=source.network,
         student=student,
         task=source.task,
@@ -134,7 +136,7 @@ def invert(
         targets: int64 [B], the class that each image shall show; B is the settings' `inversion_batch`.
         class_counts: int64 [K], the buffer's classes now.
         adversarial_weight: of the term with the student; at 0 the student is not asked.
-        spared: the first so many images are made without that term.
+        spared: the first so many images have no such term; their generator is the others' too.
         rng: on the device.
 
     Returns:
@@ -149,7 +151,8 @@ def invert(
         latent.normal_(generator=rng)
         problem.targets.copy_(targets)
         problem.class_counts.copy_(class_counts)
-        problem.adversarial_weights.fill_(adversarial_weight)[:spared].zero_()
+        problem.adversarial_weight.fill_(adversarial_weight)
+        problem.has_adversary.fill_(1)[:spared].zero_()
     restart(inverter.optimizer)
     with evaluating(problem.student):
         for _ in range(settings.inversion_steps):
@@ -175,21 +178,20 @@ def losses_and_gradients(problem: Problem, *, asks_student: bool) -> Outputs:
         student_logits = teacher_logits if student is None else student(inputs)
     prior_loss = image_prior_loss(inputs) if prior is None else batchnorm_loss(prior, flat_statistics(prior, recorded))
     target_loss = task.target_loss(teacher_logits, problem.targets).mean()
-    adversarial_losses = target_loss.new_zeros(len(latent))
+    adversarial_loss = target_loss.new_zeros(())
     if student is not None:
         phi = sample_weights(teacher_logits.detach(), task, problem.class_counts, settings)
         agree = task.agreement(teacher_logits, student_logits)
         divergence = task.discrepancy(teacher_logits, student_logits, temperature=1.0)
-        adversarial_losses = -phi * agree * divergence
+        adversarial_loss = -(problem.has_adversary * phi * agree * divergence).mean()
     loss = (
         settings.batchnorm_weight * prior_loss
         + settings.class_weight * target_loss
-        + (problem.adversarial_weights * adversarial_losses).mean()
+        + problem.adversarial_weight * adversarial_loss
     )
     variables = [*fast.parameters(), latent]
     gradients = laid_out_as(variables, torch.autograd.grad(loss, variables))
-    terms = (loss, prior_loss, target_loss, adversarial_losses.mean())
-    return Outputs(tuple(term.detach() for term in terms), gradients)
+    return Outputs(tuple(term.detach() for term in (loss, prior_loss, target_loss, adversarial_loss)), gradients)
 
 
 @torch.no_grad()

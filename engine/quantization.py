@@ -146,7 +146,7 @@ def float_logits(module: nn.Module, images: Tensor, *, normalization: Normalizat
 def quantization_aware(
     module: nn.Module,
     images: Tensor,
-    wanted: Tensor,
+    target_logits: Tensor,
     ranges: Ranges,
     grid: Grid,
     *,
@@ -159,14 +159,13 @@ def quantization_aware(
 ) -> Iterator[float]:
     """Train `module` in place to say on the grid what the float network says: distillation, with every layer rounded.
 
-    Not from the teacher: a student that agrees better with it on the few samples here was worse on photographs
-    (docs/experiments.md), and the file is to compute what the student computes.
+    The targets are the float network's logits, not the teacher's: the file is to compute what the student computes.
 
     Args:
         module: on the device of `rng`, in eval mode: BatchNorm keeps its statistics. All is float32: bfloat16 would
             round once more.
         images: uint8 [N, H, W, C], synthetic samples on the same device.
-        wanted: float32 [N, K], the logits of each before anything was rounded, from `float_logits`.
+        target_logits: float32 [N, K], the logits of each before anything was rounded, from `float_logits`.
         ranges: from `observed_ranges`; they stay.
         grid: the integers.
         task, normalization, temperature: as in the distillation.
@@ -188,7 +187,7 @@ def quantization_aware(
                 group["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
             drawn = torch.randint(len(images), (batch,), generator=rng, device=rng.device)
             logits = module(to_input(images[drawn], normalization))
-            loss = task.discrepancy(wanted[drawn], logits, temperature).mean()
+            loss = task.discrepancy(target_logits[drawn], logits, temperature).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -184,11 +184,8 @@ def _with_loss(found: Verification, graph: Graph, samples: int) -> Verification:
     if not found.verified or graph.loss.points <= allowed:
         return found
     is_too_much = loses_too_much(graph, samples)
-    verdict = "" if is_too_much else f", which {samples} samples cannot tell from as much"
-    loss = (
-        f"it loses {graph.loss.points:.2f} points of agreement with the teacher; at most {allowed:.2f} may be "
-        f"lost{verdict}"
-    )
+    verdict = "" if is_too_much else f"; on {samples} samples the difference may be chance"
+    loss = f"it loses {graph.loss.points:.2f} points of agreement with the teacher, {allowed:.2f} may be lost{verdict}"
     return replace(found, verified=not is_too_much, reason=f"{loss}; {found.reason}")
 
 

@@ -150,7 +150,7 @@ def settings_of(options: Options, ablations: Mapping[str, Any], teacher: Teacher
     if options.batch_size:
         typed |= {"student_batch": options.batch_size, "inversion_batch": options.batch_size}
     settings = settings_for(options.effort, image_shape=teacher.spec.input_shape, **{**ablations, **typed})
-    if settings.inversion_batch < SMALLEST_BATCH:  # of each batch a sixteenth is held out, for the proof
+    if settings.inversion_batch < SMALLEST_BATCH:  # of each batch an eighth is held out, for the proof
         raise SSDKDError(
             f"inversion_batch is {settings.inversion_batch}: expected {SMALLEST_BATCH} or more",
             f"--batch-size {SMALLEST_BATCH}",

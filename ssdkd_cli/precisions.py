@@ -42,7 +42,7 @@ from exporters.verify import LIMITS
 from ssdkd_cli.runs import Samples, StudentCard
 
 MOST_LOST = 0.5  # points of agreement with the teacher that an INT8 file may lose against the float student
-CONFIDENCE = 1.645  # standard deviations: 95 % of a normal distribution lie below
+Z_95 = 1.645  # standard deviations: 95 % of a normal distribution lie below
 CALIBRATION_IMAGES = 512  # that ranges are taken from: more widen them and gain nothing (docs/quantization.md)
 SENSITIVITY_IMAGES = 128
 UNTRAINABLE = ("its layers are a graph's operations: they can be neither corrected nor trained nor left in float32",)
@@ -75,12 +75,12 @@ class Subject:
 class Loss:
     """Points of agreement with the teacher that a file loses against the float network, on held-out samples.
 
-    `doubt`: how many points chance alone would make at most, in 95 of 100 cases, of as many predictions that became
-    right or wrong (McNemar 1947).
+    `margin` is that of its lower bound, one-sided, 95 %: chance alone turns as many predictions right as wrong, so a
+    net loss has the variance of all that turned (McNemar 1947; the normal approximation, coarse below ten of them).
     """
 
     points: float = 0.0
-    doubt: float = 0.0
+    margin: float = 0.0
 
     def __str__(self) -> str:
         return f"{abs(self.points):.2f} points of agreement {'lost' if self.points >= 0 else 'gained'}"
@@ -191,12 +191,12 @@ def loss_of(subject: Subject, predicted: NDArray[np.int64]) -> Loss:
     teachers, number = subject.samples.held_out_logits.argmax(1), len(predicted)
     lost = int(((subject.predicted == teachers) & (predicted != teachers)).sum())
     gained = int(((subject.predicted != teachers) & (predicted == teachers)).sum())
-    return Loss(100 * (lost - gained) / number, 100 * CONFIDENCE * math.sqrt(lost + gained) / number)
+    return Loss(100 * (lost - gained) / number, 100 * Z_95 * math.sqrt(lost + gained) / number)
 
 
 def loses_too_much(graph: Graph, samples: int) -> bool:
-    """Whether it loses more than `most_lost`, and more than chance makes of so few samples."""
-    return graph.loss.points - graph.loss.doubt > most_lost(samples)
+    """Whether the lower bound of what it loses is above `most_lost`: so few samples cannot blame less on the file."""
+    return graph.loss.points - graph.loss.margin > most_lost(samples)
 
 
 def graph_names(subject: Subject, layers: tuple[str, ...]) -> tuple[str, ...]:

@@ -112,7 +112,7 @@ def test_metrics_count_what_was_done(finished: tuple[State, list[RoundMetrics]])
     assert [item.phase for item in metrics] == ["warm-up", "distill", "distill", "distill"]
     assert [item.steps for item in metrics] == [0, 3, 6, 9]
     assert [item.images_seen for item in metrics] == [0, 48, 96, 144]
-    assert [item.buffer_size for item in metrics] == [28, 56, 64, 64]  # 4 of 32 are held out
+    assert [item.buffer_size for item in metrics] == [28, 56, 64, 64]  # 4 of 32 are held out, then 1
     assert (state.round, state.steps, state.images_seen) == (4, 9, 144)
 
 
@@ -330,15 +330,15 @@ def test_without_the_meta_step_the_generator_stays() -> None:
 
 def test_without_replay_the_buffer_grows_and_forgets_nothing() -> None:
     state, metrics = finish(replay=False)
-    assert [item.buffer_size for item in metrics] == [28, 56, 84, 112]
-    assert state.buffer.capacity >= 112
-    assert state.buffer.born[:112].tolist() == list(range(112))
+    assert [item.buffer_size for item in metrics] == [28, 56, 87, 118]
+    assert state.buffer.capacity >= 118
+    assert state.buffer.born[:118].tolist() == list(range(118))
 
 
 def test_with_replay_some_early_samples_stay_and_some_go(finished: tuple[State, list[RoundMetrics]]) -> None:
     born = set(finished[0].buffer.born.tolist())
     assert len(born) == 64
-    assert set(range(84, 112)) <= born  # the newest are all there
+    assert set(range(87, 118)) <= born  # the newest are all there
     assert 0 < len(born & set(range(60))) < 60
 
 
@@ -400,6 +400,22 @@ def test_the_adversarial_weight_waits_for_the_warm_up_then_falls_with_the_run(mo
     assert asked == [0.0, 1.5, 1.0, 0.5]
 
 
+def test_the_images_that_are_held_out_are_those_that_were_spared(monkeypatch: pytest.MonkeyPatch) -> None:
+    spared: list[Tensor] = []
+    original = loop.invert
+
+    def invert(*arguments: Any, **named: Any) -> Any:
+        images, losses = original(*arguments, **named)
+        spared.append(images[: named["spared"]])
+        return images, losses
+
+    monkeypatch.setattr(loop, "invert", invert)
+    state, _ = finish(rounds=3)
+    assert [len(images) for images in spared] == [4, 4, 1]  # of 32: an eighth until eight are held out, then less
+    newest = state.held_out.images[state.held_out.born.argsort()]
+    assert torch.equal(newest, torch.cat(spared)[-8:])
+
+
 def crowded(**changed: Any) -> State:
     """A state whose full buffer holds 61 samples of class 0 and one of each other class."""
     state = begin(**changed)
@@ -437,7 +453,7 @@ def test_without_phi_the_oldest_samples_go_first() -> None:
     state = crowded(diversity=False, difficulty=False)
     assert loop.kept_values(state, state.buffer).tolist() == list(range(64))
     born = finish(diversity=False, difficulty=False)[0].buffer.born
-    assert sorted(born.tolist()) == list(range(48, 112))
+    assert sorted(born.tolist()) == list(range(54, 118))
 
 
 def test_remembering_replaces_easy_samples_of_crowded_classes() -> None:
@@ -474,8 +490,8 @@ def test_held_out_samples_are_never_in_the_buffer(monkeypatch: pytest.MonkeyPatc
     for _ in distill(state):
         trained |= rows(state.buffer.images[: state.buffer.size])
         held_out |= rows(state.held_out.images[: state.held_out.size])
-    assert len(held_out) == 24  # four of 32 a round
-    assert state.held_out.born.tolist() == [16, 17, 18, 19, 20, 21, 22, 23]  # the newest eight
+    assert len(held_out) == 12  # four of 32 a round, one once there are eight
+    assert state.held_out.born.tolist() == [8, 9, 10, 11, 4, 5, 6, 7]  # the newest eight
     assert not trained & held_out
 
 

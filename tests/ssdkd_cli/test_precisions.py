@@ -144,7 +144,7 @@ def test_few_samples_cannot_show_half_a_point() -> None:
     assert most_lost(3) == pytest.approx(10)  # with one of three lost the proof would reject the file
 
 
-def test_the_loss_is_net_and_its_doubt_grows_with_what_turned(subject: Subject) -> None:
+def test_the_loss_is_net_and_its_margin_grows_with_what_turned(subject: Subject) -> None:
     teachers = subject.samples.held_out_logits.argmax(1)
     assert loss_of(subject, subject.predicted) == Loss(0.0, 0.0)
     wrong = teachers.copy()
