@@ -53,7 +53,7 @@ def parse_spread(text: str) -> tuple[float, ...]:
 
 def parse_duration(text: str) -> float:
     """'90s', '10m', '1h30m' -> seconds. Raises typer.BadParameter."""
-    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip().lower())
+    found = re.fullmatch(r"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?", text.strip().lower())
     hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0)
     if hours + minutes + seconds == 0:
         raise typer.BadParameter(f"expected a time such as 90s, 10m or 1h30m; found {text!r}")
@@ -85,8 +85,8 @@ def parse_classes(text: str) -> int | Path:
     """A number of classes, or the path of a labels file (one name a line). Raises typer.BadParameter."""
     if not re.fullmatch(r"-?\d+", text.strip()):
         return Path(text)
-    if int(text) < 2:
-        raise typer.BadParameter(f"expected at least 2 classes, or a labels file; found {text!r}")
+    if len(text) > 9 or int(text) < 2:
+        raise typer.BadParameter(f"expected at least 2 classes, 9 digits at most, or a labels file; found {text!r}")
     return int(text)
 
 
