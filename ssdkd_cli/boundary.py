@@ -34,7 +34,9 @@ DISK_HINTS = {
     errno.EPERM: OTHER_FOLDER,
     errno.ENOTDIR: NO_FOLDER,
     errno.EEXIST: NO_FOLDER,
+    errno.ELOOP: "a link of the path leads back to itself: choose another folder with --out DIR",
     errno.ENAMETOOLONG: "use a shorter path",
+    errno.EFBIG: "raise the limit on the size of a file (`ulimit -f`), or choose another disk with --out DIR",
 }
 
 # How PyTorch, CUDA and the C++ library say it where the exception's type does not.
@@ -75,10 +77,10 @@ def exit_code_of(command: Callable[[], Outcome]) -> int:
         # Python flushes stdout once more at its end: give it somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.errno not in DISK_HINTS:
+        if error.errno is None or (error.errno not in DISK_HINTS and not error.filename):
             raise
         where = f": {error.filename}" if error.filename else ""
-        console.error(f"{os.strerror(error.errno)}{where}", DISK_HINTS[error.errno])
+        console.error(f"{os.strerror(error.errno)}{where}", DISK_HINTS.get(error.errno, "check that path"))
     except (MemoryError, RuntimeError, ImportError) as error:
         if not is_out_of_memory(error):
             raise
