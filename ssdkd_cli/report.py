@@ -7,15 +7,16 @@ import hashlib
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from engine.errors import SSDKDError
 from ssdkd_cli.files import write_text
-from ssdkd_cli.words import count, duration, markdown_table, percent, shape, size
+from ssdkd_cli.words import count, duration, escaped, markdown_table, percent, shape, size
 
 SCHEMA_VERSION: Final = 1
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+Said = Annotated[str, BeforeValidator(lambda value: escaped(value) if isinstance(value, str) else value)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -43,7 +44,7 @@ class Percentiles:
 class TeacherReport:
     """The network that was compressed. `size_bytes` is that of its file, latency that of the same network as ONNX."""
 
-    path: str
+    path: Said
     sha256: str
     format: str
     arch: str
@@ -151,7 +152,7 @@ class Report:
 
     schema_version: Literal[1]
     created: str
-    command: str
+    command: Said
     seconds_total: float
     environment: Environment
     teacher: TeacherReport
@@ -160,7 +161,7 @@ class Report:
     artifacts: tuple[Artifact, ...]
     recommendation: Recommendation | None
     gates: tuple[Gate, ...]
-    warnings: tuple[str, ...]
+    warnings: tuple[Said, ...]
 
 
 SCHEMA = TypeAdapter(Report)

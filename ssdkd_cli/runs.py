@@ -20,6 +20,7 @@ from engine.errors import SSDKDError
 from exporters import FORMATS
 from exporters.files import write_atomically
 from ssdkd_cli import __version__
+from ssdkd_cli.words import escaped
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -79,7 +80,7 @@ def teacher_card(spec: "TeacherSpec", student: str) -> StudentCard:
         input_shape=spec.input_shape,
         mean=spec.preprocessing.mean,
         std=spec.preprocessing.std,
-        teacher_path=str(Path(spec.path).resolve()),
+        teacher_path=escaped(str(Path(spec.path).resolve())),
         teacher_sha256=spec.sha256,
         teacher_arch=spec.arch,
         ssdkd_version=__version__,

@@ -5,6 +5,11 @@ from collections.abc import Sequence
 UNKNOWN = "unknown"
 
 
+def escaped(text: str) -> str:
+    """The text with escapes for what is no UTF-8, as a file's name may be."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def percent(value: float | None) -> str:
     """88.34 -> '88.3 %'."""
     return UNKNOWN if value is None else f"{value:.1f} %"

@@ -2,6 +2,7 @@ import errno
 import itertools
 import json
 import shutil
+import sys
 import tempfile
 import types
 from pathlib import Path
@@ -100,6 +101,16 @@ def test_json_is_the_report_and_nothing_else(ssdkd: Any, shared: Path, tmp_path:
     assert "a user's own code prints" in ran.err
     assert ran.json["teacher"]["accuracy"] is None
     assert not any("time limit" in warning for warning in ran.json["warnings"])  # it hurried nothing
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_teacher_whose_name_is_no_text(ssdkd: Any, shared: Path, tmp_path: Path) -> None:
+    teacher = shutil.copy(shared / "teacher.pt", tmp_path / "caf\udce9.pt")
+    config = ("--config", shared / "ssdkd.toml", "--out", tmp_path / "run")
+    ran = ssdkd("compress", teacher, "--student", "resnet8", *config, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["teacher"]["path"] == f"{tmp_path}/caf\\udce9.pt"
+    assert ssdkd("export", tmp_path / "run", "--overwrite").code == 0
 
 
 def test_embedded_preprocessing_is_proven_too(ssdkd: Any, shared: Path, tmp_path: Path) -> None:
