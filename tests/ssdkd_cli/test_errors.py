@@ -88,6 +88,10 @@ def weights_called_student(folder: Path) -> None:
     (folder / "student.safetensors").write_bytes(b"weights")
 
 
+def link_to_itself(folder: Path) -> None:
+    (folder / "loop").symlink_to("loop")
+
+
 def file_as_out(folder: Path) -> None:
     (folder / "out").write_text("a file")
 
@@ -149,6 +153,9 @@ ROWS: list[tuple[str, Callable[[Path], None], tuple[str, ...], int, str, str]] =
     ("out is a file", file_as_out, COMPRESS, 1, "is a file", "--out DIR"),
     ("out below a file", file_as_out, (*COMPRESS, "--out", "{out}/below"), 1, "Not a directory", "--out DIR"),
     ("name too long", nothing, (*COMPRESS, "--out", "{in}/" + "x" * 300), 1, "File name too long", "shorter path"),
+    ("out leads to itself", link_to_itself, (*COMPRESS, "--out", "{in}/loop/sub"), 1, "symbolic links", "to itself"),
+    ("out no UTF-8", nothing, (*COMPRESS, "--out", "{in}/caf\udce9"), 1, "is no UTF-8", "another name"),
+    ("bench no UTF-8", nothing, ("bench", "{in}/caf\udce9.onnx"), 1, "is no UTF-8", "another name"),
     ("no such device", nothing, (*COMPRESS, "--device", "tpu7"), 1, "tpu7", "--device"),
     ("export format", nothing, (*COMPRESS, "--export", "tflite"), 1, "no export format 'tflite'", "--export onnx"),
     ("config gone", nothing, (*COMPRESS, "--config", "gone.toml"), 1, "gone.toml", "check the path"),
@@ -159,6 +166,8 @@ ROWS: list[tuple[str, Callable[[Path], None], tuple[str, ...], int, str, str]] =
     ("config key", bad_config("[compress]\nefort='full'"), CONFIGURED, 1, "unknown key 'efort'", "'effort'"),
     ("config within config", bad_config("[compress]\nconfig='x'"), CONFIGURED, 1, "unknown key 'config'", ""),
     ("setting", bad_config("[distillation]\ngama=1"), CONFIGURED, 1, "unknown distillation setting 'gama'", "gamma"),
+    ("config NUL", bad_config('[compress]\nout="a\\u0000b"'), CONFIGURED, 1, "'out' holds a NUL", "take it out"),
+    ("setting absurd", bad_config(f"[distillation]\ngamma=1{'0' * 400}"), CONFIGURED, 1, "1,000,000,000 at most", ""),
     ("setting's type", bad_config("[distillation]\nmeta=1"), CONFIGURED, 1, "'meta' is 1: expected bool", "config"),
     ("config value", bad_config("[compress]\nclasses=1"), CONFIGURED, 2, "at least 2", ""),
     ("teacher of demo", bad_config("[compress]\nteacher='x'"), DEMO, 1, "names a teacher", "ssdkd compress"),
@@ -166,6 +175,8 @@ ROWS: list[tuple[str, Callable[[Path], None], tuple[str, ...], int, str, str]] =
     ("input", nothing, (*COMPRESS, "--input", "32"), 2, "3x32x32", ""),
     ("std zero", nothing, (*COMPRESS, "--std", "0"), 2, "above 0", ""),
     ("time", nothing, (*COMPRESS, "--time-limit", "10"), 2, "10m", ""),
+    ("time absurd", nothing, (*COMPRESS, "--time-limit", "9" * 400 + "s"), 2, "10m", ""),
+    ("classes absurd", nothing, (*COMPRESS, "--classes", "9" * 5000), 2, "9 digits at most", ""),
     ("one class", nothing, (*COMPRESS, "--classes", "1"), 2, "at least 2", ""),
     ("no student", nothing, ("compress", "{in}/teacher.pt"), 2, "--student", ""),
     ("no command", nothing, ("distil",), 2, "distil", ""),
