@@ -199,7 +199,7 @@ def read_report(folder: Path) -> Report:
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise SSDKDError(
             f"{path} is not a report of schema {SCHEMA_VERSION}: {where}: {first['msg']}",
-            "write it anew with the ssdkd that made it, or run `ssdkd compress` again",
+            f"make the student's files elsewhere with `ssdkd export {folder} --out DIR`, or run `ssdkd compress` again",
         ) from None
 
 
