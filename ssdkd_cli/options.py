@@ -60,10 +60,10 @@ def parse_duration(text: str) -> float:
     return 3600.0 * hours + 60.0 * minutes + seconds
 
 
-def parse_folder(text: str) -> Path:
-    """A folder. Raises typer.BadParameter for no text: an unset variable of a script would mean the current folder."""
+def parse_path(text: str) -> Path:
+    """A path. Raises typer.BadParameter for no text: an unset variable of a script would mean the current folder."""
     if not text.strip():
-        raise typer.BadParameter("expected a folder; found nothing")
+        raise typer.BadParameter("expected a path; found nothing")
     return Path(text)
 
 
@@ -177,6 +177,7 @@ NO_FALLBACK = typer.Option(
     rich_help_panel="Result",
 )
 EVAL_DATA = typer.Option(
+    parser=parse_path,
     metavar="DIR",
     help="Labelled images (a folder a class, or an .npz) for the accuracy in the report; "
     "the distillation never sees them.",
@@ -228,6 +229,7 @@ class Options:
     teacher: Annotated[
         Path,
         typer.Argument(
+            parser=parse_path,
             metavar="TEACHER",
             help="The trained network: a checkpoint, .safetensors, .pt2, TorchScript or .onnx file.",
             show_default=False,
@@ -310,7 +312,7 @@ class Options:
     out: Annotated[
         Path | None,
         typer.Option(
-            parser=parse_folder,
+            parser=parse_path,
             metavar="DIR",
             help="Folder of the run. Default: runs/<teacher>-<student>.",
             rich_help_panel="Result",

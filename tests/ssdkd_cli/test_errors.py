@@ -131,7 +131,11 @@ ROWS: list[tuple[str, Callable[[Path], None], tuple[str, ...], int, str, str]] =
     ("size too large", nothing, (*COMPRESS, "--input", "1x16x9999"), 1, "16 to 512 pixels", "--input"),
     ("size absurd", nothing, (*COMPRESS, "--input", "1x99999999999999999999x28"), 2, "channels x height x width", ""),
     ("seed too large", nothing, (*COMPRESS, "--seed", "18446744073709551616"), 2, "--seed", ""),
-    ("out of nothing", nothing, (*COMPRESS, "--out", ""), 2, "expected a folder", ""),
+    ("out of nothing", nothing, (*COMPRESS, "--out", ""), 2, "expected a path", ""),
+    *((f"{command} of nothing", nothing, (command, ""), 2, "expected a path", "") for command in (
+        *("inspect", "export", "bench", "report"),
+    )),
+    ("data of nothing", nothing, (*COMPRESS, "--eval-data", ""), 2, "expected a path", ""),
     ("channels", nothing, (*COMPRESS, "--input", "3x16x16"), 1, "--input says 3 channels", "--input 1x16x16"),
     ("student weights", nothing, (*COMPRESS, "--student-weights", "{in}/gone.pt"), 1, "gone.pt", ""),
     ("classes against head", nothing, (*COMPRESS, "--classes", "7"), 1, "--classes says 7", "--classes"),
