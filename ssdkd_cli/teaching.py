@@ -70,7 +70,8 @@ def teach(
             raise
         except BaseException:
             if state.steps:
-                rescue(folder, distilled_so_far(state), card)
+                with uninterrupted():
+                    rescue(folder, distilled_so_far(state), card)
             raise
     return distilled
 

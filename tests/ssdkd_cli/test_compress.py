@@ -1,7 +1,9 @@
 import errno
 import itertools
 import json
+import os
 import shutil
+import signal
 import sys
 import tempfile
 import types
@@ -206,6 +208,25 @@ def test_ctrl_c_after_the_last_round_keeps_the_student(
 
     monkeypatch.setattr(teaching, "save_distilled", interrupted_once)
     ran = ssdkd(*arguments(shared, tmp_path / "run"))
+    assert ran.code == 130
+    assert str(tmp_path / "run/student.safetensors") in ran.err
+    assert (tmp_path / "run/samples.npz").exists()
+
+
+def test_ctrl_c_again_while_the_student_is_saved(ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    save = teaching.runs.save_student
+
+    def interrupted(*given: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        save(*given)
+
+    monkeypatch.setattr(teaching, "distill", fail_after(2, KeyboardInterrupt()))
+    monkeypatch.setattr(teaching.runs, "save_student", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        ran = ssdkd(*arguments(shared, tmp_path / "run"))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ran.code == 130
     assert str(tmp_path / "run/student.safetensors") in ran.err
     assert (tmp_path / "run/samples.npz").exists()
