@@ -1,6 +1,5 @@
 """Every number of a distillation in one frozen value. One dial, the effort, sets its size; the rest has a default."""
 
-import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -8,6 +7,7 @@ from engine.errors import SSDKDError
 
 EFFORTS: dict[str, int] = {"smoke": 16, "quick": 150, "full": 1200}  # rounds
 LOWEST = {"warmup_rounds": 0, "shift": 0, "held_out": 2, "temperature": 0.01}  # else 1 for integers, 0 for the rest
+HIGHEST = 10**9  # of all: more is a slip
 BATCH_PIXELS = 128 * 64 * 64  # a batch has no more pixels than this, so that memory stays level
 
 
@@ -82,7 +82,8 @@ def settings_for(effort: str, *, image_shape: tuple[int, int, int], **overrides:
     )
     settings = replace(sized, **overrides)
     _check_ranges(settings)
-    return settings
+    floats: dict[str, Any] = {name: float(value) for name, value in overrides.items() if types[name] is float}
+    return replace(settings, **floats)
 
 
 def batch_for(image_shape: tuple[int, int, int]) -> int:
@@ -94,9 +95,10 @@ def batch_for(image_shape: tuple[int, int, int]) -> int:
 def _check_ranges(settings: DistillationSettings) -> None:
     for name, value in vars(settings).items():
         lowest = LOWEST.get(name, 1 if isinstance(value, int) else 0)
-        if not lowest <= value < math.inf and not isinstance(value, bool):
+        if not lowest <= value <= HIGHEST and not isinstance(value, bool):
             raise SSDKDError(
-                f"distillation setting '{name}' is {value}: expected {lowest} or more", "correct that value"
+                f"distillation setting '{name}' is {value}: expected {lowest} or more, {HIGHEST:,} at most",
+                "correct that value",
             )
     if settings.warmup_rounds >= settings.rounds:
         raise SSDKDError(

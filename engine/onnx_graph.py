@@ -111,14 +111,14 @@ def read_onnx(path: Path) -> tuple[State, Graph, dict[str, str]]:
     try:
         model = onnx.load(str(path), load_external_data=False)
         _add_external_data(model, path)
-    except (ValueError, OSError, RuntimeError) as error:
+        _refuse_unknown(model, path)
+        weights, constants = _numbers(model)
+    except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
         raise damaged(path, error) from error
     except Exception as error:
         if type(error).__name__ != "DecodeError":  # of protobuf, whose Python package is onnx's affair
             raise
         raise damaged(path, error) from error
-    _refuse_unknown(model, path)
-    weights, constants = _numbers(model)
     name, shape, batch, channels_last = _image_input(model, set(weights) | set(constants), path)
     reference = _runtime(path, name)
     for free_batch in dict.fromkeys((batch, None)):

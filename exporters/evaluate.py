@@ -1,5 +1,6 @@
 """Accuracy on labelled images: the one place that sees labels. Nothing in engine/ imports it."""
 
+import errno
 import re
 import warnings
 import zipfile
@@ -161,7 +162,9 @@ def _read_image(file: Path, input_shape: tuple[int, int, int]) -> NDArray[np.uin
         with Image.open(file) as image:
             return _fitted(image, input_shape)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SSDKDError(f"{file} cannot be read as an image: {error}", "remove it or replace it") from error
+        is_good = getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)  # too many files are open
+        hint = "raise the limit on open files (`ulimit -n`)" if is_good else "remove it or replace it"
+        raise SSDKDError(f"{file} cannot be read as an image: {error}", hint) from error
 
 
 def _fitted(image: Image.Image, input_shape: tuple[int, int, int]) -> NDArray[np.uint8]:

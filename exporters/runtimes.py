@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import SSDKDError
+from exporters.files import check_utf8
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,6 +47,7 @@ def open_runtime(path: Path, *, input_shape: Shape | None = None) -> Runtime:
     `input_shape` (C, H, W) is needed only where the file leaves its height and width open. Raises SSDKDError for a
     missing, damaged or unsuitable file.
     """
+    check_utf8(path)
     if not path.is_file():
         raise SSDKDError(f"no model file at {path}", "give the path of a model file: ssdkd bench RUN/model.onnx")
     opener = OPENERS.get(path.suffix.lower())

@@ -34,7 +34,9 @@ DISK_HINTS = {
     errno.EPERM: OTHER_FOLDER,
     errno.ENOTDIR: NO_FOLDER,
     errno.EEXIST: NO_FOLDER,
+    errno.ELOOP: "a link of the path leads back to itself: choose another folder with --out DIR",
     errno.ENAMETOOLONG: "use a shorter path",
+    errno.EFBIG: "raise the limit on the size of a file (`ulimit -f`), or choose another disk with --out DIR",
 }
 
 # How PyTorch, CUDA and the C++ library say it where the exception's type does not.
@@ -63,8 +65,7 @@ def exit_code_of(command: Callable[[], Outcome]) -> int:
     try:
         with interruptible(), stdout_for_the_result():
             outcome = command()
-        outcome.show()
-        sys.stdout.flush()
+        print_result(outcome)
         return outcome.exit_code
     except SSDKDError as error:
         console.error(error.message, error.hint)
@@ -72,18 +73,32 @@ def exit_code_of(command: Callable[[], Outcome]) -> int:
         console.warn(str(interrupt) or "interrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        # Python flushes stdout once more at its end: give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        pass  # who read the result has enough of it
     except OSError as error:
-        if error.errno not in DISK_HINTS:
+        if error.errno is None or (error.errno not in DISK_HINTS and not error.filename):
             raise
         where = f": {error.filename}" if error.filename else ""
-        console.error(f"{os.strerror(error.errno)}{where}", DISK_HINTS[error.errno])
+        console.error(f"{os.strerror(error.errno)}{where}", DISK_HINTS.get(error.errno, "check that path"))
     except (MemoryError, RuntimeError, ImportError) as error:
         if not is_out_of_memory(error):
             raise
         console.error("out of memory", "close what else uses the memory, or take a machine that has more")
     return KNOWN_ERROR
+
+
+def print_result(outcome: Outcome) -> None:
+    """Print it on stdout. Raises SSDKDError where that cannot be written, BrokenPipeError where nobody reads it."""
+    try:
+        outcome.show()
+        sys.stdout.flush()
+    except OSError as error:
+        # Python flushes stdout once more at its end: give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise SSDKDError(
+            f"the result cannot be printed: {error.strerror}", "send stdout to a file or a disk that can be written"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ def read_config(path: Path) -> dict[str, dict[str, object]]:
     """The tables of a config file, each a dict, empty where the file has none.
 
     Raises:
-        SSDKDError: no such file, not TOML, or a table of another name.
+        SSDKDError: no such file, not TOML, a table of another name, or a value that no path or name can hold.
     """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -43,6 +43,8 @@ def read_config(path: Path) -> dict[str, dict[str, object]]:
         for key, value in table.items():
             if isinstance(value, dict):
                 raise SSDKDError(f"--config {path}, table [{name}]: expected a value for '{key}', found a table", FORM)
+            if any("\0" in str(item) for item in (value if isinstance(value, list) else [value])):
+                raise SSDKDError(f"--config {path}, table [{name}]: '{key}' holds a NUL character", "take it out")
     return {name: dict(tables.get(name, {})) for name in TABLES}
 
 

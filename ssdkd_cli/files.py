@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engine.errors import SSDKDError
-from exporters.files import write_atomically
+from exporters.files import check_utf8, write_atomically
 
 
 def write_text(path: Path, content: str) -> None:
@@ -21,9 +21,10 @@ def check_writable(folder: Path) -> None:
     """Make `folder` and try to write in it.
 
     Raises:
-        SSDKDError: `folder` is a file or a broken link, or nowhere is room for temporary files.
+        SSDKDError: `folder` is a file or a broken link, or its name no UTF-8; or nowhere is room for temporary files.
         OSError: it cannot be made or written; the error boundary has the sentence for it.
     """
+    check_utf8(folder)
     if folder.exists() and not folder.is_dir():
         raise SSDKDError(f"--out {folder} is a file: expected a folder", "choose another with --out DIR")
     try:

@@ -53,17 +53,17 @@ def parse_spread(text: str) -> tuple[float, ...]:
 
 def parse_duration(text: str) -> float:
     """'90s', '10m', '1h30m' -> seconds. Raises typer.BadParameter."""
-    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip().lower())
+    found = re.fullmatch(r"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?", text.strip().lower())
     hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0)
     if hours + minutes + seconds == 0:
         raise typer.BadParameter(f"expected a time such as 90s, 10m or 1h30m; found {text!r}")
     return 3600.0 * hours + 60.0 * minutes + seconds
 
 
-def parse_folder(text: str) -> Path:
-    """A folder. Raises typer.BadParameter for no text: an unset variable of a script would mean the current folder."""
+def parse_path(text: str) -> Path:
+    """A path. Raises typer.BadParameter for no text: an unset variable of a script would mean the current folder."""
     if not text.strip():
-        raise typer.BadParameter("expected a folder; found nothing")
+        raise typer.BadParameter("expected a path; found nothing")
     return Path(text)
 
 
@@ -85,8 +85,8 @@ def parse_classes(text: str) -> int | Path:
     """A number of classes, or the path of a labels file (one name a line). Raises typer.BadParameter."""
     if not re.fullmatch(r"-?\d+", text.strip()):
         return Path(text)
-    if int(text) < 2:
-        raise typer.BadParameter(f"expected at least 2 classes, or a labels file; found {text!r}")
+    if len(text) > 9 or int(text) < 2:
+        raise typer.BadParameter(f"expected at least 2 classes, 9 digits at most, or a labels file; found {text!r}")
     return int(text)
 
 
@@ -177,6 +177,7 @@ NO_FALLBACK = typer.Option(
     rich_help_panel="Result",
 )
 EVAL_DATA = typer.Option(
+    parser=parse_path,
     metavar="DIR",
     help="Labelled images (a folder a class, numbered alphabetically unless --classes or the teacher's file names the "
     "classes; or an .npz) for the accuracy in the report; the distillation never sees them.",
@@ -228,6 +229,7 @@ class Options:
     teacher: Annotated[
         Path,
         typer.Argument(
+            parser=parse_path,
             metavar="TEACHER",
             help="The trained network: a checkpoint, .safetensors, .pt2, TorchScript or .onnx file.",
             show_default=False,
@@ -310,7 +312,7 @@ class Options:
     out: Annotated[
         Path | None,
         typer.Option(
-            parser=parse_folder,
+            parser=parse_path,
             metavar="DIR",
             help="Folder of the run. Default: runs/<teacher>-<student>.",
             rich_help_panel="Result",

@@ -7,16 +7,17 @@ import hashlib
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from engine.errors import SSDKDError
 from ssdkd_cli.files import write_text
 from ssdkd_cli.runs import STUDENT
-from ssdkd_cli.words import count, duration, markdown_table, percent, shape, size
+from ssdkd_cli.words import count, duration, escaped, markdown_table, percent, shape, size
 
 SCHEMA_VERSION: Final = 1
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+Said = Annotated[str, BeforeValidator(lambda value: escaped(value) if isinstance(value, str) else value)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -44,7 +45,7 @@ class Percentiles:
 class TeacherReport:
     """The network that was compressed. `size_bytes` is that of its file, latency that of the same network as ONNX."""
 
-    path: str
+    path: Said
     sha256: str
     format: str
     arch: str
@@ -152,7 +153,7 @@ class Report:
 
     schema_version: Literal[1]
     created: str
-    command: str
+    command: Said
     seconds_total: float
     environment: Environment
     teacher: TeacherReport
@@ -161,7 +162,7 @@ class Report:
     artifacts: tuple[Artifact, ...]
     recommendation: Recommendation | None
     gates: tuple[Gate, ...]
-    warnings: tuple[str, ...]
+    warnings: tuple[Said, ...]
 
 
 SCHEMA = TypeAdapter(Report)
@@ -204,7 +205,7 @@ def read_report(folder: Path) -> Report:
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise SSDKDError(
             f"{path} is not a report of schema {SCHEMA_VERSION}: {where}: {first['msg']}",
-            "write it anew with the ssdkd that made it, or run `ssdkd compress` again",
+            f"make the student's files elsewhere with `ssdkd export {folder} --out DIR`, or run `ssdkd compress` again",
         ) from None
 
 

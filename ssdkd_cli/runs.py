@@ -20,13 +20,16 @@ from engine.errors import SSDKDError
 from exporters import FORMATS
 from exporters.files import write_atomically
 from ssdkd_cli import __version__
+from ssdkd_cli.words import escaped
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from engine.teacher import TeacherSpec
 
-Positive = Annotated[int, Field(gt=0)]
+Classes = Annotated[int, Field(gt=0, le=10**6)]
+Side = Annotated[int, Field(gt=0, le=4096)]  # of an image, or its channels
+Spread = Annotated[float, Field(gt=0)]
 STUDENT, REPORT, METRICS, CONFIG = "student.safetensors", "report.json", "metrics.jsonl", "config.toml"
 REPORT_TEXT, SAMPLES_PICTURE, SAMPLES = "report.md", "samples.png", "samples.npz"
 MODEL = "model"  # exported files are called model.onnx, model.int8.onnx, ...
@@ -57,11 +60,11 @@ class StudentCard:
     """What stands in student.safetensors beside the weights: enough to build the network again."""
 
     student: str  # as --student names it
-    classes: Positive
+    classes: Classes
     class_names: tuple[str, ...] | None
-    input_shape: tuple[Positive, Positive, Positive]  # C, H, W
+    input_shape: tuple[Side, Side, Side]  # C, H, W
     mean: tuple[float, ...]
-    std: tuple[float, ...]
+    std: tuple[Spread, ...]
     teacher_path: str
     teacher_sha256: str
     teacher_arch: str
@@ -79,7 +82,7 @@ def teacher_card(spec: "TeacherSpec", student: str) -> StudentCard:
         input_shape=spec.input_shape,
         mean=spec.preprocessing.mean,
         std=spec.preprocessing.std,
-        teacher_path=str(Path(spec.path).resolve()),
+        teacher_path=escaped(str(Path(spec.path).resolve())),
         teacher_sha256=spec.sha256,
         teacher_arch=spec.arch,
         ssdkd_version=__version__,
@@ -259,7 +262,8 @@ def _builders(card: StudentCard, trust_pickle: bool) -> "list[Callable[[], nn.Mo
     from engine.students import build_network
 
     channels, pixels = card.input_shape[0], min(card.input_shape[1:])
-    code = [name for name in (card.student, *_stated(card, "--arch")) if ":" in name]
+    names = _stated(card, "--arch") if card.student == SAME else (card.student,)
+    code = [name for name in names if ":" in name]
     if code and not trust_pickle:
         raise SSDKDError(
             f"the network of this run is code, {code[0]}, which would be imported and run",
@@ -331,7 +335,7 @@ def read_samples(folder: Path) -> Samples:
     """
     names = [field.name for field in dataclasses.fields(Samples)]
     try:
-        with (folder / SAMPLES).open("rb") as file, np.load(file) as arrays:
+        with (folder / SAMPLES).open("rb") as file, np.lib.npyio.NpzFile(file) as arrays:
             missing = [name for name in names if name not in arrays]
             if missing:
                 raise ValueError(f"it holds no {', '.join(missing)}; an earlier ssdkd wrote it")

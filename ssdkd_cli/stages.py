@@ -31,18 +31,26 @@ from ssdkd_cli.options import (
     SEED,
     STD,
     TRUST_PICKLE,
-    parse_folder,
+    parse_path,
 )
 from ssdkd_cli.outcome import Outcome, as_json
 from ssdkd_cli.words import count, milliseconds, percent, shape, size
 
-MODEL = typer.Argument(metavar="MODEL", help="The folder of a run, or an .onnx file.", show_default=False)
-SCORED = typer.Argument(
-    metavar="MODEL", help="The folder of a run, an .onnx file, or a teacher's file.", show_default=False
+MODEL = typer.Argument(
+    parser=parse_path, metavar="MODEL", help="The folder of a run, or an .onnx file.", show_default=False
 )
-RUN = typer.Argument(metavar="RUN", help="The folder of a finished run.", show_default=False)
-TEACHER = typer.Argument(metavar="TEACHER", help="The file of a trained network.", show_default=False)
+SCORED = typer.Argument(
+    parser=parse_path,
+    metavar="MODEL",
+    help="The folder of a run, an .onnx file, or a teacher's file.",
+    show_default=False,
+)
+RUN = typer.Argument(parser=parse_path, metavar="RUN", help="The folder of a finished run.", show_default=False)
+TEACHER = typer.Argument(
+    parser=parse_path, metavar="TEACHER", help="The file of a trained network.", show_default=False
+)
 DATA = typer.Option(
+    parser=parse_path,
     metavar="DIR",
     help="Labelled images: a folder a class, numbered alphabetically unless the class names are known, or an .npz.",
     rich_help_panel="Input",
@@ -149,6 +157,7 @@ def export(
     source: Annotated[
         Path,
         typer.Argument(
+            parser=parse_path,
             metavar="RUN|TEACHER",
             help="The folder of a run, or a teacher's file to convert as it is.",
             show_default=False,
@@ -168,7 +177,7 @@ def export(
     out: Annotated[
         Any,
         typer.Option(
-            parser=parse_folder,
+            parser=parse_path,
             metavar="DIR",
             help="Where the file goes. Default: the run's folder, or runs/<teacher>.",
             rich_help_panel="Result",

@@ -71,7 +71,8 @@ def teach(
             raise
         except BaseException as error:
             if state.steps:
-                rescue(folder, distilled_so_far(state), card)
+                with uninterrupted():
+                    rescue(folder, distilled_so_far(state), card)
             elif isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(NOTHING_YET) from None
             raise

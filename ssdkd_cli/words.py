@@ -6,6 +6,11 @@ UNKNOWN = "unknown"
 SAME = 1.05  # numbers that differ by less are called the same
 
 
+def escaped(text: str) -> str:
+    """The text with escapes for what is no UTF-8, as a file's name may be."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def percent(value: float | None) -> str:
     """88.34 -> '88.3 %'."""
     return UNKNOWN if value is None else f"{value:.1f} %"

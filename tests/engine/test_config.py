@@ -50,6 +50,7 @@ def test_overrides_win_over_effort_and_size() -> None:
     )
     assert (settings.rounds, settings.student_batch, settings.inversion_batch) == (77, 100, 16)
     assert (settings.gamma, settings.beta, settings.priority) == (2, 0.5, False)
+    assert isinstance(settings.gamma, float)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +92,8 @@ def test_settings_cannot_change_during_a_run() -> None:
         ({"temperature": 0.0}, "'temperature' is 0.0: expected 0.01 or more"),
         ({"beta": -0.1}, "'beta' is -0.1: expected 0 or more"),
         ({"beta": float("nan")}, "'beta' is nan"),
+        ({"rounds": 10**30}, "1,000,000,000 at most"),
+        ({"gamma": 10**400}, "1,000,000,000 at most"),
         ({"rounds": True}, "'rounds' is True: expected int"),
         ({"rounds": 5, "warmup_rounds": 5}, "the student would never learn"),
     ],

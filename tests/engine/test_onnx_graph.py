@@ -312,6 +312,15 @@ def test_what_cannot_be_run_is_said(tmp_path, nodes, message):
     assert "give the" in caught.value.hint
 
 
+def test_weights_that_are_too_few_for_their_shape(tmp_path):
+    path = write(tmp_path / "m.onnx", [node("Mul", "x w", "y")], {"w": floats(2, 2)})
+    model = onnx.load(path)
+    model.graph.initializer[0].dims[0] = 7
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(SSDKDError, match="damaged"):
+        read_onnx(path)
+
+
 def test_other_inputs_than_images_are_refused(tmp_path):
     path = write(tmp_path / "m.onnx", [node("Cast", "x", "y", to=1)], kind=TensorProto.INT64)
     with pytest.raises(SSDKDError, match="expected one float tensor of images"):

@@ -1,3 +1,4 @@
+import errno
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,17 @@ def test_folder_that_cannot_be_used(make: Any, message: str, tmp_path: Path) -> 
     with pytest.raises(SSDKDError, match=message) as caught:
         load_labelled(make(tmp_path), input_shape=GREY, classes=2, class_names=None)
     assert caught.value.hint
+
+
+def test_a_good_image_is_not_to_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(file: Path) -> None:
+        raise OSError(errno.EMFILE, "Too many open files", str(file))
+
+    folders(tmp_path, "a", "b")
+    monkeypatch.setattr(Image, "open", refused)
+    with pytest.raises(SSDKDError, match="Too many open files") as caught:
+        load_labelled(tmp_path, input_shape=GREY, classes=2, class_names=None)
+    assert "ulimit -n" in caught.value.hint
 
 
 def test_unreadable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
 import ctypes
+import errno
 import os
 import signal
 import sys
@@ -90,6 +91,18 @@ def test_what_is_ignored_stays_ignored() -> None:
         assert exit_code_of(lambda: os.kill(os.getpid(), signal.SIGHUP) or Outcome(lambda: None)) == 0
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_what_the_system_says_of_a_file_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(error: OSError) -> Outcome:
+        raise error
+
+    assert exit_code_of(lambda: fail(OSError(errno.EFBIG, "File too large"))) == 1
+    assert "ulimit -f" in capsys.readouterr().err
+    assert exit_code_of(lambda: fail(FileNotFoundError(errno.ENOENT, "No such file or directory", "gone"))) == 1
+    assert "No such file or directory: gone" in capsys.readouterr().err
+    with pytest.raises(OSError, match="a bug"):
+        exit_code_of(lambda: fail(OSError("a bug")))
 
 
 def test_libraries_that_memory_is_too_small_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,10 @@
 import errno
 import itertools
 import json
+import os
 import shutil
+import signal
+import sys
 import tempfile
 import types
 from pathlib import Path
@@ -136,6 +139,16 @@ def test_json_is_the_report_and_nothing_else(ssdkd: Any, shared: Path, tmp_path:
     assert not any("time limit" in warning for warning in ran.json["warnings"])  # it hurried nothing
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_teacher_whose_name_is_no_text(ssdkd: Any, shared: Path, tmp_path: Path) -> None:
+    teacher = shutil.copy(shared / "teacher.pt", tmp_path / "caf\udce9.pt")
+    config = ("--config", shared / "ssdkd.toml", "--out", tmp_path / "run")
+    ran = ssdkd("compress", teacher, "--student", "resnet8", *config, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["teacher"]["path"] == f"{tmp_path}/caf\\udce9.pt"
+    assert ssdkd("export", tmp_path / "run", "--overwrite").code == 0
+
+
 def test_embedded_preprocessing_is_proven_too(ssdkd: Any, shared: Path, tmp_path: Path) -> None:
     ran = ssdkd(*arguments(shared, tmp_path / "run", "--json", "--embed-preprocessing"))
     assert ran.code == 0, ran.err
@@ -247,6 +260,25 @@ def test_ctrl_c_after_the_last_round_keeps_the_student(
 
     monkeypatch.setattr(teaching, "save_distilled", interrupted_once)
     ran = ssdkd(*arguments(shared, tmp_path / "run"))
+    assert ran.code == 130
+    assert str(tmp_path / "run/student.safetensors") in ran.err
+    assert (tmp_path / "run/samples.npz").exists()
+
+
+def test_ctrl_c_again_while_the_student_is_saved(ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    save = teaching.runs.save_student
+
+    def interrupted(*given: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        save(*given)
+
+    monkeypatch.setattr(teaching, "distill", fail_after(2, KeyboardInterrupt()))
+    monkeypatch.setattr(teaching.runs, "save_student", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        ran = ssdkd(*arguments(shared, tmp_path / "run"))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ran.code == 130
     assert str(tmp_path / "run/student.safetensors") in ran.err
     assert (tmp_path / "run/samples.npz").exists()

@@ -88,6 +88,10 @@ def weights_called_student(folder: Path) -> None:
     (folder / "student.safetensors").write_bytes(b"weights")
 
 
+def link_to_itself(folder: Path) -> None:
+    (folder / "loop").symlink_to("loop")
+
+
 def file_as_out(folder: Path) -> None:
     (folder / "out").write_text("a file")
 
@@ -127,7 +131,11 @@ ROWS: list[tuple[str, Callable[[Path], None], tuple[str, ...], int, str, str]] =
     ("size too large", nothing, (*COMPRESS, "--input", "1x16x9999"), 1, "16 to 512 pixels", "--input"),
     ("size absurd", nothing, (*COMPRESS, "--input", "1x99999999999999999999x28"), 2, "channels x height x width", ""),
     ("seed too large", nothing, (*COMPRESS, "--seed", "18446744073709551616"), 2, "--seed", ""),
-    ("out of nothing", nothing, (*COMPRESS, "--out", ""), 2, "expected a folder", ""),
+    ("out of nothing", nothing, (*COMPRESS, "--out", ""), 2, "expected a path", ""),
+    *((f"{command} of nothing", nothing, (command, ""), 2, "expected a path", "") for command in (
+        *("inspect", "export", "bench", "report"),
+    )),
+    ("data of nothing", nothing, (*COMPRESS, "--eval-data", ""), 2, "expected a path", ""),
     ("channels", nothing, (*COMPRESS, "--input", "3x16x16"), 1, "--input says 3 channels", "--input 1x16x16"),
     ("student weights", nothing, (*COMPRESS, "--student-weights", "{in}/gone.pt"), 1, "gone.pt", ""),
     ("classes against head", nothing, (*COMPRESS, "--classes", "7"), 1, "--classes says 7", "--classes"),
@@ -149,6 +157,9 @@ ROWS: list[tuple[str, Callable[[Path], None], tuple[str, ...], int, str, str]] =
     ("out is a file", file_as_out, COMPRESS, 1, "is a file", "--out DIR"),
     ("out below a file", file_as_out, (*COMPRESS, "--out", "{out}/below"), 1, "Not a directory", "--out DIR"),
     ("name too long", nothing, (*COMPRESS, "--out", "{in}/" + "x" * 300), 1, "File name too long", "shorter path"),
+    ("out leads to itself", link_to_itself, (*COMPRESS, "--out", "{in}/loop/sub"), 1, "symbolic links", "to itself"),
+    ("out no UTF-8", nothing, (*COMPRESS, "--out", "{in}/caf\udce9"), 1, "is no UTF-8", "another name"),
+    ("bench no UTF-8", nothing, ("bench", "{in}/caf\udce9.onnx"), 1, "is no UTF-8", "another name"),
     ("no such device", nothing, (*COMPRESS, "--device", "tpu7"), 1, "tpu7", "--device"),
     ("export format", nothing, (*COMPRESS, "--export", "tflite"), 1, "no export format 'tflite'", "--export onnx"),
     ("config gone", nothing, (*COMPRESS, "--config", "gone.toml"), 1, "gone.toml", "check the path"),
@@ -159,6 +170,8 @@ ROWS: list[tuple[str, Callable[[Path], None], tuple[str, ...], int, str, str]] =
     ("config key", bad_config("[compress]\nefort='full'"), CONFIGURED, 1, "unknown key 'efort'", "'effort'"),
     ("config within config", bad_config("[compress]\nconfig='x'"), CONFIGURED, 1, "unknown key 'config'", ""),
     ("setting", bad_config("[distillation]\ngama=1"), CONFIGURED, 1, "unknown distillation setting 'gama'", "gamma"),
+    ("config NUL", bad_config('[compress]\nout="a\\u0000b"'), CONFIGURED, 1, "'out' holds a NUL", "take it out"),
+    ("setting absurd", bad_config(f"[distillation]\ngamma=1{'0' * 400}"), CONFIGURED, 1, "1,000,000,000 at most", ""),
     ("setting's type", bad_config("[distillation]\nmeta=1"), CONFIGURED, 1, "'meta' is 1: expected bool", "config"),
     ("config value", bad_config("[compress]\nclasses=1"), CONFIGURED, 2, "at least 2", ""),
     ("teacher of demo", bad_config("[compress]\nteacher='x'"), DEMO, 1, "names a teacher", "ssdkd compress"),
@@ -166,6 +179,8 @@ ROWS: list[tuple[str, Callable[[Path], None], tuple[str, ...], int, str, str]] =
     ("input", nothing, (*COMPRESS, "--input", "32"), 2, "3x32x32", ""),
     ("std zero", nothing, (*COMPRESS, "--std", "0"), 2, "above 0", ""),
     ("time", nothing, (*COMPRESS, "--time-limit", "10"), 2, "10m", ""),
+    ("time absurd", nothing, (*COMPRESS, "--time-limit", "9" * 400 + "s"), 2, "10m", ""),
+    ("classes absurd", nothing, (*COMPRESS, "--classes", "9" * 5000), 2, "9 digits at most", ""),
     ("one class", nothing, (*COMPRESS, "--classes", "1"), 2, "at least 2", ""),
     ("no student", nothing, ("compress", "{in}/teacher.pt"), 2, "--student", ""),
     ("no command", nothing, ("distil",), 2, "distil", ""),

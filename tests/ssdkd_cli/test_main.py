@@ -70,6 +70,16 @@ def test_a_closed_pipe_is_no_error_to_talk_about() -> None:
     assert run.returncode == 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_result_that_cannot_be_printed_names_no_option_of_another_command() -> None:
+    code = "import sys; from ssdkd_cli.main import main; sys.exit(main(['profiles']))"
+    with Path("/dev/full").open("w") as full:
+        ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=full, stderr=subprocess.PIPE)
+    assert ran.returncode == 1
+    assert "the result cannot be printed: No space left on device" in ran.stderr
+    assert "--out" not in ran.stderr
+
+
 def test_a_run_goes_on_where_nobody_reads_what_it_shows(tmp_path: Path) -> None:
     code = (
         "import sys; from ssdkd_cli import console, main, stages\n"

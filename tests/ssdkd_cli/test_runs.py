@@ -284,6 +284,9 @@ def test_code_that_a_run_names_does_not_run_by_itself(
     [
         {"classes": "x"},
         {"classes": -1},
+        {"classes": 10**12},
+        {"input_shape": [3, 10**6, 10**6]},
+        {"std": [0.0]},
         {"input_shape": None},
         {"input_shape": [1, -28, 28]},
         {"known_logits": ["a"]},
@@ -297,6 +300,13 @@ def test_a_card_that_makes_no_sense_is_refused(change: dict[str, object], teache
     save_file(student.state_dict(), tmp_path / "student.safetensors", {"ssdkd": json.dumps(card)})
     with pytest.raises(SSDKDError, match="cannot be read as a student"):
         runs.open_run(tmp_path)
+
+
+def test_a_student_of_ours_needs_no_code_of_its_teacher(teacher: Teacher, tmp_path: Path) -> None:
+    card = replace(runs.teacher_card(teacher.spec, "resnet8"), teacher_flags=("--arch", "users:build"))
+    student = build_student("resnet8", teacher=teacher, seed=3)
+    runs.save_student(tmp_path, student, card)
+    assert torch.equal(logits_of(runs.open_run(tmp_path).module), logits_of(student))
 
 
 def test_known_logits_of_another_number_of_classes_do_not_fit(teacher: Teacher, tmp_path: Path) -> None:
@@ -361,6 +371,10 @@ def test_a_damaged_file_of_samples(tmp_path: Path) -> None:
         (tmp_path / runs.SAMPLES).write_bytes(content)
         with pytest.raises(SSDKDError, match=r"samples\.npz cannot be read"):
             runs.read_samples(tmp_path)
+    with (tmp_path / runs.SAMPLES).open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(SSDKDError, match="not a zip file"):
+        runs.read_samples(tmp_path)
     np.savez(tmp_path / runs.SAMPLES, **{**vars(some_samples()), "held_out_logits": np.array([["a"], ["b"]])})
     with pytest.raises(SSDKDError, match=r"samples\.npz cannot be read"):
         runs.read_samples(tmp_path)

@@ -238,6 +238,8 @@ def test_a_report_that_cannot_be_updated_is_found_before_anything_is_written(ssd
     ran = ssdkd("export", run_folder, "--overwrite")
     assert ran.code == 1
     assert "is not a report of schema" in ran.err
+    assert f"ssdkd export {run_folder} --out DIR" in ran.err
+    assert ssdkd("export", run_folder, "--out", run_folder.parent / "elsewhere").code == 0
     assert (run_folder / "model.onnx").read_bytes() == b"before"
 
 
