@@ -21,9 +21,9 @@ from engine.device import choose_device
 from engine.errors import SSDKDError
 from engine.inheritance import inherit
 from engine.state import State
-from engine.students import STUDENTS, build_student
+from engine.students import STUDENTS, build_student, check_network_name
 from engine.teacher import Teacher
-from exporters.evaluate import LabelledImages, accuracy, load_labelled, predicted_classes
+from exporters.evaluate import LabelledImages, accuracy, check_labelled, load_labelled, predicted_classes
 from exporters.runtimes import predictor
 from ssdkd_cli import console, runs
 from ssdkd_cli.artifacts import artifact, make_files, timed_paths, try_target
@@ -72,6 +72,10 @@ def compress(options: Options, *, command: str) -> Finished:
     started = time.perf_counter()
     target = target_of(options)
     limits = limits_of(options, target)
+    if options.eval_data:
+        check_labelled(options.eval_data)
+    if options.student != runs.SAME:
+        check_network_name(options.student)
     check_limits(limits, target, has_labels=options.eval_data is not None, has_gpu=torch.cuda.is_available())
     compute = choose_device(options.device)
     folder = options.out or runs.default_folder(options.teacher, options.student)
