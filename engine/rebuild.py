@@ -197,8 +197,9 @@ def _published(arch: str) -> list[Architecture]:
     """The published networks (or the user's own) that `--arch` may mean."""
     if ":" in arch:
         return [Architecture(arch, partial(_build_users, arch), (), 0, None)]
-    check_network_name(arch)
     published = published_networks(arch)
+    if not published:
+        check_network_name(arch)
     found = []
     for name, build in published.items():
         known = architecture_of(name.removeprefix("zoo/")) or architecture_of(name.removeprefix(TORCHVISION))
