@@ -235,15 +235,17 @@ def _by_size(shapes: Mapping[str, TensorShape], guesses: Sequence[tuple[int, int
 def _no_match(shapes: Mapping[str, TensorShape], hint: Architecture | None, keeps_order: bool) -> SSDKDError:
     guesses = guess_heads(shapes)
     nearest = [*([hint] if hint else []), *(architecture for _, architecture in _by_size(shapes, guesses))]
+    compared = {near.name: _skeleton_of(near, *guesses[0]) for near in nearest[:NEAREST_SHOWN] if guesses}
     lines = [
-        f"\n  {architecture.name}: {differences(shapes, _skeleton_of(architecture, *guesses[0]))}"
-        for architecture in nearest[:NEAREST_SHOWN]
-        if guesses
+        f"\n  {name}: {differences(shapes, theirs)}"
+        for name, theirs in compared.items()
+        if theirs.keys() & shapes.keys()
     ]
+    near = ". The nearest:" if lines else ", nor is any near; a network of timm's must be named"
     order = "" if keeps_order else "; this format does not keep the layers' order, so other names cannot be matched"
     return SSDKDError(
         "the architecture is not known: expected one of ours or of torchvision's, found "
-        f"{len(layers_of(shapes))} layers that fit none{order}{'. The nearest:' if lines else ''}{''.join(lines)}",
+        f"{len(layers_of(shapes))} layers that fit none{order}{near}{''.join(lines)}",
         ASK_FOR_ARCH,
     )
 

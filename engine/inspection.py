@@ -93,10 +93,6 @@ def count_flops(module: nn.Module, input_shape: tuple[int, int, int]) -> int:
 
 def _batchnorm_findings(module: nn.Module) -> list[str]:
     layers = {name: layer for name, layer in module.named_modules() if has_running_statistics(layer)}
-    if not layers:
-        return [
-            "No BatchNorm layers: the images are made without their statistics, and a student's accuracy is unproven."
-        ]
     impossible = [name for name, layer in layers.items() if not has_possible_variances(layer)]
     untrained = [name for name, layer in layers.items() if name not in impossible and not is_trained(layer)]
     kinds = {"variances that are not positive": impossible, "statistics never trained, or not finite,": untrained}

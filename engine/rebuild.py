@@ -24,7 +24,7 @@ from engine.identify import (
     shapes_of,
 )
 from engine.probing import FORWARD_ERRORS, input_channels, noise
-from engine.students import SMALL_PIXELS, STUDENTS, build_network, published_networks
+from engine.students import SMALL_PIXELS, STUDENTS, build_network, check_network_name, published_networks
 from engine.unwrap import State
 from engine.user_code import call_user_function
 
@@ -198,8 +198,8 @@ def _published(arch: str) -> list[Architecture]:
     if ":" in arch:
         return [Architecture(arch, partial(_build_users, arch), (), 0, None)]
     published = published_networks(arch)
-    if not published and arch not in STUDENTS:
-        build_network(arch, classes=2, channels=3, pixels=LARGE_PIXELS)  # raises and names the nearest
+    if not published:
+        check_network_name(arch)
     found = []
     for name, build in published.items():
         known = architecture_of(name.removeprefix("zoo/")) or architecture_of(name.removeprefix(TORCHVISION))

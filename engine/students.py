@@ -92,18 +92,25 @@ def build_network(name: str, *, classes: int, channels: int, pixels: int) -> nn.
         return call_user_function(name, classes=classes, channels=channels)
     if name in STUDENTS:
         return STUDENTS[name].build(classes, channels, pixels)
-    published = published_networks(name)
-    if not published:
-        _refuse_other_tasks(name)
-        near = dict.fromkeys(
-            difflib.get_close_matches(name.lower(), STUDENTS, n=2)
-            + difflib.get_close_matches(name.lower(), network_names())
-        )
-        raise SSDKDError(
-            f"there is no network called '{name}': expected ours, torchvision's or timm's, or package.module:function",
-            f"did you mean {' or '.join(near)}?" if near else "`ssdkd students` lists ours",
-        )
-    return next(iter(published.values()))(classes, channels)
+    check_network_name(name)
+    return next(iter(published_networks(name).values()))(classes, channels)
+
+
+def check_network_name(name: str) -> None:
+    """Raises SSDKDError where no network is called `name`; functions of the user's are not looked for."""
+    if ":" in name or name in STUDENTS or published_networks(name):
+        return
+    _refuse_other_tasks(name)
+    near = dict.fromkeys(
+        difflib.get_close_matches(name.lower(), STUDENTS, n=2)
+        + difflib.get_close_matches(name.lower(), network_names())
+    )
+    hint = f"did you mean {' or '.join(near)}?" if near else "`ssdkd students` lists ours"
+    if (own := Path(f"{name.replace('.', '/')}.py")).is_file():
+        hint = f"{own} is code of yours: name its function that builds the network, {name}:FUNCTION"
+    raise SSDKDError(
+        f"there is no network called '{name}': expected ours, torchvision's or timm's, or package.module:function", hint
+    )
 
 
 def _refuse_other_tasks(name: str) -> None:

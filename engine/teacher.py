@@ -31,6 +31,7 @@ NO_BATCHNORM = (
     "The teacher has no usable BatchNorm statistics, the main clue to its training images: "
     "a student is made with other priors, and its accuracy is unproven."
 )
+FOLDED = "An exporter may have folded BatchNorm away: give the checkpoint that was exported, if there is one."
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ def load_teacher(
                 *normalisation_warnings,
                 *doubts,
                 *(() if usable else (NO_BATCHNORM,)),
+                *((FOLDED,) if checkpoint.graph and not usable else ()),
             ),
             flags=_flags(arch, input_shape, mean, std, trust_pickle),
         ),

@@ -49,12 +49,16 @@ def load_labelled(
             f"the model takes images of {input_shape[0]} channels: expected 1 to {max(MODES)}, as pictures have them",
             "only models of pictures can be scored",
         )
-    if path.is_dir():
-        return _load_folder(path, input_shape, classes, class_names)
-    if path.suffix.lower() == ".npz" and path.is_file():
-        return _load_npz(path, input_shape, classes, class_names)
-    found = "another file" if path.exists() else "nothing there"
-    raise SSDKDError(f"{path}: expected a folder of class folders or an .npz file, found {found}", LAYOUT_HINT)
+    check_labelled(path)
+    load = _load_folder if path.is_dir() else _load_npz
+    return load(path, input_shape, classes, class_names)
+
+
+def check_labelled(path: Path) -> None:
+    """Raises SSDKDError unless there is a folder or an .npz file at `path`."""
+    if not path.is_dir() and not (path.suffix.lower() == ".npz" and path.is_file()):
+        found = "another file" if path.exists() else "nothing there"
+        raise SSDKDError(f"{path}: expected a folder of class folders or an .npz file, found {found}", LAYOUT_HINT)
 
 
 def predicted_classes(

@@ -8,7 +8,7 @@ from pathlib import Path
 from engine.device import Compute
 from engine.errors import SSDKDError
 from exporters import FORMATS
-from exporters.evaluate import LAYOUT_HINT, LabelledImages, accuracy, load_labelled
+from exporters.evaluate import LabelledImages, accuracy, check_labelled, load_labelled
 from exporters.metadata import describe, preprocessing_of
 from exporters.precision import PRECISIONS
 from exporters.runtimes import OPENERS, open_runtime, predictor
@@ -84,8 +84,8 @@ def check_place(source: Path, target: Target, folder: Path, *, overwrite: bool, 
             )
         if path.exists() and not overwrite:
             raise SSDKDError(f"{path} is there already", "write beside it with --out DIR, or add --overwrite")
-    if eval_data and not eval_data.exists():
-        raise SSDKDError(f"{eval_data}: nothing there", LAYOUT_HINT)
+    if eval_data:
+        check_labelled(eval_data)
     if target.flavour:
         check_builder(target.flavour)
 

@@ -1,11 +1,11 @@
 """Limits that the user set, judged on the files that came out, and the file that is recommended."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from engine.errors import SSDKDError
-from ssdkd_cli.report import Artifact, Gate, Recommendation
+from ssdkd_cli.report import Artifact, Gate, Recommendation, origin
 from ssdkd_cli.words import compared, times
 
 if TYPE_CHECKING:
@@ -24,12 +24,14 @@ class Limits:
     max_latency_ms: float | None = None
     max_size_mb: float | None = None
     min_agreement: float | None = None
+    budget_of: str | None = None  # the profile whose budget `max_latency_ms` is; None: it was typed
 
 
 @dataclass(frozen=True)
 class _Rule:
     measure: Callable[[Artifact, float | None], float | None]  # of a file and the teacher's accuracy
     is_most: bool  # the limit is the largest value that passes
+    unit: str  # as words behind a value
 
 
 def _drop(artifact: Artifact, teacher_accuracy: float | None) -> float | None:
@@ -39,11 +41,18 @@ def _drop(artifact: Artifact, teacher_accuracy: float | None) -> float | None:
 
 
 RULES: dict[str, _Rule] = {
-    "max_drop": _Rule(_drop, True),
-    "max_latency_ms": _Rule(lambda artifact, _: artifact.latency_ms.p50 if artifact.latency_ms else None, True),
-    "max_size_mb": _Rule(lambda artifact, _: artifact.size_bytes / 1e6, True),
-    "min_agreement": _Rule(lambda artifact, _: artifact.teacher_agreement, False),
+    "max_drop": _Rule(_drop, True, "points less than the teacher"),
+    "max_latency_ms": _Rule(lambda artifact, _: artifact.latency_ms.p50 if artifact.latency_ms else None, True, "ms"),
+    "max_size_mb": _Rule(lambda artifact, _: artifact.size_bytes / 1e6, True, "MB"),
+    "min_agreement": _Rule(lambda artifact, _: artifact.teacher_agreement, False, "%"),
 }
+
+
+def with_budget(limits: Limits, target: "Target") -> Limits:
+    """The limits that were typed, and the latency budget of a profile that is of this machine where none was."""
+    if limits.max_latency_ms is not None or target.latency_budget_ms is None:
+        return limits
+    return replace(limits, max_latency_ms=target.latency_budget_ms, budget_of=target.profile.name)
 
 
 def check_limits(limits: Limits, target: "Target", *, has_labels: bool, has_gpu: bool) -> None:
@@ -85,7 +94,8 @@ def judge(limits: Limits, artifact: Artifact, teacher_accuracy: float | None) ->
             continue
         value = rule.measure(artifact, teacher_accuracy)
         passed = value is not None and (value <= limit if rule.is_most else value >= limit)
-        gates.append(Gate(name, limit, value, passed, artifact.path))
+        budget_of = limits.budget_of if name == "max_latency_ms" else None
+        gates.append(Gate(name, limit, value, passed, artifact.path, budget_of))
     return gates
 
 
@@ -138,9 +148,9 @@ def beside_teacher(teacher_ms: float, file_ms: float) -> str:
 
 
 def gate_line(gate: Gate) -> str:
-    """'--max-size-mb 0.5: model.onnx has 0.317'."""
-    found = "could not be measured" if gate.value is None else f"has {gate.value:.4g}"
-    return f"--{gate.name.replace('_', '-')} {gate.limit:g}: {gate.artifact} {found}"
+    """'--max-size-mb 0.5: model.onnx has 0.317 MB'."""
+    found = "could not be measured" if gate.value is None else f"has {gate.value:.4g} {RULES[gate.name].unit}"
+    return f"--{gate.name.replace('_', '-')} {gate.limit:g}{origin(gate)}: {gate.artifact} {found}"
 
 
 def _slowness(artifact: Artifact) -> float:

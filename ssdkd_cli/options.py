@@ -275,7 +275,12 @@ class Options:
     ] = None
     batch_size: Annotated[
         int | None,
-        typer.Option(min=16, metavar="N", help="Images a step; fewer need less memory.", rich_help_panel="Run"),
+        typer.Option(
+            min=16,
+            metavar="N",
+            help="Images in a step of the student, and in a batch of new ones; fewer need less memory.",
+            rich_help_panel="Run",
+        ),
     ] = None
     time_limit: Annotated[
         float | None,

@@ -21,9 +21,9 @@ from engine.device import choose_device
 from engine.errors import SSDKDError
 from engine.inheritance import inherit
 from engine.state import State
-from engine.students import STUDENTS, build_student
+from engine.students import STUDENTS, build_student, check_network_name
 from engine.teacher import Teacher
-from exporters.evaluate import LabelledImages, accuracy, load_labelled, predicted_classes
+from exporters.evaluate import LabelledImages, accuracy, check_labelled, load_labelled, predicted_classes
 from exporters.runtimes import predictor
 from ssdkd_cli import console, runs
 from ssdkd_cli.artifacts import artifact, make_files, timed_paths, try_target
@@ -31,7 +31,7 @@ from ssdkd_cli.config_file import read_config, write_config
 from ssdkd_cli.describe import Scores, count_parameters, describe_run, run_warnings, size_warnings
 from ssdkd_cli.environment import profile_warnings
 from ssdkd_cli.files import check_space, new_folder, write_text
-from ssdkd_cli.gates import Limits, check_limits
+from ssdkd_cli.gates import Limits, check_limits, with_budget
 from ssdkd_cli.labels import chance_warnings, read_classes
 from ssdkd_cli.material import read_teacher
 from ssdkd_cli.options import Options, as_typed
@@ -71,7 +71,12 @@ def compress(options: Options, *, command: str) -> Finished:
     """
     started = time.perf_counter()
     target = target_of(options)
-    limits = limits_of(options, target)
+    typed = Limits(options.max_drop, options.max_latency_ms, options.max_size_mb, options.min_agreement)
+    limits = with_budget(typed, target)
+    if options.eval_data:
+        check_labelled(options.eval_data)
+    if options.student != runs.SAME:
+        check_network_name(options.student)
     check_limits(limits, target, has_labels=options.eval_data is not None, has_gpu=torch.cuda.is_available())
     compute = choose_device(options.device)
     folder = options.out or runs.default_folder(options.teacher, options.student)
@@ -196,13 +201,6 @@ def target_of(options: Options) -> Target:
         qat=options.qat,
         fallback=not options.no_fallback,
     )
-
-
-def limits_of(options: Options, target: Target) -> Limits:
-    """What the files must keep to: what was typed, and the latency budget of a profile that is of this machine."""
-    typed = options.max_latency_ms
-    latency_ms = typed if typed is not None else target.latency_budget_ms
-    return Limits(options.max_drop, latency_ms, options.max_size_mb, options.min_agreement)
 
 
 def build(

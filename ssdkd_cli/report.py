@@ -13,9 +13,10 @@ from pydantic.dataclasses import dataclass
 from engine.errors import SSDKDError
 from ssdkd_cli.files import write_text
 from ssdkd_cli.runs import STUDENT
-from ssdkd_cli.words import count, duration, escaped, markdown_table, percent, shape, size
+from ssdkd_cli.words import SOURCES, count, duration, escaped, markdown_table, percent, shape, size
 
 SCHEMA_VERSION: Final = 1
+NOT_RECOMMENDED = "No file is recommended: none is verified here and passes every limit"
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Said = Annotated[str, BeforeValidator(lambda value: escaped(value) if isinstance(value, str) else value)]
 
@@ -138,13 +139,17 @@ class Recommendation:
 
 @dataclass(frozen=True, config=STRICT)
 class Gate:
-    """A limit that the user set, judged on one file; `value` is None where it could not be measured."""
+    """A limit that the user set, judged on one file; `value` is None where it could not be measured.
+
+    `budget_of`: the profile that the limit comes from; None: it was typed.
+    """
 
     name: str
     limit: float
     value: float | None
     passed: bool
     artifact: str | None = None
+    budget_of: str | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -281,7 +286,7 @@ def to_markdown(report: Report) -> str:
         "",
         f"Recommended: `{report.recommendation.artifact}`, {report.recommendation.why}."
         if report.recommendation
-        else "No artifact is recommended: none is verified and passes every limit.",
+        else f"{NOT_RECOMMENDED}.",
         "",
         *gate_lines(report.gates),
         "## Distillation",
@@ -298,7 +303,7 @@ def to_markdown(report: Report) -> str:
         "",
         f"`{teacher.path}` ({teacher.format}), sha256 `{teacher.sha256}`. {teacher.arch}: {teacher.arch_evidence}. "
         f"Input {shape(teacher.input_shape)}, {teacher.classes} classes, {teacher.batchnorm_layers} BatchNorm layers; "
-        f"mean {list(teacher.mean)}, std {list(teacher.std)} ({teacher.preprocessing_source}).",
+        f"mean {list(teacher.mean)}, std {list(teacher.std)} ({SOURCES[teacher.preprocessing_source]}).",
     ]
     if report.warnings:
         lines += ["", "## Warnings", "", *(f"- {warning}" for warning in report.warnings)]
@@ -311,7 +316,7 @@ def gate_lines(gates: tuple[Gate, ...]) -> list[str]:
         return []
     rows = [
         (
-            f"--{gate.name.replace('_', '-')}",
+            f"--{gate.name.replace('_', '-')}{origin(gate)}",
             gate.artifact or "",
             f"{gate.limit:g}",
             "unknown" if gate.value is None else f"{gate.value:.4g}",
@@ -320,6 +325,11 @@ def gate_lines(gates: tuple[Gate, ...]) -> list[str]:
         for gate in gates
     ]
     return ["## Limits", "", *markdown_table(("limit", "file", "set to", "found", "passed"), rows), ""]
+
+
+def origin(gate: Gate) -> str:
+    """Which profile set the limit, where nobody typed it."""
+    return f" (budget of the profile {gate.budget_of})" if gate.budget_of else ""
 
 
 def artifact_row(artifact: Artifact) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ from ssdkd_cli.options import (
     parse_path,
 )
 from ssdkd_cli.outcome import Outcome, as_json
-from ssdkd_cli.words import count, milliseconds, percent, shape, size
+from ssdkd_cli.words import SOURCES, count, milliseconds, percent, shape, size
 
 MODEL = typer.Argument(
     parser=parse_path, metavar="MODEL", help="The folder of a run, or an .onnx file.", show_default=False
@@ -93,7 +93,7 @@ def inspect(
         )
         found = inspect_teacher(loaded)
         done(loaded.spec.arch)
-    spec = found.spec
+    spec, images = found.spec, found.spec.preprocessing
     facts = {
         "format": spec.format,
         "architecture": f"{spec.arch} ({spec.arch_evidence})",
@@ -102,7 +102,7 @@ def inspect(
         "layers": ", ".join(f"{number} {kind}" for kind, number in found.layers.items()),
         "BatchNorm": f"{spec.batchnorm_layers} usable layers",
         "input": shape(spec.input_shape),
-        "mean, std": f"{list(spec.preprocessing.mean)}, {list(spec.preprocessing.std)} ({spec.preprocessing.source})",
+        "mean, std": f"{list(images.mean)}, {list(images.std)} ({SOURCES[images.source]})",
         "classes": f"{spec.classes}" + (f": {', '.join(spec.class_names[:10])}" if spec.class_names else ""),
         "file": f"{size(spec.size_bytes)}, sha256 {spec.sha256}",
     }
@@ -206,14 +206,13 @@ def export(
     from engine.errors import SSDKDError
     from ssdkd_cli import again, material
     from ssdkd_cli.files import new_folder
-    from ssdkd_cli.gates import Limits, check_limits, gate_line
+    from ssdkd_cli.gates import Limits, check_limits, gate_line, with_budget
     from ssdkd_cli.labels import read_classes
     from ssdkd_cli.target import resolve_target
 
     precision = precision or ([] if profile or "trt" in export else ["fp32"])
     target = resolve_target(formats=export, precisions=precision, profile=profile, qat=qat, fallback=not no_fallback)
-    latency_ms = max_latency_ms if max_latency_ms is not None else target.latency_budget_ms
-    limits = Limits(max_drop, latency_ms, max_size_mb, min_agreement)
+    limits = with_budget(Limits(max_drop, max_latency_ms, max_size_mb, min_agreement), target)
     check_limits(limits, target, has_labels=eval_data is not None, has_gpu=torch.cuda.is_available())
     compute = choose_device(device)
     folder = out or (source if source.is_dir() else Path("runs") / source.stem)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ssdkd_cli import console, runs
 from ssdkd_cli.gates import gate_line
-from ssdkd_cli.report import Artifact, Report
+from ssdkd_cli.report import NOT_RECOMMENDED, Artifact, Report
 from ssdkd_cli.words import compared, count, milliseconds, percent, size
 
 Words = Callable[[float | None], str]
@@ -17,7 +17,9 @@ def show_report(folder: Path, report: Report) -> None:
     lines = [(item.verified, artifact_line(item)) for item in report.artifacts]
     lines += [(gate.passed, gate_line(gate)) for gate in report.gates]
     console.print_comparison(comparison(report), lines)
-    if report.recommendation and len(report.artifacts) > 1:
+    if report.recommendation is None:
+        console.print_advice(NOT_RECOMMENDED)
+    elif len(report.artifacts) > 1:
         console.print_advice(f"{report.recommendation.artifact} is {report.recommendation.why}")
     console.print_closing(f"{folder}/", (runs.REPORT, runs.REPORT_TEXT, runs.SAMPLES_PICTURE))
 

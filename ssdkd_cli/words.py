@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 UNKNOWN = "unknown"
+SOURCES = {"flag": "as stated", "file": "from the file", "timm": "timm's", "default": "assumed"}  # of mean and std
 SAME = 1.05  # numbers that differ by less are called the same
 
 

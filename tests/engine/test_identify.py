@@ -171,6 +171,15 @@ def test_where_several_fit_it_stops_and_lists_them():
     }
 
 
+def test_networks_without_a_common_name_are_not_near():
+    shapes = {"f.0.weight": (16, 3, 3, 3), "f.1.weight": (16,), "head.out.weight": (10, 16)}
+    with pytest.raises(SSDKDError) as caught:
+        identify({name: torch.zeros(shape) for name, shape in shapes.items()}, keeps_order=True)
+    assert "nor is any near; a network of timm's must be named" in caught.value.message
+    assert "\n" not in caught.value.message
+    assert "--arch" in caught.value.hint
+
+
 def test_an_unknown_network_stops_with_the_nearest_and_what_differs():
     state = {**meta_state(ZOO["resnet20"], 10, 3), "attention.weight": torch.empty(64, 64)}
     with pytest.raises(SSDKDError) as caught:

@@ -168,6 +168,17 @@ def test_weights_that_do_not_fit_are_refused(
     assert "--student-weights" in caught.value.hint
 
 
+def test_a_file_of_the_user_s_is_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nets.py").touch()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/nets.py").touch()
+    monkeypatch.chdir(tmp_path)
+    for name in ("nets", "mine.nets"):
+        with pytest.raises(SSDKDError, match=f"no network called '{name}'") as caught:
+            build_network(name, classes=2, channels=3, pixels=32)
+        assert f"{name}:FUNCTION" in caught.value.hint
+
+
 @pytest.mark.parametrize(
     ("typed", "meant"), [("mobilnetv2", "mobilenetv2"), ("ResNet-8", "resnet8"), ("resnet500", "resnet50")]
 )

@@ -364,7 +364,7 @@ def test_scoring_leaves_the_student_where_it_is(ssdkd: Any, shared: Path, tmp_pa
     monkeypatch.setattr(pipeline, "predictor", lambda module: scored.append(module) or predictor(module))
     ran = ssdkd(*arguments(shared, tmp_path / "run", "--eval-data", shared / "test.npz"))
     assert ran.code == 0, ran.err
-    assert len(scored) == 2  # teacher and student
+    assert len(scored) == 3  # the teacher before, the teacher and the student after
     assert all(module is not taught[0].student for module in scored)
 
 

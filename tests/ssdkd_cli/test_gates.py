@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from engine.errors import SSDKDError
-from ssdkd_cli.gates import Limits, check_limits, decide, gate_line, judge, recommend
+from ssdkd_cli.gates import Limits, check_limits, decide, gate_line, judge, recommend, with_budget
 from ssdkd_cli.report import Artifact, Percentiles
 from ssdkd_cli.target import Target, resolve_target
 
@@ -173,5 +173,22 @@ def test_a_gate_in_words() -> None:
     gates = judge(Limits(max_size_mb=0.5, max_drop=1.0), artifact("model.onnx", accuracy=None), 90.0)
     assert [gate_line(gate) for gate in gates] == [
         "--max-drop 1: model.onnx could not be measured",
-        "--max-size-mb 0.5: model.onnx has 2",
+        "--max-size-mb 0.5: model.onnx has 2 MB",
     ]
+    gates = judge(Limits(max_drop=9, max_latency_ms=3, min_agreement=60), artifact("model.onnx"), 90.0)
+    assert [gate_line(gate).partition(" has ")[2] for gate in gates] == [
+        "10 points less than the teacher",
+        "2 ms",
+        "70 %",
+    ]
+
+
+def test_a_budget_of_a_profile_is_told_from_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    profile = target(profile="x86-avx2")
+    (typed,) = judge(with_budget(Limits(max_latency_ms=5), profile), SLOW, None)
+    (budget,) = judge(with_budget(Limits(), profile), SLOW, None)
+    assert (typed.limit, gate_line(typed)) == (5, "--max-latency-ms 5: model.onnx has 2 ms")
+    assert budget.budget_of == "x86-avx2"
+    assert gate_line(budget) == "--max-latency-ms 33.3 (budget of the profile x86-avx2): model.onnx has 2 ms"
+    assert with_budget(Limits(), ANY) == Limits()

@@ -10,8 +10,8 @@ import torch
 from engine.errors import SSDKDError
 from engine.task import Classification
 from ssdkd_cli.describe import prior_warnings, run_warnings
-from ssdkd_cli.report import Percentiles, Report, read_report, to_json, to_markdown, write_report
-from ssdkd_cli.summary import comparison
+from ssdkd_cli.report import NOT_RECOMMENDED, Percentiles, Report, read_report, to_json, to_markdown, write_report
+from ssdkd_cli.summary import comparison, show_report
 
 # DESIGN's keys: outside programs read them, so none may go or change its name.
 KEYS = {
@@ -122,6 +122,18 @@ def test_the_comparison_says_what_was_gained_and_lost(report: Report) -> None:
     assert rows["parameters"] == "4.0 times fewer"
     assert rows["file"] == "the same"
     assert rows["latency p50"] == "2.0 times slower"
+
+
+def test_where_nothing_is_recommended_it_is_said(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
+    show_report(Path("run"), dataclasses.replace(report, recommendation=None))
+    assert NOT_RECOMMENDED in capsys.readouterr().out
+    show_report(Path("run"), report)
+    assert NOT_RECOMMENDED not in capsys.readouterr().out
+
+
+def test_mean_and_std_are_not_said_to_be_of_a_flag(report: Report) -> None:
+    assert report.teacher.preprocessing_source == "flag"  # of the config file, in truth
+    assert "mean [0.5], std [0.5] (as stated)" in to_markdown(report)
 
 
 def test_report_writes_it_again(ssdkd: Any, compressed: Path) -> None:
