@@ -25,7 +25,7 @@ from engine.students import STUDENTS, build_student, check_network_name
 from engine.teacher import Teacher
 from exporters.evaluate import LabelledImages, accuracy, check_labelled, load_labelled, predicted_classes
 from exporters.runtimes import predictor
-from ssdkd_cli import console, runs
+from ssdkd_cli import console, replacing, runs
 from ssdkd_cli.artifacts import artifact, make_files, timed_paths, try_target
 from ssdkd_cli.config_file import read_config, write_config
 from ssdkd_cli.describe import Scores, count_parameters, describe_run, run_warnings, size_warnings
@@ -83,8 +83,9 @@ def compress(options: Options, *, command: str) -> Finished:
     read = (options.teacher, options.student_weights, options.classes, options.eval_data, options.config)
     ablations = read_config(options.config)["distillation"] if options.config else {}
     with new_folder(folder):
-        runs.recover(folder)
-        runs.check_free(folder, options.overwrite, inputs=[path for path in read if isinstance(path, Path)])
+        replacing.check_inputs(folder, [path for path in read if isinstance(path, Path)])
+        replacing.recover(folder)
+        replacing.check_free(folder, options.overwrite)
         teacher = load(options)
         settings = settings_of(options, ablations, teacher)
         student, inherited = build(options, teacher, settings, target)

@@ -6,7 +6,7 @@ import io
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,9 +45,6 @@ EXPORTED = (
     TIMING_CACHE,
 )
 OUTPUTS = (STUDENT, REPORT, REPORT_TEXT, METRICS, CONFIG, SAMPLES_PICTURE, SAMPLES, *EXPORTED)
-PREVIOUS = ".ssdkd-previous"  # in a run's folder while there is no new student: the run that it is to replace
-MOVING = ".ssdkd-moving"  # the same on its way there or back: what is in it and what is beside it are one run
-OTHER_OUT = "choose another folder with --out DIR"
 CARD_KEY = "ssdkd"
 SAME = "same"  # --student same: the teacher's own architecture
 KNOWN_LOGITS = 10
@@ -117,73 +114,6 @@ def default_folder(teacher: Path, student: str) -> Path:
     """runs/<teacher>-<student>, without what a file name cannot hold."""
     name = f"{teacher.stem}-{student}".replace(":", ".").replace("/", ".")
     return Path("runs") / name
-
-
-def check_free(folder: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
-    """Raises SSDKDError where a run in `folder` would replace one of its `inputs`, or, without --overwrite, any."""
-    found = [name for name in OUTPUTS if (folder / name).exists()]
-    for name in found:
-        if (folder / name).is_dir():
-            raise SSDKDError(f"{folder / name} is a folder: a run writes a file of that name", OTHER_OUT)
-    replaced = [place / name for place in (folder, folder / PREVIOUS) for name in OUTPUTS if (place / name).exists()]
-    for path in inputs:
-        if path.exists() and any(path.samefile(output) for output in replaced):
-            raise SSDKDError(f"{path} is needed for the run, and a run in {folder} would replace it", OTHER_OUT)
-    if found and not overwrite:
-        what = "another run" if {STUDENT, REPORT} & set(found) else "files that a run would replace"
-        raise SSDKDError(
-            f"{folder} holds {what} ({', '.join(found)})",
-            "choose another folder with --out DIR, or add --overwrite",
-        )
-
-
-def clear(folder: Path) -> None:
-    """Delete what a run left in `folder`; files that ssdkd does not write stay."""
-    for name in OUTPUTS:
-        (folder / name).unlink(missing_ok=True)
-
-
-def set_aside(folder: Path) -> None:
-    """Move what an earlier run left in `folder` into PREVIOUS, where it waits for the new run to succeed.
-
-    A finished run that waits there already is worth more than one that was interrupted, which is deleted.
-    """
-    if (folder / REPORT).exists() or not (folder / PREVIOUS / REPORT).exists():
-        clear(folder / PREVIOUS)
-        with contextlib.suppress(FileNotFoundError):
-            (folder / PREVIOUS).rename(folder / MOVING)  # a user's file may be in it
-        (folder / MOVING).mkdir(exist_ok=True)
-        move(folder, folder / MOVING)
-        (folder / MOVING).rename(folder / PREVIOUS)
-    clear(folder)
-
-
-def recover(folder: Path) -> None:
-    """Undo `set_aside` where no student came after it, or where it was cut short: the earlier run is there again."""
-    if (folder / PREVIOUS).exists() and not any((folder / name).exists() for name in (STUDENT, REPORT)):
-        clear(folder)
-        (folder / PREVIOUS).rename(folder / MOVING)
-    move(folder / MOVING, folder)
-    remove_folder(folder / MOVING)
-
-
-def drop_previous(folder: Path) -> None:
-    """Delete what `set_aside` has moved."""
-    clear(folder / PREVIOUS)
-    remove_folder(folder / PREVIOUS)
-
-
-def move(source: Path, target: Path) -> None:
-    """Move what a run left in `source`."""
-    for name in OUTPUTS:
-        with contextlib.suppress(FileNotFoundError):
-            (source / name).replace(target / name)
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove `folder`, if it is there and empty: a user's file may be in it."""
-    with contextlib.suppress(OSError):
-        folder.rmdir()
 
 
 def save_student(folder: Path, module: "nn.Module", card: StudentCard) -> None:

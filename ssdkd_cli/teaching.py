@@ -19,7 +19,7 @@ from engine.errors import NonFiniteLossError, OutOfMemoryError, SSDKDError
 from engine.source import source_of
 from engine.state import State, start
 from engine.teacher import Teacher
-from ssdkd_cli import console, runs
+from ssdkd_cli import console, replacing, runs
 from ssdkd_cli.boundary import is_out_of_memory, uninterrupted
 from ssdkd_cli.words import shape
 
@@ -153,18 +153,18 @@ def keeping_student(folder: Path) -> Iterator[None]:
     """
     try:
         with uninterrupted():
-            runs.set_aside(folder)
+            replacing.set_aside(folder)
         yield
     except BaseException:
         with uninterrupted():
-            runs.recover(folder)
-        if (folder / runs.PREVIOUS).exists():  # else no student came
+            replacing.recover(folder)
+        if (folder / replacing.PREVIOUS).exists():  # else no student came
             console.warn(f"{where_it_is(folder)}, the metrics are {folder / runs.METRICS}; --overwrite runs it again")
-            runs.remove_folder(folder / runs.PREVIOUS)
-        if (folder / runs.PREVIOUS).exists():
-            console.warn(f"the run that was to be replaced is {folder / runs.PREVIOUS}")
+            replacing.remove_folder(folder / replacing.PREVIOUS)
+        if (folder / replacing.PREVIOUS).exists():
+            console.warn(f"the run that was to be replaced is {folder / replacing.PREVIOUS}")
         raise
-    runs.drop_previous(folder)
+    replacing.drop_previous(folder)
 
 
 def where_it_is(folder: Path) -> str:

@@ -22,7 +22,7 @@ from engine.errors import NonFiniteLossError
 from engine.students import build_student
 from engine.teacher import load_teacher
 from exporters.verify import Verification
-from ssdkd_cli import artifacts, console, environment, files, pipeline, runs, teaching, timing
+from ssdkd_cli import artifacts, console, environment, files, pipeline, replacing, runs, teaching, timing
 from ssdkd_cli.target import resolve_target
 
 
@@ -398,11 +398,11 @@ def test_a_run_that_fails_loses_no_earlier_run(
     monkeypatch.setattr(teaching, "distill", fail_after(2 if learned else 1, KeyboardInterrupt()))
     assert ssdkd(*arguments(shared, folder, "--overwrite")).code == 130
     if learned:  # both are kept
-        assert contents(folder / runs.PREVIOUS) == before
+        assert contents(folder / replacing.PREVIOUS) == before
         assert (folder / runs.STUDENT).read_bytes() != before[runs.STUDENT]
     else:
         assert contents(folder) == before
-    assert (folder / runs.PREVIOUS).exists() is learned
+    assert (folder / replacing.PREVIOUS).exists() is learned
 
 
 def test_a_second_failure_loses_no_earlier_run(
@@ -416,7 +416,7 @@ def test_a_second_failure_loses_no_earlier_run(
             patch.setattr(teaching, "distill", fail_after(rounds, KeyboardInterrupt()))
             assert ssdkd(*arguments(shared, folder, "--overwrite")).code == 130
     assert contents(folder) == before
-    assert not (folder / runs.PREVIOUS).exists()
+    assert not (folder / replacing.PREVIOUS).exists()
 
 
 def test_an_earlier_run_that_a_killed_one_left_behind_is_found(
@@ -425,7 +425,7 @@ def test_an_earlier_run_that_a_killed_one_left_behind_is_found(
     folder = tmp_path / "run"
     shutil.copytree(compressed, folder)
     before = contents(folder)
-    runs.set_aside(folder)
+    replacing.set_aside(folder)
     (folder / runs.METRICS).write_text("of a run that was killed")
     ran = ssdkd(*arguments(shared, folder))
     assert ran.code == 1
