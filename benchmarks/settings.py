@@ -1,11 +1,12 @@
-"""Where the defaults come from: one setting changed at a time, the same rounds and seeds for all.
+"""Other settings than the defaults: one changed at a time, the same seeds for all.
 
     python -m benchmarks.settings demo --images FILE [--seeds 0 1 2] [--threads 1]
     python -m benchmarks.settings cifar --images FOLDER --teacher FILE
 
-The labelled images, what `ssdkd eval --data` takes, are none of which a claim is made: a default that was chosen on
-test images proves nothing on them. What changes the cost of a round changes their number as well, so that all cost
-about as much. Two of these commands, of other seeds, can share one result. Goes on where it was stopped.
+The labelled images are what `ssdkd eval --data` takes; no figure that is published may be made of them, since a default
+that was chosen on test images proves nothing there. Other numbers of inner steps or of student steps have other numbers
+of rounds, so that they cost about as much. Two of these commands, of other seeds, can share one result. Goes on where
+it was stopped.
 """
 
 import argparse
@@ -48,7 +49,8 @@ VARIANTS: tuple[Changed, ...] = (
     {"generator_width": 32},
 )
 SHARES = ({"student_steps": 10}, {"student_steps": 40}, {"inversion_steps": 5}, {"inversion_steps": 20})
-COST_OF_A_ROUND = {"demo": (0.6, 0.4), "cifar": (0.65, 0.35)}  # shares of the images and of the student's steps
+# Shares of the images and of the student's steps; docs/experiments.md, "Speed of a round there", measured the second.
+COST_OF_A_ROUND = {"demo": (0.6, 0.4), "cifar": (0.65, 0.35)}
 
 
 def of_equal_cost(changed: Changed, *, rounds: int, task: str) -> int:

@@ -102,7 +102,7 @@ def doctor_findings() -> list[str]:
         if not cpu_computes_bfloat16():
             findings.append("computes in float32: this processor has no native bfloat16")
     if fitting := cpu_profile():
-        findings.append(f"fits this machine: --profile {fitting[0]} ({fitting[1]})")
+        findings.append(f"its processor fits --profile {fitting[0]} ({fitting[1]})")
     findings.append("exports to ONNX and proves the file in ONNX Runtime on the CPU")
     if torch.cuda.is_available() and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         findings.append("measures ONNX files on the CPU only: pip install onnxruntime-gpu to measure them on the GPU")

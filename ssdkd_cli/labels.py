@@ -30,12 +30,12 @@ def read_classes(classes: int | Path | None) -> tuple[int | None, tuple[str, ...
 
 
 def chance_warnings(accuracy: float | None, classes: int) -> list[str]:
-    """A sentence on a trained network's accuracy (percent) that is near chance, or below."""
+    """A sentence on an accuracy (percent) that is too near chance to be that of a trained network."""
     chance = 100 / classes
     if accuracy is None or accuracy > chance + NEAR_CHANCE * (100 - chance):
         return []
     return [
-        f"{percent(accuracy)} accuracy is about chance, {percent(chance)}, or below: are the labels in the order of "
-        "the network's classes (folders are numbered alphabetically, unless --classes FILE names the classes), and are "
-        "--mean, --std and --input those of the training?"
+        f"{percent(accuracy)} accuracy is far below what a trained network reaches, chance is {percent(chance)}: are "
+        "the labels in the order of the network's classes (folders are numbered alphabetically, unless --classes FILE "
+        "names the classes), and are --mean, --std and --input those of the training?"
     ]

@@ -91,9 +91,9 @@ def compress(options: Options, *, command: str) -> Finished:
         student, inherited = build(options, teacher, settings, target)
         doubts = [*size_warnings(student, teacher), *profile_warnings(target.profile.name)]
         warnings = [*teacher.spec.warnings, *console.warn_all(doubts)]
+        check_space(folder, needed_bytes(teacher, student, settings))
         labelled, teacher_accuracy = read_labelled(options.eval_data, teacher, compute.device)
         warnings += console.warn_all(chance_warnings(teacher_accuracy, teacher.spec.classes))
-        check_space(folder, needed_bytes(teacher, student, settings))
         with keeping_student(folder):
             write_text(folder / runs.CONFIG, write_config(as_typed(options), ablations, dataclasses.asdict(settings)))
             card = runs.teacher_card(teacher.spec, options.student)

@@ -4,6 +4,7 @@ import pytest
 from torch import nn
 
 from benchmarks.race import DEMO, run_own
+from benchmarks.settings import of_equal_cost
 from engine import distill as loop
 
 SMALL = {
@@ -33,3 +34,11 @@ def test_the_clock_stands_still_while_the_student_is_scored(monkeypatch: pytest.
     assert [point.accuracy for point in points] == [51.0, 52.0, 53.0, 54.0]
     assert state.seconds == points[-1].seconds
     assert not scored[-1].training
+
+
+@pytest.mark.parametrize(
+    ("changed", "rounds"),
+    [({}, 50), ({"gamma": 2.0}, 50), ({"student_steps": 40}, 36), ({"inversion_steps": 5}, 71)],
+)
+def test_what_costs_more_a_round_has_fewer_of_them(changed: dict[str, float], rounds: int) -> None:
+    assert of_equal_cost(changed, rounds=50, task="demo") == rounds

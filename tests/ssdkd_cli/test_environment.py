@@ -38,8 +38,8 @@ def test_the_profile_that_fits_this_machine(
 ) -> None:
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
     monkeypatch.setattr(environment, "CPU_INFO", tmp_path / "cpuinfo")
-    said = [finding for finding in doctor_findings() if "fits this machine" in finding]
-    assert said == ([f"fits this machine: --profile {fitting}"] if fitting else [])
+    said = [finding for finding in doctor_findings() if "its processor fits" in finding]
+    assert said == ([f"its processor fits --profile {fitting}"] if fitting else [])
     assert ["no VNNI" in warning for warning in profile_warnings("x86-vnni")] == [True] * is_warned
     assert profile_warnings("x86-avx2") == []
 
