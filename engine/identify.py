@@ -27,6 +27,7 @@ NAMES_MATCH = "layer names and shapes match"
 ORDER_MATCHES = "shapes match in order; layer names differ"
 SIZE_TOLERANCE = 0.02  # log(file / candidate); an exact fit has 0, the rest covers what the head's estimate misses
 MAX_COMPARED = 16
+NEAR = 0.25  # of the file's names must be a network's, for it to be shown
 NEAREST_SHOWN = 3
 HEAD_NAMES = {"fc", "linear", "classifier", "head", "heads", "output", "logits", "last_linear"}
 SHORTCUT_NAMES = {"shortcut", "downsample", "skip", "skip_connection", "residual_conv", "convshortcut", "identity_conv"}
@@ -239,7 +240,7 @@ def _no_match(shapes: Mapping[str, TensorShape], hint: Architecture | None, keep
     lines = [
         f"\n  {name}: {differences(shapes, theirs)}"
         for name, theirs in compared.items()
-        if theirs.keys() & shapes.keys()
+        if len(theirs.keys() & shapes.keys()) >= NEAR * len(shapes)
     ]
     near = ". The nearest:" if lines else ", nor is any near; a network of timm's must be named"
     order = "" if keeps_order else "; this format does not keep the layers' order, so other names cannot be matched"

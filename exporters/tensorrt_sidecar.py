@@ -3,12 +3,12 @@
 The sidecar is a file of its own because a plan with anything in front of it cannot be read by other tools.
 """
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoints import sha256_of
 from engine.errors import SSDKDError
 from exporters.files import write_atomically
 from exporters.tensorrt_types import NOT_FOUND
@@ -182,8 +182,7 @@ def _counts(counts: dict[str, int]) -> str:
 
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise SSDKDError(f"{path} {_reason(error)}", "give the path of the file") from error
 

@@ -196,11 +196,11 @@ def size_warnings(student: nn.Module, teacher: Teacher) -> list[str]:
     """A sentence for each of parameters and FLOPs of which the student has more than the teacher."""
     spec = teacher.spec
     flops = (count_flops(network, spec.input_shape) for network in (teacher.module, student))
+    export = shlex.join(["ssdkd", "export", spec.path, "--precision", "int8", *spec.flags])
     sizes = {"parameters": (spec.parameters, count_parameters(student)), "FLOPs": tuple(flops)}
-    command = shlex.join(["ssdkd", "export", spec.path, "--precision", "int8", *spec.flags])
     return [
         f"the student has more {name} than the teacher, {count(of_student)} against {count(of_teacher)}: "
-        f"take a smaller one, or make the teacher faster as it is with `{command}`"
+        f"take a smaller one, or make the teacher faster as it is with `{export}`"
         for name, (of_teacher, of_student) in sizes.items()
         if of_student > of_teacher
     ]

@@ -3,13 +3,13 @@
 What is not known is null. Paths of artifacts are relative to the run's folder. Percent is 0 to 100.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from engine.checkpoints import sha256_of
 from engine.errors import SSDKDError
 from ssdkd_cli.files import write_text
 from ssdkd_cli.runs import STUDENT
@@ -219,9 +219,8 @@ def problem_of(item: Artifact, folder: Path) -> str | None:
     path = folder / item.path
     if not path.is_file():
         return f"{path} is gone"
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() == item.sha256:
-            return None
+    if sha256_of(path) == item.sha256:
+        return None
     return f"{path} is not the file that the report describes: its sha256 is another"
 
 

@@ -68,7 +68,7 @@ def test_a_student_larger_than_the_teacher_is_warned_of(ssdkd: Any, shared: Path
     assert ran.code == 0, ran.err
     for name in ("parameters", "FLOPs"):
         (warning,) = [text for text in ran.json["warnings"] if f"more {name} than the teacher" in text]
-        assert f"`ssdkd export {shared / 'teacher.pt'} --precision int8`" in warning
+        assert f"`ssdkd export {shared / 'teacher.pt'} --precision int8 --input 1x16x16" in warning
         assert warning in ran.err
 
 
