@@ -19,7 +19,8 @@ from ssdkd_cli.environment import profile_warnings
 from ssdkd_cli.gates import Limits, decide, recommend
 from ssdkd_cli.labels import chance_warnings, read_classes
 from ssdkd_cli.material import NOISE_SAMPLES, Material, read_teacher, smooth_noise
-from ssdkd_cli.report import Artifact, Gate, Percentiles, Report, problem_of, read_report, write_report
+from ssdkd_cli.report import Artifact, Gate, Percentiles, Report, problem_of, read_report
+from ssdkd_cli.report_page import write_report
 from ssdkd_cli.target import Target
 from ssdkd_cli.timing import BATCHES, busy_warnings, measure, time_files, time_plan_file
 from ssdkd_cli.words import percent

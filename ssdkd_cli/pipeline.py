@@ -36,7 +36,8 @@ from ssdkd_cli.labels import chance_warnings, read_classes
 from ssdkd_cli.material import read_teacher
 from ssdkd_cli.options import Options, as_typed
 from ssdkd_cli.precisions import Subject
-from ssdkd_cli.report import Report, write_report
+from ssdkd_cli.report import Report
+from ssdkd_cli.report_page import write_report
 from ssdkd_cli.samples import write_samples
 from ssdkd_cli.target import Target, resolve_target
 from ssdkd_cli.teaching import (

@@ -31,9 +31,9 @@ from ssdkd_cli.options import (
     SEED,
     STD,
     TRUST_PICKLE,
-    parse_path,
 )
 from ssdkd_cli.outcome import Outcome, as_json
+from ssdkd_cli.parsing import parse_path
 from ssdkd_cli.words import SOURCES, count, milliseconds, percent, shape, size
 
 MODEL = typer.Argument(
@@ -335,7 +335,8 @@ def report(run: Annotated[Path, RUN], json: Annotated[bool, JSON] = False) -> Ou
 
     Example: [bold]ssdkd report runs/demo[/bold]
     """
-    from ssdkd_cli.report import problem_of, read_report, to_json, write_report
+    from ssdkd_cli.report import problem_of, read_report, to_json
+    from ssdkd_cli.report_page import write_report
     from ssdkd_cli.summary import show_report
 
     found = read_report(run)

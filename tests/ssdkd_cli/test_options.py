@@ -9,7 +9,8 @@ from ssdkd_cli import compress as commands
 from ssdkd_cli.config_file import read_config, write_config
 from ssdkd_cli.labels import read_classes
 from ssdkd_cli.main import app
-from ssdkd_cli.options import Options, as_typed, parse_classes, parse_duration, parse_numbers, parse_shape
+from ssdkd_cli.options import Options, as_typed
+from ssdkd_cli.parsing import parse_classes, parse_duration, parse_numbers, parse_shape
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1h30m", 5400), ("1H1m1s", 3661)])

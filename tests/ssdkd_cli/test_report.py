@@ -10,7 +10,8 @@ import torch
 from engine.errors import SSDKDError
 from engine.task import Classification
 from ssdkd_cli.describe import prior_warnings, run_warnings
-from ssdkd_cli.report import NOT_RECOMMENDED, Percentiles, Report, read_report, to_json, to_markdown, write_report
+from ssdkd_cli.report import NOT_RECOMMENDED, Percentiles, Report, read_report, to_json
+from ssdkd_cli.report_page import to_markdown, write_report
 from ssdkd_cli.summary import comparison, show_report
 
 # DESIGN's keys: outside programs read them, so none may go or change its name.

@@ -1,0 +1,94 @@
+"""Words that were typed as values; what is none of them is wrong usage, exit code 2."""
+
+import math
+import re
+from pathlib import Path
+
+import typer
+
+from engine.config import EFFORTS
+
+QAT_CHOICES = ("auto", "on", "off")
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """'3x32x32' -> (3, 32, 32): channels, height, width. Raises typer.BadParameter."""
+    found = re.fullmatch(r"(\d{1,6})x(\d{1,6})x(\d{1,6})", text.strip().lower())
+    shape = tuple(int(number) for number in found.groups()) if found else ()
+    if len(shape) != 3 or min(shape) < 1:
+        raise typer.BadParameter(f"expected channels x height x width, for example 3x32x32; found {text!r}")
+    return shape[0], shape[1], shape[2]
+
+
+def parse_numbers(text: str) -> tuple[float, ...]:
+    """'0.49,0.48,0.45' -> (0.49, 0.48, 0.45): one number a channel. Raises typer.BadParameter."""
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or not all(math.isfinite(number) for number in numbers):
+        raise typer.BadParameter(f"expected one number a channel, for example 0.49,0.48,0.45; found {text!r}")
+    return numbers
+
+
+def parse_spread(text: str) -> tuple[float, ...]:
+    """As `parse_numbers`, and each number is above zero: images are divided by it."""
+    numbers = parse_numbers(text)
+    if min(numbers) <= 0:
+        raise typer.BadParameter(f"expected numbers above 0; found {text!r}")
+    return numbers
+
+
+def parse_duration(text: str) -> float:
+    """'90s', '10m', '1h30m' -> seconds. Raises typer.BadParameter."""
+    found = re.fullmatch(r"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?", text.strip().lower())
+    hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0)
+    if hours + minutes + seconds == 0:
+        raise typer.BadParameter(f"expected a time such as 90s, 10m or 1h30m; found {text!r}")
+    return 3600.0 * hours + 60.0 * minutes + seconds
+
+
+def parse_path(text: str) -> Path:
+    """A path. Raises typer.BadParameter for no text: an unset variable of a script would mean the current folder."""
+    if not text.strip():
+        raise typer.BadParameter("expected a path; found nothing")
+    return Path(text)
+
+
+def parse_effort(text: str) -> str:
+    """One of `EFFORTS`. Raises typer.BadParameter."""
+    if text not in EFFORTS:
+        raise typer.BadParameter(f"expected one of {', '.join(EFFORTS)}; found {text!r}")
+    return text
+
+
+def parse_qat(text: str) -> str:
+    """'auto', 'on' or 'off'. Raises typer.BadParameter."""
+    if text not in QAT_CHOICES:
+        raise typer.BadParameter(f"expected one of {', '.join(QAT_CHOICES)}; found {text!r}")
+    return text
+
+
+def parse_classes(text: str) -> int | Path:
+    """A number of classes, or the path of a labels file (one name a line). Raises typer.BadParameter."""
+    if not re.fullmatch(r"-?\d+", text.strip()):
+        return Path(text)
+    if len(text) > 9 or int(text) < 2:
+        raise typer.BadParameter(f"expected at least 2 classes, 9 digits at most, or a labels file; found {text!r}")
+    return int(text)
+
+
+def finite(value: float | None) -> float | None:
+    """The number itself. Raises typer.BadParameter for infinity, which is no limit."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"expected a finite number; found {value}")
+    return value
+
+
+def without_repeats(names: list[str]) -> list[str]:
+    """Each name once, in the order in which they were first given."""
+    return list(dict.fromkeys(names))
+
+
+# Options that other commands take too. Typer reads a tuple type as so many words: where there is a parser, the type
+# that Typer is shown is Any (see `command_taking_options`).
