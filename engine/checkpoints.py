@@ -3,7 +3,6 @@
 The content decides what it is, never the suffix.
 """
 
-import hashlib
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -117,15 +116,6 @@ def detect_format(path: Path) -> str:
         f"{path.name} is no checkpoint that ssdkd knows: expected {ACCEPTED}, found bytes {head[:4].hex(' ')}",
         "save the network's weights with torch.save(model.state_dict(), 'network.pt') and give that file",
     )
-
-
-def sha256_of(*paths: Path) -> str:
-    """Hexadecimal SHA-256 of a file, or of several as if they were one."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            hashlib.file_digest(file, lambda: digest)  # goes on where the file before has ended
-    return digest.hexdigest()
 
 
 def _zip_format(path: Path) -> str:

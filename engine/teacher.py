@@ -7,9 +7,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from engine.batchnorm import batchnorm_layers, statistics_misfit
-from engine.checkpoints import read_checkpoint, sha256_of
+from engine.checkpoints import read_checkpoint
 from engine.errors import SSDKDError
 from engine.facts import Metadata, class_names_in, input_shape_in, normalisation_in
+from engine.hashing import sha256_of
 from engine.onnx_graph import data_files
 from engine.probing import as_classifier, input_channels
 from engine.resolve import resolve_network

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoints import sha256_of
 from engine.errors import SSDKDError
+from engine.hashing import sha256_of
 from exporters.files import write_atomically
 from exporters.tensorrt_types import NOT_FOUND
 

@@ -12,9 +12,9 @@ import numpy as np
 import onnx
 from torch import nn
 
-from engine.checkpoints import sha256_of
 from engine.device import Compute
 from engine.errors import SSDKDError
+from engine.hashing import sha256_of
 from exporters import FORMATS
 from exporters.evaluate import LabelledImages, accuracy
 from exporters.files import write_atomically

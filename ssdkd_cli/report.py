@@ -9,8 +9,8 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from engine.checkpoints import sha256_of
 from engine.errors import SSDKDError
+from engine.hashing import sha256_of
 from ssdkd_cli.runs import STUDENT
 from ssdkd_cli.words import escaped
 

@@ -14,8 +14,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from engine.checkpoints import detect_format, read_checkpoint, sha256_of
+from engine.checkpoints import detect_format, read_checkpoint
 from engine.errors import SSDKDError
+from engine.hashing import sha256_of
 
 
 def weights():

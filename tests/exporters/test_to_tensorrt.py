@@ -38,18 +38,20 @@ pytestmark = pytest.mark.skipif(
     not HAS_PACKAGE, reason="TensorRT for RTX is not installed: no package for this platform"
 )
 
-NAMES, PRECISIONS = ("resnet8", "mobilenetv2", "wrn16_2"), ("fp32", "fp16", "int8")
+NAMES, PRECISIONS = ("wrn10_1", "mobilenetv2", "wrn16_2"), ("fp32", "fp16", "int8")
 SHAPE = (3, 32, 32)
+SHAPES = {"wrn10_1": (1, 28, 28)}  # the demo's student
 
 Graphs = Callable[[str, str], Path]
 
 
 class Images(CalibrationDataReader):
-    """Two batches of noise."""
+    """Two batches of noise for a model."""
 
-    def __init__(self) -> None:
-        rng = np.random.default_rng(0)
-        self.batches = iter([{"images": rng.standard_normal((4, *SHAPE), dtype=np.float32)} for _ in range(2)])
+    def __init__(self, source: Path) -> None:
+        rng, (images,) = np.random.default_rng(0), onnx.load(source).graph.input
+        shape = [dimension.dim_value for dimension in images.type.tensor_type.shape.dim[1:]]
+        self.batches = iter([{"images": rng.standard_normal((4, *shape), dtype=np.float32)} for _ in range(2)])
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         return next(self.batches, None)
@@ -61,7 +63,7 @@ def quantize(source: Path, target: Path, *, int32_bias: bool = False, float_node
         quantize_static(
             source,
             target,
-            Images(),
+            Images(source),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QInt8,
@@ -82,8 +84,9 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
         if not source.exists():
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                network = build_network(name, classes=10, channels=3, pixels=32).eval()
-            write_onnx(network, source, input_shape=SHAPE, metadata={"ssdkd.classes": "10"})
+                shape = SHAPES.get(name, SHAPE)
+                network = build_network(name, classes=10, channels=shape[0], pixels=shape[1]).eval()
+            write_onnx(network, source, input_shape=shape, metadata={"ssdkd.classes": "10"})
         if precision == "fp16" and not path.exists():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of weights that are too small for float16
