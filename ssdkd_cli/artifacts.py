@@ -136,7 +136,7 @@ def _graph(
     qat, fallback = (target.qat, target.fallback) if is_asked else ("off", False)
     with console.stage("int8", "quantizing, calibrated on synthetic samples") as done:
         graph = integer_graph(subject, exported, Integers(target.scheme, qat, fallback, compute, seed))
-        done("; ".join(graph.notes), good=not loses_too_much(graph, len(subject.samples.held_out)))
+        done("; ".join(graph.notes), good=not loses_too_much(graph, most_lost(len(subject.samples.held_out))))
     return graph
 
 
@@ -181,9 +181,9 @@ def _write_and_prove(graph: Graph, subject: Subject, folder: Path, *, is_asked: 
 def _with_loss(found: Verification, graph: Graph, samples: int) -> Verification:
     """`found`, and a word on what an INT8 file loses against the teacher; where that is too much it is not verified."""
     allowed = most_lost(samples)
-    if not found.verified or graph.loss.points <= allowed:
+    if not found.verified or graph.precision != "int8" or graph.loss.points <= allowed:
         return found
-    is_too_much = loses_too_much(graph, samples)
+    is_too_much = loses_too_much(graph, allowed)
     verdict = "" if is_too_much else f"; on {samples} samples the difference may be chance"
     loss = f"it loses {graph.loss.points:.2f} points of agreement with the teacher, {allowed:.2f} may be lost{verdict}"
     return replace(found, verified=not is_too_much, reason=f"{loss}; {found.reason}")

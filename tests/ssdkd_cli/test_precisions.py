@@ -163,4 +163,4 @@ def test_the_loss_is_net_and_its_margin_grows_with_what_turned(subject: Subject)
 )
 def test_a_loss_counts_that_chance_does_not_explain(subject: Subject, loss: Loss, is_too_much: bool) -> None:
     graph = dataclasses.replace(half_graph(float_graph(subject)), precision="int8", loss=loss)
-    assert loses_too_much(graph, 264) is is_too_much
+    assert loses_too_much(graph, 0.5) is is_too_much
