@@ -49,7 +49,7 @@ VARIANTS: tuple[Changed, ...] = (
     {"generator_width": 32},
 )
 SHARES = ({"student_steps": 10}, {"student_steps": 40}, {"inversion_steps": 5}, {"inversion_steps": 20})
-# Shares of the images and of the student's steps; docs/experiments.md, "Speed of a round there", measured the second.
+# Shares of the images and of the student's steps: an estimate, and what docs/experiments.md has ("Speed of a round").
 COST_OF_A_ROUND = {"demo": (0.6, 0.4), "cifar": (0.65, 0.35)}
 
 

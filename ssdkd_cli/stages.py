@@ -36,19 +36,15 @@ from ssdkd_cli.outcome import Outcome, as_json
 from ssdkd_cli.parsing import parse_path
 from ssdkd_cli.words import SOURCES, count, milliseconds, percent, shape, size
 
-MODEL = typer.Argument(
-    parser=parse_path, metavar="MODEL", help="The folder of a run, or an .onnx file.", show_default=False
-)
-SCORED = typer.Argument(
-    parser=parse_path,
-    metavar="MODEL",
-    help="The folder of a run, an .onnx file, or a teacher's file.",
-    show_default=False,
-)
-RUN = typer.Argument(parser=parse_path, metavar="RUN", help="The folder of a finished run.", show_default=False)
-TEACHER = typer.Argument(
-    parser=parse_path, metavar="TEACHER", help="The file of a trained network.", show_default=False
-)
+
+def _path(metavar: str, help: str) -> Any:
+    return typer.Argument(parser=parse_path, metavar=metavar, help=help, show_default=False)
+
+
+MODEL = _path("MODEL", "The folder of a run, or an .onnx file.")
+SCORED = _path("MODEL", "The folder of a run, an .onnx file, or a teacher's file.")
+RUN = _path("RUN", "The folder of a finished run.")
+TEACHER = _path("TEACHER", "The file of a trained network.")
 DATA = typer.Option(
     parser=parse_path,
     metavar="DIR",
