@@ -1,4 +1,4 @@
-"""What can only be seen on a GPU. Run it there with `pytest -m gpu`."""
+"""What can only be seen on a GPU. Run it there with `pytest -n 0 -m gpu`."""
 
 import io
 import json
