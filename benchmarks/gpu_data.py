@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from engine.processors import available_threads
 from exporters.evaluate import SUFFIXES, LabelledImages
-from exporters.runtimes import available_threads
 
 SPLITS = ("train", "test")
 

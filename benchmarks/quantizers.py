@@ -32,12 +32,13 @@ from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, 
 from torch import nn
 
 from benchmarks.common import RESULTS, provenance, save
+from engine.processors import available_threads
 from engine.students import build_network
 from engine.teacher import load_teacher
 from exporters.bench import bench_together
 from exporters.evaluate import LabelledImages, load_labelled
 from exporters.quiet import quiet
-from exporters.runtimes import Shape, available_threads, open_runtime, to_input
+from exporters.runtimes import Shape, open_runtime, to_input
 from exporters.to_onnx import INPUT_NAME, OPSET, OUTPUT_NAME, write_onnx
 from ssdkd_cli.compress import ASSETS, DEMO_TEACHER
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.errors import SSDKDError
-from exporters.runtimes import Predict, available_threads, inference_batch, to_input
+from engine.processors import available_threads
+from exporters.runtimes import Predict, inference_batch, to_input
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})  # as torchvision's
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's name

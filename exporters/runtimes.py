@@ -1,6 +1,5 @@
 """A model file, or a module, as something callable: images in, logits out."""
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import SSDKDError
+from engine.processors import available_threads
 from exporters.files import check_utf8
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ ONNX_PROVIDER = "CPUExecutionProvider"
 ONNX_FLOATS = ("tensor(float)", "tensor(float16)", "tensor(double)")
 ONNX_ERRORS = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented", "RuntimeException")
 ONLY_FATAL = 4  # of ONNX Runtime's log levels: what goes wrong comes as an exception, too
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "microseconds period" of this container
 
 
 @dataclass(frozen=True)
@@ -95,16 +94,6 @@ def inference_batch(input_shape: Shape) -> int:
     """Return how many images (C, H, W) to run at once: fewer as they grow, so that feature maps take level memory."""
     _, height, width = input_shape
     return max(1, min(WHOLE_BATCH, WHOLE_BATCH * WHOLE_PIXELS // (height * width)))
-
-
-def available_threads() -> int:
-    """Return how many processors this process may use: its affinity, or less where a container has a smaller share."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = CPU_QUOTA.read_text().split()
-        return max(1, min(count, int(quota) // int(period)))
-    except (OSError, ValueError):  # no such file, or "max": no limit
-        return count
 
 
 def _open_onnx(path: Path, input_shape: Shape | None) -> Runtime:

@@ -5,7 +5,7 @@ import importlib.metadata
 import platform
 from pathlib import Path
 
-from exporters.runtimes import available_threads
+from engine.processors import available_threads
 from ssdkd_cli import __version__
 
 PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "safetensors")

@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 a known error; 2 wrong usage; 3 a verification failed; 130
 """
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, TextIO, cast
@@ -11,6 +12,7 @@ from typing import Annotated, TextIO, cast
 import typer
 
 from engine.errors import SSDKDError
+from engine.processors import share_processors
 from ssdkd_cli import __version__, compress, console, profile_commands, stages
 from ssdkd_cli.boundary import KNOWN_ERROR, within_boundary
 from ssdkd_cli.outcome import Outcome
@@ -28,6 +30,8 @@ app = typer.Typer(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; `arguments` default to those of the process."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:  # this process is ours
+        share_processors(os.environ)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # what a test or a notebook put there may have no encoding
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]

@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,8 +12,9 @@ from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from torch import nn
 
 from engine.errors import SSDKDError
+from engine.processors import available_threads
 from exporters.metadata import describe
-from exporters.runtimes import available_threads, inference_batch, open_runtime, predictor, to_input
+from exporters.runtimes import inference_batch, open_runtime, predictor, to_input
 
 
 def foreign(
@@ -191,17 +191,6 @@ def test_images_of_another_size(exported: Path, capfd: pytest.CaptureFixture[str
 def test_fewer_large_images_are_run_at_once(pixels: tuple[int, int], batch: int) -> None:
     assert inference_batch((3, *pixels)) == batch
     assert inference_batch((3, 5000, 5000)) == 1
-
-
-@pytest.mark.parametrize(
-    ("content", "threads"), [("100000 100000", 1), ("50000 100000", 1), ("max 100000", None), ("", None)]
-)
-def test_threads_follow_the_share_of_a_container(
-    content: str, threads: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "cpu.max").write_text(content)
-    monkeypatch.setattr("exporters.runtimes.CPU_QUOTA", tmp_path / "cpu.max")
-    assert available_threads() == (threads or len(os.sched_getaffinity(0)))
 
 
 def test_predictor_runs_in_eval_mode_and_puts_the_flags_back() -> None:
