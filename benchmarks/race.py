@@ -23,7 +23,8 @@ from exporters.runtimes import predictor
 from ssdkd_cli.compress import DEMO_DEFAULTS, DEMO_TEACHER
 
 PLAIN = {"diversity": False, "difficulty": False, "priority": False, "replay": False}
-OWN: Mapping[str, Mapping[str, Any]] = {"ssdkd": {}, "SSD-KD off": PLAIN, "ssdkd afresh": {"inherit": False}}
+AFRESH = {"inherit": False, "feature_weight": 0.0}
+OWN: Mapping[str, Mapping[str, Any]] = {"ssdkd": {}, "SSD-KD off": PLAIN, "ssdkd afresh": AFRESH}
 
 
 @dataclass(frozen=True)

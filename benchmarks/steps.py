@@ -3,14 +3,15 @@
     python -m benchmarks.steps [--pairs demo resnet20-resnet8 wrn40_2-wrn16_2] [--batches 64 256] [--device cpu]
     python -m benchmarks.steps --profile      (and where the engine's step spends its time)
 
-The engine's step is `engine.distill.teach`: draw by priority, render a view, take the teacher's kept logits, forward,
-weighted loss, backward, SGD, new priorities, weight average. It has NO forward pass of the teacher: the teacher looks
-at a sample's views once, when it enters the buffer (`teacher_forwards_per_draw` says how often that is for each image
-that the student sees, `ratio_to_bare_with_those` counts them in). So there are two bare steps, on one batch that lies
-on the device: with the teacher's forward pass, as distillation usually has it, and without. Both do forward, the same
-loss, backward, the same SGD, and nothing else. On a GPU the engine's step is a CUDA graph, the bare ones are not; it is
-timed without its graph, too. All run in the same precision, in short turns one after another in
-one process; ratios are of medians.
+The engine's step is `engine.distill.teach`: draw by priority, render a view, ask the teacher for its logits and its
+maps, forward, weighted losses, backward, SGD, new priorities, weight average. A pair that shares no stage has NO
+forward pass of the teacher in it: its kept logits of the view are used. The teacher looks at a new sample when that
+enters the buffer, at one view or at all (`teacher_forwards_per_draw` says how often that is for each image that the
+student sees, `ratio_to_bare_with_those` counts them in). So there are two bare steps, on one batch that lies on the
+device: with the teacher's forward pass, as distillation usually has it, and without. Both do forward, the loss of the
+logits, backward, the same SGD, and nothing else. On a GPU the engine's step is a CUDA graph, the bare ones are not; it
+is timed without its graph, too. All run in the same precision, in short turns one after another in one process; ratios
+are of medians.
 
 Weights (but the demo's teacher's) and samples are random: they cost as much time as others. Writes
 results/steps_cpu.json or steps_gpu.json.
@@ -26,12 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.common import RESULTS, provenance, save
+from benchmarks.growth import fill
 from engine.config import settings_for
 from engine.device import Compute, choose_device
-from engine.distill import remember, teach
+from engine.distill import teach
 from engine.inheritance import inherit
 from engine.source import Source
 from engine.state import State, start
@@ -71,19 +73,6 @@ def build_pair(name: str) -> Pair:
     return Pair(ZOO[teacher_name](CLASSES, 3), student, (3, 32, 32), 5000)
 
 
-class StandIn(nn.Module):
-    """Fills the buffer with logits of some kind: the networks that are timed would take minutes for that on a CPU."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.head = nn.Linear(channels, CLASSES)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, CLASSES]."""
-        logits: Tensor = self.head(images.mean((2, 3)))
-        return logits
-
-
 def filled_state(pair: Pair, batch: int, turn_steps: int, compute: Compute, *, cuda_graphs: bool = True) -> State:
     """The state of a run on a copy of the student, its buffer full of random samples; `teach` does `turn_steps`."""
     settings = settings_for(
@@ -94,20 +83,19 @@ def filled_state(pair: Pair, batch: int, turn_steps: int, compute: Compute, *, c
         student_steps=turn_steps,
         cuda_graphs=cuda_graphs,
     )
-    channels, student = pair.image_shape[0], copy.deepcopy(pair.student)
+    channels = pair.image_shape[0]
+    student, teacher = copy.deepcopy(pair.student), copy.deepcopy(pair.teacher)
     source = Source(
-        StandIn(channels),
+        teacher,
         Classification(CLASSES),
         pair.image_shape,
         mean=(0.5,) * channels,
         std=(0.25,) * channels,
         batchnorm_layers=(),
     )
-    inherited = inherit(student, pair.teacher)
+    inherited = inherit(student, teacher)
     state = start(source, student, settings=settings, compute=compute, seed=0, inherited=inherited)
-    shape = (500, *state.buffer.images.shape[1:])
-    while state.buffer.size < state.buffer.capacity:
-        remember(state, torch.randint(256, shape, generator=state.rng, device=compute.device, dtype=torch.uint8))
+    fill(state)
     return state
 
 
@@ -187,7 +175,7 @@ def measure(name: str, batch: int, *, turns: int, turn_steps: int, compute: Comp
     if profile:
         print(breakdown(steps["engine"], compute.device))
     usual = settings_for("full", image_shape=pair.image_shape)
-    forwards = usual.views * usual.inversion_batch / (usual.student_steps * batch)
+    forwards = state.buffer.logits.shape[1] * usual.inversion_batch / (usual.student_steps * batch)
     teacher_ms = medians["bare"] - medians["bare_without_teacher"]
     return {
         "pair": name,

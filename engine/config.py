@@ -39,10 +39,11 @@ class DistillationSettings:
     student_momentum: float = 0.9
     student_decay: float = 5e-4
     temperature: float = 4.0
+    feature_weight: float = 30.0  # of the maps at the ends of shared stages (engine.features); 0: logits alone
     inherit: bool = True  # begin with the layers that the student shares with the teacher; off: all of it afresh
     inherited_rate: float = 0.05  # peak of the learning rate of those layers
     average_decay: float = 0.99  # of the weight average that is kept, per step
-    views: int = 8  # augmentations of each sample, of which the teacher's logits are kept
+    views: int = 8  # augmentations of each sample
     shift: int = 4  # pixels, of the augmentations at 32 px; scaled with the image
 
     cuda_graphs: bool = True  # a GPU repeats recorded steps (engine.recording); off: every kernel is launched anew

@@ -38,7 +38,8 @@ class RoundMetrics:
     prior_loss: float
     class_loss: float
     adversarial_loss: float
-    distillation_loss: float  # mean of the round's steps; NaN in the warm-up
+    distillation_loss: float  # of the logits, mean of the round's steps; NaN in the warm-up
+    feature_loss: float  # of the maps at the ends of shared stages; 0 where there are none, NaN in the warm-up
     agreement: float  # percent, of the averaged student with the teacher on held-out synthetic samples
     class_balance: float  # smallest over largest class count of the buffer
     images_per_second: float  # that the student saw, this round
@@ -63,7 +64,7 @@ def distill(state: State, *, time_limit_seconds: float | None = None) -> Iterato
         targets = choose_targets(state)
         images, inversion_losses = synthesize(state, targets, progress)
         remember(state, images)
-        losses = teach(state, progress) if is_taught(state) else inversion_losses.total.new_full((1,), math.nan)
+        losses = teach(state, progress) if is_taught(state) else inversion_losses.total.new_full((1, 2), math.nan)
 
         state.round += 1
         measured = measure(state, inversion_losses, losses)
@@ -145,18 +146,19 @@ def remember(state: State, images: Tensor) -> None:
     """Put new images in the place of the least valuable samples; the first few are held out from training.
 
     The teacher looks at the views of an image here and never again: what the student learns from it is kept beside it.
+    A student that matches the teacher's maps asks it at each step: then it looks at the image alone.
     """
     shift = round(state.settings.shift * images.shape[1] / 32)
     views = random_views(len(images), state.settings.views, shift, state.rng)
     views[:, 0] = 0  # the image itself
-    logits = teacher_logits(state, images, views)
+    logits = teacher_logits(state, images, views[:, : state.buffer.logits.shape[1]])
     classes, confidences = state.task.predict(logits[:, 0])
     held_out = held_out_number(state, len(images))
     for buffer, part in ((state.held_out, slice(held_out)), (state.buffer, slice(held_out, None))):
-        kept = slice(buffer.views.shape[1])
+        kept = views[part, : buffer.views.shape[1]], logits[part, : buffer.logits.shape[1]]
         values = kept_values(state, buffer)
         slots = replay.free_slots(buffer, len(images[part]), values)
-        replay.add(buffer, slots, images[part], views[part, kept], logits[part, kept], classes[part], confidences[part])
+        replay.add(buffer, slots, images[part], *kept, classes[part], confidences[part])
 
 
 def teacher_logits(state: State, images: Tensor, views: Tensor) -> Tensor:
@@ -186,17 +188,21 @@ def kept_values(state: State, buffer: ReplayBuffer) -> Tensor:
 
 
 def teach(state: State, progress: float) -> Tensor:
-    """The student's steps of one round on samples drawn by priority; their losses, float32 [student_steps]."""
+    """The student's steps of one round on samples drawn by priority.
+
+    Returns:
+        their losses, of the logits and of the maps, float32 [student_steps, 2].
+    """
     settings, buffer, batch = state.settings, state.buffer, state.batch
     for group in state.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * rate_factor(progress)
     parameters = learning_parameters(state.student)
     averaged, learning = averaged_tensors(state.average), averaged_tensors(state.student)
     state.student.train()
-    losses = torch.zeros(settings.student_steps, device=state.rng.device)
+    losses = torch.zeros(settings.student_steps, 2, device=state.rng.device)
     for step in range(settings.student_steps):
         draw(state)
-        (loss, divergences), gradients = state.gradients()
+        (*both, divergences), gradients = state.gradients()
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         state.optimizer.step()
@@ -204,7 +210,7 @@ def teach(state: State, progress: float) -> Tensor:
         update_average(averaged, learning, settings.average_decay, state.steps)
         state.steps += 1
         state.images_seen += len(batch.slots)
-        losses[step] = loss
+        losses[step] = torch.stack(both)
     return losses
 
 
@@ -227,17 +233,19 @@ def measure(state: State, inversion_losses: InversionLosses, losses: Tensor) -> 
         NonFiniteLossError: a loss of this round is NaN or infinite.
     """
     counts = replay.class_counts(state.buffer, state.task.classes)
+    distillation_loss, feature_loss = losses.mean(0)
     measured = {
         "inversion_loss": inversion_losses.total,
         "prior_loss": inversion_losses.prior,
         "class_loss": inversion_losses.target,
         "adversarial_loss": inversion_losses.adversarial,
-        "distillation_loss": losses.mean(),
+        "distillation_loss": distillation_loss,
+        "feature_loss": feature_loss,
         "agreement": 100 * held_out_agreement(state),
         "class_balance": counts.min() / counts.max(),
     }
     values = dict(zip(measured, torch.stack(list(measured.values())).tolist(), strict=True))
-    total, loss = values["inversion_loss"], values["distillation_loss"]
+    total, loss = values["inversion_loss"], values["distillation_loss"] + values["feature_loss"]
     if not math.isfinite(total) and not state.steps:
         raise NonFiniteLossError(
             f"the images' loss is not finite in round {state.round}, before the student's first step: {total:.3g}",

@@ -18,7 +18,7 @@ class ReplayBuffer:
 
     images: Tensor  # uint8 [N, H, W, C]
     views: Tensor  # int64 [N, V, 3], the augmentations in which the student sees it; the first is the image itself
-    logits: Tensor  # float32 [N, V, K], the teacher's, of each view: it looks at a view once
+    logits: Tensor  # float32 [N, L, K], the teacher's, of the first L views: it looks at a view once
     classes: Tensor  # int64 [N], the class that the teacher predicts
     confidences: Tensor  # float32 [N], the teacher's confidence in it
     discrepancies: Tensor  # float32 [N], delta: w_(i-1) KL(T || S) when the sample was last drawn
@@ -38,14 +38,17 @@ class ReplayBuffer:
 
 
 def empty_buffer(
-    capacity: int, image_shape: tuple[int, int, int], *, views: int, classes: int, device: torch.device
+    capacity: int, image_shape: tuple[int, int, int], *, views: int, looks: int, classes: int, device: torch.device
 ) -> ReplayBuffer:
-    """A buffer of `capacity` slots for images of (C, H, W), each with `views` augmentations."""
+    """A buffer of `capacity` slots for images of (C, H, W), each with `views` augmentations.
+
+    Of the first `looks` of them the teacher's logits are kept.
+    """
     channels, height, width = image_shape
     return ReplayBuffer(
         images=torch.zeros(capacity, height, width, channels, dtype=torch.uint8, device=device),
         views=torch.zeros(capacity, views, 3, dtype=torch.int64, device=device),
-        logits=torch.zeros(capacity, views, classes, device=device),
+        logits=torch.zeros(capacity, looks, classes, device=device),
         classes=torch.zeros(capacity, dtype=torch.int64, device=device),
         confidences=torch.zeros(capacity, device=device),
         discrepancies=torch.zeros(capacity, device=device),
@@ -86,7 +89,7 @@ def add(
         slots: from `free_slots`.
         images: uint8 [B, H, W, C].
         views: int64 [B, V, 3].
-        logits: float32 [B, V, K].
+        logits: float32 [B, L, K].
         classes: int64 [B].
         confidences: float32 [B].
     """

@@ -10,6 +10,7 @@ from torch import nn
 from engine import replay
 from engine.config import DistillationSettings
 from engine.device import Compute
+from engine.features import shared_stages
 from engine.images import Normalization
 from engine.inversion import Inverter, new_inverter
 from engine.recording import Recorded
@@ -65,7 +66,9 @@ def start(
     student.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     inverter = new_inverter(source, student, settings=settings, compute=compute)
     capacity = settings.samples if settings.replay else settings.rounds * settings.inversion_batch
-    buffer = replay.empty_buffer(capacity, image_shape, views=settings.views, classes=task.classes, device=device)
+    stages = shared_stages(student, teacher, image_shape) if settings.feature_weight else None
+    empty = partial(replay.empty_buffer, image_shape=image_shape, classes=task.classes, device=device)
+    buffer = empty(capacity, views=settings.views, looks=1 if stages else settings.views)  # stages ask it at each step
     batch = empty_batch(settings.student_batch, device)
     gradients = partial(
         loss_and_gradients,
@@ -74,7 +77,8 @@ def start(
         buffer,
         task=task,
         normalization=inverter.problem.normalization,
-        temperature=settings.temperature,
+        stages=stages,
+        settings=settings,
         compute=compute,
     )
     return State(
@@ -87,7 +91,7 @@ def start(
         gradients=Recorded(gradients, device, enabled=settings.cuda_graphs and compute.has_graphs),
         inverter=inverter,
         buffer=buffer,
-        held_out=replay.empty_buffer(settings.held_out, image_shape, views=1, classes=task.classes, device=device),
+        held_out=empty(settings.held_out, views=1, looks=1),
         task=task,
         normalization=inverter.problem.normalization,
         settings=settings,

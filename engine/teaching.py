@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from engine.config import DistillationSettings
 from engine.device import Compute
+from engine.features import Stages, compared, teacher_maps
 from engine.images import Normalization, render, to_input
 from engine.recording import Outputs, laid_out_as
 from engine.replay import ReplayBuffer
@@ -60,22 +61,33 @@ def loss_and_gradients(
     *,
     task: Classification,
     normalization: Normalization,
-    temperature: float,
+    stages: Stages | None,
+    settings: DistillationSettings,
     compute: Compute,
 ) -> Outputs:
-    """The weighted loss, each sample's divergence [B], and the gradient of each of `learning_parameters`.
+    """The weighted losses of the logits and of the stages' maps, each sample's divergence [B], and the gradients.
 
-    The gradient of a parameter that has no part in the logits is zero.
+    With `stages` the teacher looks at the views now; without, its kept logits are used and the second loss is 0. There
+    is a gradient for each of `learning_parameters`; that of a parameter without a part in the losses is zero.
     """
     slots, weights = batch.slots, batch.weights
     inputs = to_input(render(buffer.images, slots, buffer.views[slots, batch.views]), normalization)
     with compute.autocast():
-        student_logits = student(inputs)
-    divergences = task.discrepancy(buffer.logits[slots, batch.views], student_logits, temperature)
-    loss = (weights / weights.mean() * divergences).mean()
+        if stages is None:
+            teacher_logits, errors = buffer.logits[slots, batch.views], [torch.zeros_like(weights)]
+            student_logits = student(inputs)
+        else:
+            teacher_logits, maps = teacher_maps(stages, inputs)
+            with compared(stages, maps) as errors:
+                student_logits = student(inputs)
+    weights = weights / weights.mean()
+    divergences = task.discrepancy(teacher_logits, student_logits, settings.temperature)
+    loss, feature_loss = (weights * divergences).mean(), (weights * torch.stack(errors).mean(0)).mean()
     parameters = learning_parameters(student)
-    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-    return Outputs((loss.detach(), divergences.detach()), laid_out_as(parameters, gradients))
+    total = loss + settings.feature_weight * feature_loss
+    gradients = torch.autograd.grad(total, parameters, materialize_grads=True)
+    losses = (loss.detach(), feature_loss.detach(), divergences.detach())
+    return Outputs(losses, laid_out_as(parameters, gradients))
 
 
 def rate_factor(progress: float) -> float:

@@ -41,11 +41,11 @@ SETTINGS = DistillationSettings(
 AGREEING = 6  # a seed with which these two random networks agree on some samples: only those have an adversarial term
 
 
-def network(seed: int, classes: int = CLASSES, channels: int = 1) -> nn.Module:
+def network(seed: int, classes: int = CLASSES, channels: int = 1, depth: int = 8) -> nn.Module:
     """A network whose BatchNorm layers have seen images."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        module = resnet_cifar(classes, channels, depth=8, width=4)
+        module = resnet_cifar(classes, channels, depth=depth, width=4)
         for _ in range(10):
             module(torch.randn(16, channels, 16, 16))
     return module
@@ -169,6 +169,21 @@ def test_the_buffer_holds_what_the_teacher_says(finished: tuple[State, list[Roun
         assert (buffer.views[filled, 0] == 0).all()  # the image itself
     assert state.buffer.views.shape[1] == state.settings.views
     assert (state.buffer.views[:, 1:] != 0).any()
+
+
+def test_a_student_with_shorter_stages_learns_their_maps() -> None:
+    state, metrics = finish(teacher=network(0, depth=14))
+    assert state.buffer.views.shape[1] == state.settings.views
+    assert state.buffer.logits.shape[1] == 1  # the teacher is asked again at each step
+    losses = [item.feature_loss for item in metrics]
+    assert math.isnan(losses[0])
+    assert losses[1] > losses[2] > losses[3] > 0
+
+
+def test_without_the_weight_or_the_stages_no_map_is_compared(finished: tuple[State, list[RoundMetrics]]) -> None:
+    for state, metrics in (finished, finish(teacher=network(0, depth=14), feature_weight=0.0)):
+        assert state.buffer.logits.shape[1] == state.settings.views
+        assert [item.feature_loss for item in metrics[1:]] == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("at_once", [3, 50, 1000])
@@ -376,8 +391,9 @@ def test_importance_weights_weigh_the_loss(monkeypatch: pytest.MonkeyPatch) -> N
     state.buffer.images.random_(generator=state.rng)
     losses = loop.teach(state, 0.5)
     divergences = state.buffer.discrepancies[slots]  # of the first draw: nothing has weighed them yet
-    torch.testing.assert_close(losses[0], (weights * divergences).sum() / weights.sum())
-    assert (losses[0] - divergences.mean()).abs() > 1e-3 * losses[0]
+    loss = losses[0, 0]
+    torch.testing.assert_close(loss, (weights * divergences).sum() / weights.sum())
+    assert (loss - divergences.mean()).abs() > 1e-3 * loss
     assert torch.equal(state.buffer.weights[slots], weights)
 
 

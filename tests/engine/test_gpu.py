@@ -262,7 +262,7 @@ def test_channel_statistics_and_their_gradient_are_those_of_var_mean(dtype: torc
 
 def test_buffer_follows_its_device() -> None:
     device, rng = torch.device("cuda", 0), torch.Generator("cuda").manual_seed(0)
-    buffer = replay.empty_buffer(8, (1, 4, 4), views=1, classes=5, device=device)
+    buffer = replay.empty_buffer(8, (1, 4, 4), views=1, looks=1, classes=5, device=device)
     slots = replay.free_slots(buffer, 5, torch.zeros(0, device=device))
     images = torch.ones(5, 4, 4, 1, dtype=torch.uint8, device=device)
     views, logits = torch.zeros(5, 1, 3, dtype=torch.int64, device=device), torch.zeros(5, 1, 5, device=device)

@@ -13,7 +13,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def buffer_of(capacity: int) -> ReplayBuffer:
-    return replay.empty_buffer(capacity, (2, 3, 4), views=2, classes=5, device=CPU)
+    return replay.empty_buffer(capacity, (2, 3, 4), views=2, looks=2, classes=5, device=CPU)
 
 
 def put(buffer: ReplayBuffer, number: int, values: Tensor | None = None) -> Tensor:

@@ -1,0 +1,115 @@
+"""Feature matching: a shortened student also learns what its teacher computes at the end of each stage.
+
+Where a student is its teacher with fewer blocks in some stages (ResNet-8 of ResNet-20, WRN-16-2 of WRN-40-2), the maps
+at the end of those stages have the same shape. A target for every position of every map says more of an image than the
+logits do (Romero et al. 2015, FitNets; without their regressor, as no shape differs).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engine.inversion import evaluating
+
+SMALLEST_VARIANCE = 1e-6
+MAP_DIMENSIONS = 4  # [B, C, H, W]
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The stages that a student has with fewer blocks than its teacher, and that teacher."""
+
+    teacher: nn.Module
+    pairs: tuple[tuple[nn.Module, nn.Module], ...]  # the student's and the teacher's
+
+
+def shared_stages(student: nn.Module, teacher: nn.Module, image_shape: tuple[int, int, int]) -> Stages | None:
+    """The stages of both networks whose maps can be compared, or None where there are none.
+
+    A stage is a module of the same name in both, of which the student has some of the teacher's parts, not all, and
+    that gives one map [B, C, H, W] of the same shape in both. Both networks are on one device and frozen or not as
+    they were; an image is run through each.
+
+    Args:
+        student: a network.
+        teacher: a network.
+        image_shape: (C, H, W).
+    """
+    theirs = dict(teacher.named_modules())
+    shortened = [
+        (own, theirs[name])
+        for name, own in student.named_modules()
+        if name in theirs and _children(own) < _children(theirs[name]) and _children(own)
+    ]
+    maps = _maps_of(student, [own for own, _ in shortened], image_shape)
+    their_maps = _maps_of(teacher, [other for _, other in shortened], image_shape)
+    pairs = tuple(
+        (own, other)
+        for own, other in shortened
+        if len(maps.get(own, ())) == MAP_DIMENSIONS and maps[own] == their_maps.get(other)
+    )
+    return Stages(teacher, pairs) if pairs else None
+
+
+@torch.no_grad()
+def teacher_maps(stages: Stages, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The teacher's logits [B, K], and its map at the end of each stage, float32 [B, C, H, W]."""
+    maps: dict[nn.Module, Tensor] = {}
+
+    def keep(stage: nn.Module, _inputs: object, output: Tensor) -> None:
+        maps[stage] = output.to(torch.float32, copy=True)  # what follows may change it in place
+
+    with _hooked([stage for _, stage in stages.pairs], keep):
+        logits = stages.teacher(inputs)
+    return logits, [maps[stage] for _, stage in stages.pairs]
+
+
+@contextlib.contextmanager
+def compared(stages: Stages, targets: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Within the context a forward pass of the student fills the list with the error of each stage, float32 [B].
+
+    The error is the mean squared difference of the maps over the mean variance of the teacher's channels: 1 where the
+    student knows no more than each channel's mean.
+    """
+    errors: list[Tensor] = []
+    expected = dict(zip((stage for stage, _ in stages.pairs), targets, strict=True))
+
+    def compare(stage: nn.Module, _inputs: object, output: Tensor) -> None:
+        target = expected[stage]
+        variance = target.var((0, 2, 3)).mean().clamp_min(SMALLEST_VARIANCE)
+        errors.append((output.float() - target).square().mean((1, 2, 3)) / variance)
+
+    with _hooked(list(expected), compare):
+        yield errors
+
+
+def _children(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_children()}
+
+
+def _maps_of(
+    network: nn.Module, stages: list[nn.Module], image_shape: tuple[int, int, int]
+) -> dict[nn.Module, torch.Size]:
+    """The shape of what each stage gives for two grey images; a stage that runs more than once, or never, has none."""
+    shapes: dict[nn.Module, list[torch.Size]] = {stage: [] for stage in stages}
+
+    def note(stage: nn.Module, _inputs: object, output: object) -> None:
+        shapes[stage].append(output.shape if isinstance(output, Tensor) else torch.Size())
+
+    example = next(network.parameters())
+    with _hooked(stages, note), evaluating(network), torch.no_grad():
+        network(torch.zeros(2, *image_shape, device=example.device, dtype=example.dtype))
+    return {stage: seen[0] for stage, seen in shapes.items() if len(seen) == 1}
+
+
+@contextlib.contextmanager
+def _hooked(stages: list[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
+    handles = [stage.register_forward_hook(hook) for stage in stages]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
