@@ -52,8 +52,8 @@ VARIANTS: tuple[Changed, ...] = (
     {"generator_width": 32},
 )
 SHARES = ({"student_steps": 10}, {"student_steps": 40}, {"inversion_steps": 5}, {"inversion_steps": 20})
-# Shares of the images and of the student's steps: an estimate, and what docs/experiments.md has ("Speed of a round").
-COST_OF_A_ROUND = {"demo": (0.6, 0.4), "cifar": (0.65, 0.35)}
+# Shares of the images and of the student's steps, with its teacher's maps: one thread of an EPYC with AVX2 alone.
+COST_OF_A_ROUND = {"demo": (0.64, 0.36), "cifar": (0.45, 0.55)}
 
 
 def of_equal_cost(changed: Changed, *, rounds: int, task: str) -> int:

@@ -30,8 +30,8 @@ def shared_stages(student: nn.Module, teacher: nn.Module, image_shape: tuple[int
     """The stages of both networks whose maps can be compared, or None where there are none.
 
     A stage is a module of the same name in both, of which the student has some of the teacher's parts, not all, and
-    that gives one map [B, C, H, W] of the same shape in both. Both networks are on one device and frozen or not as
-    they were; an image is run through each.
+    that gives one map [B, C, H, W] of the same shape in both. Two grey images are run through both networks, which
+    are on one device and stay as they are.
 
     Args:
         student: a network.
@@ -42,14 +42,17 @@ def shared_stages(student: nn.Module, teacher: nn.Module, image_shape: tuple[int
     shortened = [
         (own, theirs[name])
         for name, own in student.named_modules()
-        if name in theirs and _children(own) < _children(theirs[name]) and _children(own)
+        if name in theirs and _children(own) and _children(own) < _children(theirs[name])
     ]
-    maps = _maps_of(student, [own for own, _ in shortened], image_shape)
-    their_maps = _maps_of(teacher, [other for _, other in shortened], image_shape)
+    if not shortened:
+        return None
+    images = torch.zeros(2, *image_shape, device=next(student.parameters()).device)
+    shapes = _shapes_of_maps(student, [own for own, _ in shortened], images)
+    their_shapes = _shapes_of_maps(teacher, [other for _, other in shortened], images)
     pairs = tuple(
         (own, other)
         for own, other in shortened
-        if len(maps.get(own, ())) == MAP_DIMENSIONS and maps[own] == their_maps.get(other)
+        if len(shapes.get(own, ())) == MAP_DIMENSIONS and shapes[own] == their_shapes.get(other)
     )
     return Stages(teacher, pairs) if pairs else None
 
@@ -90,18 +93,15 @@ def _children(module: nn.Module) -> set[str]:
     return {name for name, _ in module.named_children()}
 
 
-def _maps_of(
-    network: nn.Module, stages: list[nn.Module], image_shape: tuple[int, int, int]
-) -> dict[nn.Module, torch.Size]:
-    """The shape of what each stage gives for two grey images; a stage that runs more than once, or never, has none."""
+def _shapes_of_maps(network: nn.Module, stages: list[nn.Module], images: Tensor) -> dict[nn.Module, torch.Size]:
+    """The shape of what each stage gives for these images; a stage that runs more than once, or never, has none."""
     shapes: dict[nn.Module, list[torch.Size]] = {stage: [] for stage in stages}
 
     def note(stage: nn.Module, _inputs: object, output: object) -> None:
         shapes[stage].append(output.shape if isinstance(output, Tensor) else torch.Size())
 
-    example = next(network.parameters())
     with _hooked(stages, note), evaluating(network), torch.no_grad():
-        network(torch.zeros(2, *image_shape, device=example.device, dtype=example.dtype))
+        network(images)
     return {stage: seen[0] for stage, seen in shapes.items() if len(seen) == 1}
 
 

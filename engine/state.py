@@ -10,7 +10,7 @@ from torch import nn
 from engine import replay
 from engine.config import DistillationSettings
 from engine.device import Compute
-from engine.features import shared_stages
+from engine.features import Stages, shared_stages
 from engine.images import Normalization
 from engine.inversion import Inverter, new_inverter
 from engine.recording import Recorded
@@ -27,6 +27,7 @@ class State:
     teacher: nn.Module
     student: nn.Module
     inherited: frozenset[str]  # names of the student's parameters that began as the teacher's
+    stages: Stages | None  # where it is taught the teacher's maps
     average: nn.Module  # the weight average of the student: the one that is kept
     optimizer: torch.optim.Optimizer
     batch: Batch  # what the student is shown now
@@ -85,6 +86,7 @@ def start(
         teacher=teacher,
         student=student,
         inherited=inherited,
+        stages=stages,
         average=copy.deepcopy(student).eval().requires_grad_(False),
         optimizer=new_optimizer(student, inherited, settings),
         batch=batch,

@@ -84,7 +84,10 @@ class StudentReport:
 
 @dataclass(frozen=True, config=STRICT)
 class DistillationReport:
-    """What was spent, and the synthetic samples at the end."""
+    """What was spent, and the synthetic samples at the end.
+
+    `matched_stages` is how many of the teacher's stages the student was shown the maps of.
+    """
 
     method: str
     samples: int
@@ -96,6 +99,7 @@ class DistillationReport:
     seed: int
     class_histogram: Annotated[tuple[int, ...], Field(min_length=1)]
     settings: dict[str, Any]
+    matched_stages: int = 0
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -562,6 +562,7 @@ def test_the_demo_s_teacher_and_images_go_together(ssdkd: Any, tmp_path: Path) -
     assert teacher["class_names"][0] == "T-shirt/top"
     assert 2 * student["parameters"] <= teacher["parameters"]
     assert student["inherited_parameters"] == student["parameters"]
+    assert ran.json["distillation"]["matched_stages"] == 3
     assert not [warning for warning in ran.json["warnings"] if "assumed" in warning]  # all that it needs is stated
 
 
