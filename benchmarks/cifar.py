@@ -15,7 +15,7 @@ from benchmarks.common import RESULTS, provenance, save
 from benchmarks.tool import run
 
 EVERY = 5  # rounds between two points of the curve
-CURVE_KEYS = ("round", "seconds", "agreement", "prior_loss", "distillation_loss")
+CURVE_KEYS = ("round", "seconds", "agreement", "prior_loss", "distillation_loss", "feature_loss")
 
 
 def curve(metrics: Path) -> list[dict[str, Any]]:

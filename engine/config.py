@@ -39,7 +39,7 @@ class DistillationSettings:
     student_momentum: float = 0.9
     student_decay: float = 5e-4
     temperature: float = 4.0
-    feature_weight: float = 30.0  # of the maps at the ends of shared stages (engine.features); 0: logits alone
+    feature_weight: float = 10.0  # of the maps at the end of each shared stage (engine.features); 0: logits alone
     inherit: bool = True  # begin with the layers that the student shares with the teacher; off: all of it afresh
     inherited_rate: float = 0.05  # peak of the learning rate of those layers
     average_decay: float = 0.99  # of the weight average that is kept, per step

@@ -39,7 +39,7 @@ class RoundMetrics:
     class_loss: float
     adversarial_loss: float
     distillation_loss: float  # of the logits, mean of the round's steps; NaN in the warm-up
-    feature_loss: float  # of the maps at the ends of shared stages; 0 where there are none, NaN in the warm-up
+    feature_loss: float  # of the maps, summed over the shared stages; 0 where there are none, NaN in the warm-up
     agreement: float  # percent, of the averaged student with the teacher on held-out synthetic samples
     class_balance: float  # smallest over largest class count of the buffer
     images_per_second: float  # that the student saw, this round
@@ -145,8 +145,8 @@ def held_out_number(state: State, number: int) -> int:
 def remember(state: State, images: Tensor) -> None:
     """Put new images in the place of the least valuable samples; the first few are held out from training.
 
-    The teacher looks at the views of an image here and never again: what the student learns from it is kept beside it.
-    A student that matches the teacher's maps asks it at each step: then it looks at the image alone.
+    The teacher looks at the views of an image here, once, and what it says is kept beside them. For a student that is
+    shown its maps it looks at the image alone: it will be asked at each step.
     """
     shift = round(state.settings.shift * images.shape[1] / 32)
     views = random_views(len(images), state.settings.views, shift, state.rng)
@@ -190,12 +190,16 @@ def kept_values(state: State, buffer: ReplayBuffer) -> Tensor:
 def teach(state: State, progress: float) -> Tensor:
     """The student's steps of one round on samples drawn by priority.
 
+    The weight of the maps falls with the run: they lead a student that knows little, and would keep one that cannot
+    follow them from the logits.
+
     Returns:
         their losses, of the logits and of the maps, float32 [student_steps, 2].
     """
     settings, buffer, batch = state.settings, state.buffer, state.batch
     for group in state.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * rate_factor(progress)
+    batch.feature_weight.fill_(settings.feature_weight * (1 - progress))
     parameters = learning_parameters(state.student)
     averaged, learning = averaged_tensors(state.average), averaged_tensors(state.student)
     state.student.train()
@@ -245,15 +249,17 @@ def measure(state: State, inversion_losses: InversionLosses, losses: Tensor) -> 
         "class_balance": counts.min() / counts.max(),
     }
     values = dict(zip(measured, torch.stack(list(measured.values())).tolist(), strict=True))
-    total, loss = values["inversion_loss"], values["distillation_loss"] + values["feature_loss"]
+    total = values["inversion_loss"]
+    taught = values["distillation_loss"], values["feature_loss"]
     if not math.isfinite(total) and not state.steps:
         raise NonFiniteLossError(
             f"the images' loss is not finite in round {state.round}, before the student's first step: {total:.3g}",
             "check --mean and --std, and look at the teacher with `ssdkd inspect`",
         )
-    if not math.isfinite(total) or (state.steps and not math.isfinite(loss)):
+    if not math.isfinite(total) or (state.steps and not all(map(math.isfinite, taught))):
         raise NonFiniteLossError(
-            f"a loss is not finite in round {state.round}: inversion {total:.3g}, distillation {loss:.3g}",
+            f"a loss is not finite in round {state.round}: inversion {total:.3g}, distillation {taught[0]:.3g}, "
+            f"maps {taught[1]:.3g}",
             "lower student_rate or generator_rate in the [distillation] table of --config, or try another --seed",
         )
     return values

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.inversion import evaluating
+from engine.modes import evaluating
 
 SMALLEST_VARIANCE = 1e-6
 MAP_DIMENSIONS = 4  # [B, C, H, W]
@@ -29,9 +29,9 @@ class Stages:
 def shared_stages(student: nn.Module, teacher: nn.Module, image_shape: tuple[int, int, int]) -> Stages | None:
     """The stages of both networks whose maps can be compared, or None where there are none.
 
-    A stage is a module of the same name in both, of which the student has some of the teacher's parts, not all, and
-    that gives one map [B, C, H, W] of the same shape in both. Two grey images are run through both networks, which
-    are on one device and stay as they are.
+    A stage is a module of the same name and kind in both, made of numbered blocks, of which the student has some of the
+    teacher's, not all, and that gives one map [B, C, H, W] of the same shape in both. Two grey images are run through
+    both networks, which are on one device and stay as they are.
 
     Args:
         student: a network.
@@ -42,7 +42,7 @@ def shared_stages(student: nn.Module, teacher: nn.Module, image_shape: tuple[int
     shortened = [
         (own, theirs[name])
         for name, own in student.named_modules()
-        if name in theirs and _children(own) and _children(own) < _children(theirs[name])
+        if name in theirs and type(own) is type(theirs[name]) and _blocks(own) and _blocks(own) < _blocks(theirs[name])
     ]
     if not shortened:
         return None
@@ -52,7 +52,7 @@ def shared_stages(student: nn.Module, teacher: nn.Module, image_shape: tuple[int
     pairs = tuple(
         (own, other)
         for own, other in shortened
-        if len(shapes.get(own, ())) == MAP_DIMENSIONS and shapes[own] == their_shapes.get(other)
+        if _is_map(own, shapes.get(own, torch.Size())) and shapes[own] == their_shapes.get(other)
     )
     return Stages(teacher, pairs) if pairs else None
 
@@ -89,8 +89,16 @@ def compared(stages: Stages, targets: list[Tensor]) -> Iterator[list[Tensor]]:
         yield errors
 
 
-def _children(module: nn.Module) -> set[str]:
-    return {name for name, _ in module.named_children()}
+def _blocks(module: nn.Module) -> set[str]:
+    """The names of its children, if they are numbers: a block's own parts have words."""
+    names = {name for name, _ in module.named_children()}
+    return names if all(name.isdecimal() for name in names) else set()
+
+
+def _is_map(stage: nn.Module, shape: torch.Size) -> bool:
+    """Whether it is [B, C, H, W]; with the channels last it would have as many rows as a convolution has outputs."""
+    convolutions = [layer for layer in stage.modules() if isinstance(layer, nn.Conv2d)]
+    return len(shape) == MAP_DIMENSIONS and any(layer.out_channels == shape[1] for layer in convolutions)
 
 
 def _shapes_of_maps(network: nn.Module, stages: list[nn.Module], images: Tensor) -> dict[nn.Module, torch.Size]:

@@ -7,8 +7,7 @@ one first-order meta step towards that copy, so that the next round starts neare
 al., AAAI 2022; the step is that of Reptile, Nichol et al. 2018).
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,6 +28,7 @@ from engine.losses import (
     modulation,
     recorded_statistics,
 )
+from engine.modes import evaluating
 from engine.recording import Outputs, Recorded, laid_out_as
 from engine.source import Source
 from engine.task import Classification
@@ -200,20 +200,6 @@ def restart(optimizer: torch.optim.Optimizer) -> None:
     kept = [tensor for values in optimizer.state.values() for tensor in values.values()]
     if kept:
         torch._foreach_zero_(kept)
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module | None) -> Iterator[None]:
-    """Within the context the module, if there is one, is in eval mode; then in the mode that it was in."""
-    if module is None:
-        yield
-        return
-    was_training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was_training)
 
 
 def sample_weights(

@@ -17,8 +17,8 @@ def available_threads() -> int:
 def share_processors(environment: MutableMapping[str, str]) -> None:
     """Tell the OpenMP threads of PyTorch, which reads this when it is first imported, to mind other work.
 
-    No more of them than a container may use, and none that waits long by spinning, which keeps its processor from
-    whoever has work. What the user has set stays.
+    No more of them than a container may use, and, where OpenMP is GNU's as in PyTorch's own packages for Linux, none
+    that waits long by spinning, which keeps its processor from whoever has work. What the user has set stays.
     """
     if available_threads() < _processors():  # else PyTorch's own choice stays: it knows physical cores
         environment.setdefault("OMP_NUM_THREADS", str(available_threads()))

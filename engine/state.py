@@ -31,7 +31,7 @@ class State:
     average: nn.Module  # the weight average of the student: the one that is kept
     optimizer: torch.optim.Optimizer
     batch: Batch  # what the student is shown now
-    gradients: Recorded  # the batch's loss, each sample's divergence, the gradients of the student's parameters
+    gradients: Recorded  # the batch's losses, each sample's divergence, the gradients of the student's parameters
     inverter: Inverter
     buffer: ReplayBuffer
     held_out: ReplayBuffer  # the newest samples that the student never learns from
@@ -79,7 +79,7 @@ def start(
         task=task,
         normalization=inverter.problem.normalization,
         stages=stages,
-        settings=settings,
+        temperature=settings.temperature,
         compute=compute,
     )
     return State(

@@ -24,12 +24,13 @@ class Batch:
     slots: Tensor  # int64 [B], of the buffer
     views: Tensor  # int64 [B], which of a sample's augmentations
     weights: Tensor  # float32 [B], importance weights
+    feature_weight: Tensor  # scalar, of the maps at the end of each shared stage
 
 
 def empty_batch(number: int, device: torch.device) -> Batch:
     """A batch of `number` samples, still to be drawn."""
     slots, views = torch.zeros(2, number, dtype=torch.int64, device=device)
-    return Batch(slots, views, torch.ones(number, device=device))
+    return Batch(slots, views, torch.ones(number, device=device), torch.zeros((), device=device))
 
 
 def learning_parameters(student: nn.Module) -> list[nn.Parameter]:
@@ -62,7 +63,7 @@ def loss_and_gradients(
     task: Classification,
     normalization: Normalization,
     stages: Stages | None,
-    settings: DistillationSettings,
+    temperature: float,
     compute: Compute,
 ) -> Outputs:
     """The weighted losses of the logits and of the stages' maps, each sample's divergence [B], and the gradients.
@@ -81,10 +82,10 @@ def loss_and_gradients(
             with compared(stages, maps) as errors:
                 student_logits = student(inputs)
     weights = weights / weights.mean()
-    divergences = task.discrepancy(teacher_logits, student_logits, settings.temperature)
-    loss, feature_loss = (weights * divergences).mean(), (weights * torch.stack(errors).mean(0)).mean()
+    divergences = task.discrepancy(teacher_logits, student_logits, temperature)
+    loss, feature_loss = (weights * divergences).mean(), (weights * torch.stack(errors).sum(0)).mean()
     parameters = learning_parameters(student)
-    total = loss + settings.feature_weight * feature_loss
+    total = loss + batch.feature_weight * feature_loss
     gradients = torch.autograd.grad(total, parameters, materialize_grads=True)
     losses = (loss.detach(), feature_loss.detach(), divergences.detach())
     return Outputs(losses, laid_out_as(parameters, gradients))

@@ -38,7 +38,13 @@ def test_the_clock_stands_still_while_the_student_is_scored(monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("changed", "rounds"),
-    [({}, 50), ({"gamma": 2.0}, 50), ({"student_steps": 40}, 37), ({"inversion_steps": 5}, 74)],
+    [
+        ({}, 50),
+        ({"gamma": 2.0}, 50),
+        ({"student_steps": 40}, 37),
+        ({"inversion_steps": 5}, 74),
+        ({"feature_weight": 0.0}, 57),
+    ],
 )
 def test_what_costs_more_a_round_has_fewer_of_them(changed: dict[str, float], rounds: int) -> None:
     assert of_equal_cost(changed, rounds=50, task="demo") == rounds

@@ -1,7 +1,7 @@
 import dataclasses
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -172,12 +172,12 @@ def test_the_buffer_holds_what_the_teacher_says(finished: tuple[State, list[Roun
 
 
 def test_a_student_with_shorter_stages_learns_their_maps() -> None:
-    state, metrics = finish(teacher=network(0, depth=14))
+    state, metrics = finish(teacher=network(0, depth=14), rounds=8)
     assert state.buffer.views.shape[1] == state.settings.views
     assert state.buffer.logits.shape[1] == 1  # the teacher is asked again at each step
     losses = [item.feature_loss for item in metrics]
     assert math.isnan(losses[0])
-    assert losses[1] > losses[2] > losses[3] > 0
+    assert 0 < losses[-1] < 0.9 * losses[1]
 
 
 def test_without_the_weight_or_the_stages_no_map_is_compared(finished: tuple[State, list[RoundMetrics]]) -> None:
@@ -231,8 +231,18 @@ def test_a_teacher_without_batchnorm_runs() -> None:
 # Repeatability
 
 
-def test_the_same_seed_gives_the_same_student_bit_for_bit() -> None:
-    (first, first_metrics), (again, again_metrics) = finish(seed=3), finish(seed=3)
+@pytest.fixture
+def _two_threads() -> Iterator[None]:
+    usual = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(usual)
+
+
+@pytest.mark.usefixtures("_two_threads")
+@pytest.mark.parametrize("depth", [8, 14])
+def test_the_same_seed_gives_the_same_student_bit_for_bit(depth: int) -> None:
+    (first, first_metrics), (again, again_metrics) = (finish(seed=3, teacher=network(0, depth=depth)) for _ in range(2))
     assert same(copy_of(first.student), copy_of(again.student))
     assert same(copy_of(averaged_student(first)), copy_of(averaged_student(again)))
     assert same(copy_of(first.inverter.generator), copy_of(again.inverter.generator))
@@ -514,8 +524,9 @@ def test_held_out_samples_are_never_in_the_buffer(monkeypatch: pytest.MonkeyPatc
 # What must not happen
 
 
-def test_the_teacher_is_left_as_it_was() -> None:
-    teacher = network(0)
+@pytest.mark.parametrize("depth", [8, 14])
+def test_the_teacher_is_left_as_it_was(depth: int) -> None:
+    teacher = network(0, depth=depth)
     before = copy_of(teacher)
     list(distill(begin(teacher=teacher)))
     assert same(before, copy_of(teacher))
@@ -524,8 +535,9 @@ def test_the_teacher_is_left_as_it_was() -> None:
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in teacher.parameters())
 
 
-def test_a_run_that_is_left_half_way_leaves_no_hooks() -> None:
-    state = begin()
+@pytest.mark.parametrize("depth", [8, 14])
+def test_a_run_that_is_left_half_way_leaves_no_hooks(depth: int) -> None:
+    state = begin(teacher=network(0, depth=depth))
     rounds = distill(state)
     next(rounds)
     next(rounds)

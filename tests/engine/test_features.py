@@ -81,7 +81,44 @@ class InPairs(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("kind", [Twice, InPairs])
+class ChannelsLast(nn.Module):
+    """A stage whose maps are [B, H, W, C], as Swin's are."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.stage = nn.Sequential(*(nn.Linear(3, 3) for _ in range(blocks)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.stage(images.permute(0, 2, 3, 1)).mean((1, 2))
+        return logits
+
+
+class Block(nn.Module):
+    """One convolution, or two: a part of a block is missing, no block of a stage."""
+
+    def __init__(self, parts: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 3, 3, padding=1)
+        if parts > 1:
+            self.second = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        for part in self.children():
+            images = part(images)
+        return images
+
+
+class OneBlock(nn.Module):
+    def __init__(self, parts: int) -> None:
+        super().__init__()
+        self.block = Block(parts)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.block(images).mean((2, 3))
+        return logits
+
+
+@pytest.mark.parametrize("kind", [Twice, InPairs, ChannelsLast, OneBlock])
 def test_what_is_no_single_map_is_not_compared(kind: Callable[[int], nn.Module]) -> None:
     assert shared_stages(kind(1), kind(2), SHAPE) is None
 
@@ -116,6 +153,16 @@ def test_the_error_is_the_share_of_the_variance_that_is_missed() -> None:
     (errors[0].sum() + student_logits.sum()).backward()  # type: ignore[no-untyped-call]
     assert student.stage[0].weight.grad.abs().sum() > 0
     assert not maps[0].requires_grad
+
+
+def test_a_student_that_fails_keeps_no_hook() -> None:
+    student, teacher = Staged(1), Staged(2)
+    stages = shared_stages(student, teacher, SHAPE)
+    assert stages is not None
+    _, maps = teacher_maps(stages, torch.randn(4, *SHAPE))
+    with pytest.raises(RuntimeError), compared(stages, maps):
+        student(torch.randn(4, 1, 16, 16))
+    assert not any(module._forward_hooks for network in (student, teacher) for module in network.modules())
 
 
 def test_a_student_that_computes_the_same_misses_nothing() -> None:

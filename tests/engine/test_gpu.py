@@ -44,9 +44,9 @@ def waiting_for_the_device_fails() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def begin(device: str, *, student: nn.Module | None = None, **changed: Any) -> State:
+def begin(device: str, *, depth: int = 8, student: nn.Module | None = None, **changed: Any) -> State:
     torch.manual_seed(0)
-    teacher, usual = (resnet_cifar(CLASSES, CHANNELS, depth=8, width=8) for _ in range(2))
+    teacher, usual = (resnet_cifar(CLASSES, CHANNELS, depth=blocks, width=8) for blocks in (depth, 8))
     student = student or usual
     with torch.no_grad():
         for _ in range(10):
@@ -81,10 +81,10 @@ def tensors_of(state: State) -> dict[str, Tensor]:
     return found
 
 
-@pytest.fixture(scope="module")
-def finished() -> tuple[State, list[loop.RoundMetrics]]:
+@pytest.fixture(scope="module", params=[8, 14], ids=["logits alone", "maps too"])
+def finished(request: pytest.FixtureRequest) -> tuple[State, list[loop.RoundMetrics]]:
     """A smoke run on the GPU; tests may teach its student on."""
-    state = begin("cuda")
+    state = begin("cuda", depth=request.param)
     return state, list(distill(state))
 
 
@@ -92,7 +92,7 @@ def test_a_smoke_run_counts_and_keeps_the_shapes_of_a_run_on_the_cpu(
     finished: tuple[State, list[loop.RoundMetrics]],
 ) -> None:
     state, metrics = finished
-    on_cpu = begin("cpu")
+    on_cpu = begin("cpu", depth=14 if state.stages else 8)
     cpu_metrics = list(distill(on_cpu))
     counted = ("round", "rounds", "phase", "images_seen", "steps", "buffer_size")
     for item, expected in zip(metrics, cpu_metrics, strict=True):

@@ -51,6 +51,7 @@ def drawn() -> tuple[ReplayBuffer, Batch]:
     batch.slots.copy_(torch.arange(3, 11))
     batch.views.copy_(torch.arange(8) % 2)
     batch.weights.copy_(torch.linspace(0.2, 3.0, 8))
+    batch.feature_weight.fill_(2.5)
     return buffer, batch
 
 
@@ -63,7 +64,7 @@ def outputs(network: nn.Module, drawn: tuple[ReplayBuffer, Batch], stages: Stage
         task=Classification(CLASSES),
         normalization=CONSTANTS,
         stages=stages,
-        settings=SETTINGS,
+        temperature=4.0,
         compute=Compute(CPU, None),
     )
 
@@ -97,8 +98,8 @@ def test_with_stages_the_teacher_sees_the_view_and_its_maps_are_learned_too(
     with compared(stages, maps) as errors:
         each = Classification(CLASSES).discrepancy(logits, network(inputs), 4.0)
     weights = batch.weights / batch.weights.sum()
-    expected, expected_feature = (weights * each).sum(), (weights * sum(errors) / 3).sum()
-    (expected + SETTINGS.feature_weight * expected_feature).backward()  # type: ignore[no-untyped-call]
+    expected, expected_feature = (weights * each).sum(), (weights * sum(errors)).sum()
+    (expected + 2.5 * expected_feature).backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(feature_loss, expected_feature.detach())
     for parameter, gradient in zip(learning_parameters(network), gradients, strict=True):
