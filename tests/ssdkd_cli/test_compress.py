@@ -105,6 +105,8 @@ def test_metrics_are_one_json_line_a_round(compressed: Path) -> None:
     assert [line["phase"] for line in lines] == ["warm-up", "distill", "distill"]
     assert lines[0]["distillation_loss"] is None  # nothing was learned yet: unknown, not NaN
     assert lines[2]["distillation_loss"] > 0
+    assert lines[0]["feature_loss"] is None
+    assert lines[2]["feature_loss"] >= 0
 
 
 def test_the_model_file_takes_any_batch_and_says_what_it_is(compressed: Path) -> None:
