@@ -6,8 +6,8 @@
 The engine's step is `engine.distill.teach`: draw by priority, render a view, ask the teacher for its logits and its
 maps, forward, weighted losses, backward, SGD, new priorities, weight average. A pair that shares no stage has NO
 forward pass of the teacher in it: its kept logits of the view are used. The teacher looks at a new sample when that
-enters the buffer, at one view or at all (`teacher_forwards_per_draw` says how often that is for each image that the
-student sees, `ratio_to_bare_with_those` counts them in). So there are two bare steps, on one batch that lies on the
+enters the buffer, at one view of it or at all (`teacher_forwards_per_draw` says how often that is for each image that
+the student sees, `ratio_to_bare_with_those` counts them in). So there are two bare steps, on one batch that lies on the
 device: with the teacher's forward pass, as distillation usually has it, and without. Both do forward, the loss of the
 logits, backward, the same SGD, and nothing else. On a GPU the engine's step is a CUDA graph, the bare ones are not; it
 is timed without its graph, too. All run in the same precision, in short turns one after another in one process; ratios
