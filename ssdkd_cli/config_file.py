@@ -58,13 +58,17 @@ def apply_config(context: typer.Context, path: Path | None) -> Path | None:
             f"--config {path} names a teacher; the demo has its own",
             f"ssdkd compress --config {path}, or delete 'teacher' from the file",
         )
-    known = [str(option.name) for option in context.command.params if option.name not in ("config", "help")]
-    check_keys(values, known, f"--config {path}, table [compress]")
-    repeatable = {option.name for option in context.command.params if getattr(option, "multiple", False)}
-    defaults = {
-        key: list(map(str, value if isinstance(value, list) else [value])) if key in repeatable else _as_typed(value)
-        for key, value in values.items()
-    }
+    options = {str(option.name): option for option in context.command.params if option.name not in ("config", "help")}
+    where = f"--config {path}, table [compress]"
+    check_keys(values, options, where)
+    for key, value in values.items():
+        if isinstance(value, bool) and not getattr(options[key], "is_flag", False):
+            name = key.replace("_", "-")
+            raise SSDKDError(
+                f"{where}: expected words or a number for '{name}', found {str(value).lower()}",
+                f"delete '{name}', or write what it takes: `ssdkd {context.info_name} --help` says it",
+            )
+    defaults = {key: _as_typed(value, is_repeatable=options[key].multiple) for key, value in values.items()}
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
 
@@ -79,15 +83,12 @@ def check_keys(found: Iterable[str], known: Iterable[str], where: str) -> None:
             raise SSDKDError(f"{where}: unknown key '{key}'", hint)
 
 
-def _as_typed(value: object) -> object:
-    """A TOML value as the same words would stand on the command line."""
+def _as_typed(value: object, *, is_repeatable: bool) -> object:
+    """A TOML value as the same words would stand on the command line: a list is joined, unless they can be repeated."""
     if isinstance(value, bool):
         return value
-    if isinstance(value, list):
-        return (
-            [str(item) for item in value] if all(isinstance(item, str) for item in value) else ",".join(map(str, value))
-        )
-    return str(value)
+    words = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    return words if is_repeatable else ",".join(words)
 
 
 def write_config(

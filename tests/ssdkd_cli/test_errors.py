@@ -176,6 +176,10 @@ ROWS: list[tuple[str, Callable[[Path], None], tuple[str, ...], int, str, str]] =
     ("config NUL", bad_config('[compress]\nout="a\\u0000b"'), CONFIGURED, 1, "'out' holds a NUL", "take it out"),
     ("setting absurd", bad_config(f"[distillation]\ngamma=1{'0' * 400}"), CONFIGURED, 1, "1,000,000,000 at most", ""),
     ("setting's type", bad_config("[distillation]\nmeta=1"), CONFIGURED, 1, "'meta' is 1: expected bool", "config"),
+    *((f"config {key} {value}", bad_config(f"[compress]\n{key}={value}"), CONFIGURED, 1,
+       f"[compress]: expected words or a number for '{key}', found {value}", f"delete '{key}'") for key, value in (
+        *(("eval-data", "false"), ("time-limit", "false"), ("max-size-mb", "false"), ("export", "true")),
+    )),
     ("config value", bad_config("[compress]\nclasses=1"), CONFIGURED, 2, "at least 2", ""),
     ("teacher of demo", bad_config("[compress]\nteacher='x'"), DEMO, 1, "names a teacher", "ssdkd compress"),
     ("effort", nothing, (*COMPRESS, "--effort", "huge"), 2, "smoke, quick, full", ""),

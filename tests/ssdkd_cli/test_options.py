@@ -134,7 +134,7 @@ def test_a_profile_that_is_a_file_is_found_from_anywhere(
     assert found["profile"] == written.format(here=tmp_path)
 
 
-def test_one_of_a_list_needs_no_brackets_in_a_config(
+def test_brackets_in_a_config_are_not_needed_and_do_no_harm(
     ssdkd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ssdkd_cli import pipeline
@@ -150,6 +150,12 @@ def test_one_of_a_list_needs_no_brackets_in_a_config(
     config.write_text("[compress]\nstudent='vgg8'\nprecision='int8'\nexport='onnx'\n")
     assert ssdkd("compress", "t.pt", "--config", config).code == 1
     assert (seen[0].precision, seen[0].export) == (["int8"], ["onnx"])
+    config.write_text(
+        "[compress]\nstudent=['vgg8']\neffort=['quick']\nmean=['0.5','0.25']\nprecision=['fp32','int8']\n"
+    )
+    assert ssdkd("compress", "t.pt", "--config", config).code == 1
+    assert (seen[1].student, seen[1].effort, seen[1].mean) == ("vgg8", "quick", (0.5, 0.25))
+    assert seen[1].precision == ["fp32", "int8"]
 
 
 def test_what_is_typed_wins_over_the_config(ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any) -> None:
