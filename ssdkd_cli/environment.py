@@ -87,7 +87,6 @@ def doctor_facts() -> dict[str, str]:
 
 def doctor_findings() -> list[str]:
     """What this machine can and cannot do, one sentence each."""
-    import onnxruntime
     import torch
 
     from engine.device import cpu_computes_bfloat16
@@ -104,8 +103,8 @@ def doctor_findings() -> list[str]:
     if fitting := cpu_profile():
         findings.append(f"its processor fits --profile {fitting[0]} ({fitting[1]})")
     findings.append("exports to ONNX and proves the file in ONNX Runtime on the CPU")
-    if torch.cuda.is_available() and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        findings.append("measures ONNX files on the CPU only: pip install onnxruntime-gpu to measure them on the GPU")
+    if torch.cuda.is_available():
+        findings.append("measures ONNX files on the CPU, TensorRT plans on the GPU")
     return findings
 
 

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine import processors
 from ssdkd_cli import environment
@@ -42,6 +43,13 @@ def test_the_profile_that_fits_this_machine(
     assert said == ([f"its processor fits --profile {fitting}"] if fitting else [])
     assert ["no VNNI" in warning for warning in profile_warnings("x86-vnni")] == [True] * is_warned
     assert profile_warnings("x86-avx2") == []
+
+
+def test_onnx_files_are_measured_on_the_cpu_where_there_is_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    findings = doctor_findings()
+    assert findings[-1] == "measures ONNX files on the CPU, TensorRT plans on the GPU"
+    assert "pip install" not in " ".join(findings)
 
 
 def test_a_machine_that_does_not_say_fits_no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
