@@ -61,7 +61,7 @@ class TeacherSpec:
     batchnorm_layers: int  # usable ones
     parameters: int
     warnings: tuple[str, ...]
-    flags: tuple[str, ...] = ()  # what load_teacher was told, as words of the command line
+    flags: tuple[str, ...] = ()  # what load_teacher was told, but for a number of classes, as words of the command line
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,15 @@ def load_teacher(
     std: tuple[float, ...] | None = None,
     classes: int | None = None,
     class_names: tuple[str, ...] | None = None,
+    classes_file: Path | None = None,
     trust_pickle: bool = False,
     allow_nonfinite: bool = False,
 ) -> Teacher:
     """Reads a teacher of any supported format; TeacherSpec says what is found out about it.
 
-    `input_shape`: C, H, W. `mean`, `std`: a value a channel, for images in 0...1. `trust_pickle`: code in the file may
-    run. `allow_nonfinite`: NaN weights are not refused.
+    `input_shape`: C, H, W. `mean`, `std`: a value a channel, for images in 0...1. `classes_file`: where `class_names`
+    were read, for TeacherSpec.flags alone. `trust_pickle`: code in the file may run. `allow_nonfinite`: NaN weights are
+    not refused.
 
     Raises:
         SSDKDError: everything that makes the file unusable as it is, with the flag that would help.
@@ -140,7 +142,7 @@ def load_teacher(
                 *(() if usable else (NO_BATCHNORM,)),
                 *((FOLDED,) if checkpoint.graph and not usable else ()),
             ),
-            flags=_flags(arch, input_shape, mean, std, trust_pickle),
+            flags=_flags(arch, input_shape, mean, std, classes_file, trust_pickle),
         ),
     )
 
@@ -238,13 +240,19 @@ def _check_classes(found: int, stated: int | None, names: tuple[str, ...] | None
 
 
 def _flags(
-    arch: str | None, shape: Shape | None, mean: tuple[float, ...] | None, std: tuple[float, ...] | None, trust: bool
+    arch: str | None,
+    shape: Shape | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    classes_file: Path | None,
+    trust: bool,
 ) -> tuple[str, ...]:
     flags = {
         "--arch": arch,
         "--input": words(shape) if shape else None,
         "--mean": ",".join(map(str, mean)) if mean else None,
         "--std": ",".join(map(str, std)) if std else None,
+        "--classes": str(classes_file) if classes_file else None,
     }
     given = [word for flag, value in flags.items() if value for word in (flag, value)]
     return (*given, "--trust-pickle") if trust else tuple(given)

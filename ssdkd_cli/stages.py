@@ -84,6 +84,7 @@ def inspect(
             std=std,
             classes=number,
             class_names=names,
+            classes_file=classes if names else None,
             trust_pickle=trust_pickle,
             allow_nonfinite=True,
         )

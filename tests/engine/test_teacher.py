@@ -260,10 +260,12 @@ def test_facts_in_the_file_are_used(tmp_path):
 def test_flags_win_over_the_file_and_are_kept(tmp_path):
     path = save(tmp_path, image_size=24, mean=[0.5] * 3, std=[0.5] * 3)
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
-    spec = load_teacher(path, input_shape=(3, 20, 24), mean=mean, std=std, class_names=tuple("abcde")).spec
+    names = {"class_names": tuple("abcde"), "classes_file": tmp_path / "names.txt"}
+    spec = load_teacher(path, input_shape=(3, 20, 24), mean=mean, std=std, **names).spec
     assert (spec.input_shape, spec.class_names) == ((3, 20, 24), tuple("abcde"))
     assert (spec.preprocessing.mean, spec.preprocessing.std, spec.preprocessing.source) == (mean, std, "flag")
-    assert spec.flags == ("--input", "3x20x24", "--mean", "0.1,0.2,0.3", "--std", "0.4,0.5,0.6")
+    assert spec.flags[:6] == ("--input", "3x20x24", "--mean", "0.1,0.2,0.3", "--std", "0.4,0.5,0.6")
+    assert spec.flags[6:] == ("--classes", str(tmp_path / "names.txt"))
 
 
 def test_a_stated_architecture(tmp_path):

@@ -52,6 +52,8 @@ def test_inspect_says_what_is_in_the_file(ssdkd: Any, shared: Path) -> None:
     shown = ssdkd("inspect", shared / "teacher.pt", "--input", "1x16x16")
     assert ran.json["command"] in shown.out
     assert "No student of `ssdkd students` has fewer parameters" in shown.out
+    named = ssdkd("inspect", shared / "teacher.pt", "--input", "1x16x16", "--classes", shared / "labels.txt", "--json")
+    assert named.json["command"] == f"{ran.json['command']} --classes {shared / 'labels.txt'}"
     assert "resnet8" in shown.out
 
 
