@@ -124,8 +124,9 @@ def correct_biases(
         finally:
             layer._forward_pre_hooks = hooks
         axes = (0, 2, 3) if isinstance(layer, nn.Conv2d) else tuple(range(error.dim() - 1))
-        errors[name] = errors.get(name, 0) + error.float().mean(axes)
-        counts[name] += 1
+        total = error.float().sum(axes)  # [channels]
+        errors[name] = errors.get(name, 0) + total
+        counts[name] += error.numel() // len(total)
 
     with _hooked({name: layer for name, layer in layers.items() if name in ranges}, measure):
         for part in images.split(batch):

@@ -142,6 +142,17 @@ def test_corrected_biases_take_the_mean_error_out(network: Network, images: Tens
     assert hooks_of(corrected) == 0
 
 
+def test_the_last_batch_counts_by_its_images(network: Network, images: Tensor) -> None:
+    uneven = torch.cat([images[:64], torch.full_like(images[64:], 255)])  # batches of 64 and 32, which differ
+    ranges = observed_ranges(network, uneven, normalization=CONSTANTS, batch=96)
+    biases = []
+    for batch in (64, 96):
+        corrected = copy.deepcopy(network)
+        correct_biases(corrected, uneven, ranges, Grid(False, 7), normalization=CONSTANTS, batch=batch)
+        biases.append(torch.cat([layer.bias for layer in quantized_layers(corrected).values()]))
+    assert torch.allclose(*biases, atol=1e-5)
+
+
 def train(module: nn.Module, images: Tensor, logits: Tensor, *, seed: int = 0, steps: int = 60) -> list[float]:
     return list(
         quantization_aware(
