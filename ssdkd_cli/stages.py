@@ -1,9 +1,10 @@
 """The commands beside `compress`: each reads, asks one stage, and hands back what to print."""
 
 import functools
+import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,6 +36,9 @@ from ssdkd_cli.options import (
 from ssdkd_cli.outcome import Outcome, as_json
 from ssdkd_cli.parsing import parse_path
 from ssdkd_cli.words import SOURCES, count, milliseconds, percent, shape, size
+
+if TYPE_CHECKING:
+    from ssdkd_cli.report import Artifact
 
 
 def _path(metavar: str, help: str) -> Any:
@@ -340,10 +344,17 @@ def report(run: Annotated[Path, RUN], json: Annotated[bool, JSON] = False) -> Ou
     write_report(found, run)
     for item in found.artifacts:
         if problem := problem_of(item, run):
-            console.warn(f"{problem}; `ssdkd export {run} --precision {item.precision} --overwrite` writes it anew")
+            console.warn(f"{problem}; `{_export_again(item, run)}` writes it anew")
     if json:
         return Outcome(functools.partial(console.print_json, to_json(found)))
     return Outcome(functools.partial(show_report, run, found))
+
+
+def _export_again(item: "Artifact", run: Path) -> str:
+    """The command that makes a file of a run anew."""
+    profile = ["--profile", item.profile] if item.profile else []
+    wanted = ["--export", item.format, "--precision", item.precision, *profile]
+    return shlex.join(["ssdkd", "export", str(run), *wanted, "--overwrite"])
 
 
 def _outcome(json: bool, value: object, show: Callable[[], None], exit_code: int = 0) -> Outcome:

@@ -125,6 +125,26 @@ def test_a_busy_machine_is_said(ssdkd: Any, compressed: Path, monkeypatch: Any) 
         assert (said in ran.err) == is_said
 
 
+def test_a_file_that_is_gone_is_written_anew_by_what_is_proposed(ssdkd: Any, compressed: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(compressed, tmp_path / "a run"))
+    found = json.loads((run / "report.json").read_text())
+    (of_onnx,) = found["artifacts"]
+    plan = {**of_onnx, "path": "model.fp16.engine", "format": "trt", "precision": "fp16"}
+    of_device = {**of_onnx, "path": "model.int8.onnx", "precision": "int8", "profile": "x86-avx2"}
+    found["artifacts"] += [plan, of_device]
+    (run / "report.json").write_text(json.dumps(found))
+    (run / "model.onnx").unlink()
+    said = ssdkd("report", run).err
+    for wanted in (
+        "--export onnx --precision fp32",
+        "--export trt --precision fp16",
+        "--export onnx --precision int8 --profile x86-avx2",
+    ):
+        assert f"is gone; `ssdkd export '{run}' {wanted} --overwrite` writes it anew" in said
+    assert ssdkd("export", run, "--export", "onnx", "--precision", "fp32", "--overwrite").code == 0
+    assert "model.onnx is gone" not in ssdkd("report", run).err
+
+
 @pytest.mark.parametrize("batch", [1, 8])
 def test_bench_of_a_file_with_a_fixed_batch(ssdkd: Any, compressed: Path, tmp_path: Path, batch: int) -> None:
     path = with_input(compressed / "model.onnx", tmp_path / "fixed.onnx", batch)
