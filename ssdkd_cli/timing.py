@@ -21,6 +21,7 @@ from ssdkd_cli.words import milliseconds
 BATCHES = (32, 16, 8, 4, 2, 1)  # of the throughput: the largest that stays below BATCH_SECONDS a call
 BATCH_SECONDS = 0.4
 BUSY = 3  # times the median that one call of ten takes: other work held the processor
+TEACHER = "the teacher"  # as `busy_warnings` is given it
 BENCH_SECONDS = 0.5  # each file at each batch size is called for at least so long
 
 
@@ -71,10 +72,14 @@ def measure(
 
 
 def busy_warnings(timings: Mapping[str, Timing], model: Path) -> list[str]:
-    """A sentence where calls of the same network differ too much to be the network's; `model`: what to time again."""
+    """A sentence where calls of the same network differ too much to be the network's; `model`: what to time again.
+
+    That is its files: the teacher is timed by `ssdkd compress` alone.
+    """
+    again = f"; time it again with `ssdkd bench {model}`"
     return [
         f"the machine was busy when {name} was timed: half of its calls took {milliseconds(latency.p50)}, one of ten "
-        f"{milliseconds(latency.p90)} and more; time it again with `ssdkd bench {model}`"
+        f"{milliseconds(latency.p90)} and more{again if name != TEACHER else ''}"
         for name, latency in ((name, timing.latency_ms) for name, timing in timings.items())
         if latency.p90 > BUSY * latency.p50
     ]

@@ -81,6 +81,7 @@ def test_doubts_of_the_machine_are_in_the_report(ssdkd: Any, shared: Path, tmp_p
     for words in ("has no VNNI", "busy when the teacher was timed", "busy when model.onnx was timed"):
         (warning,) = [text for text in ran.json["warnings"] if words in text]
         assert warning in ran.err
+        assert ("ssdkd bench" in warning) == ("model.onnx" in words)  # it times no teacher
     exported = ssdkd("export", tmp_path / "run", "--overwrite", "--profile", "x86-vnni", "--precision", "fp32")
     assert "has no VNNI" in exported.err
     assert "busy when model.onnx was timed" in exported.err
