@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import inspect
 import os
 import signal
 import sys
@@ -22,9 +23,10 @@ from ssdkd_cli.outcome import Outcome
 
 KNOWN_ERROR, VERIFICATION_FAILED, INTERRUPTED = 1, 3, 130
 
-OTHER_DISK = "free some space, or choose another disk with --out DIR"
-OTHER_FOLDER = "choose a folder that you may write with --out DIR"
-NO_FOLDER = "a part of the path is a file or a broken link: choose another folder with --out DIR"
+WITH_OUT = " with --out DIR"  # said to commands that have it
+OTHER_DISK = f"free some space, or choose another disk{WITH_OUT}"
+OTHER_FOLDER = f"choose a folder that you may write{WITH_OUT}"
+NO_FOLDER = f"a part of the path is a file or a broken link: choose another folder{WITH_OUT}"
 DISK_HINTS = {
     errno.ENOSPC: OTHER_DISK,
     errno.EDQUOT: OTHER_DISK,
@@ -34,9 +36,9 @@ DISK_HINTS = {
     errno.EPERM: OTHER_FOLDER,
     errno.ENOTDIR: NO_FOLDER,
     errno.EEXIST: NO_FOLDER,
-    errno.ELOOP: "a link of the path leads back to itself: choose another folder with --out DIR",
+    errno.ELOOP: f"a link of the path leads back to itself: choose another folder{WITH_OUT}",
     errno.ENAMETOOLONG: "use a shorter path",
-    errno.EFBIG: "raise the limit on the size of a file (`ulimit -f`), or choose another disk with --out DIR",
+    errno.EFBIG: f"raise the limit on the size of a file (`ulimit -f`), or choose another disk{WITH_OUT}",
 }
 
 # How PyTorch, CUDA and the C++ library say it where the exception's type does not.
@@ -52,16 +54,20 @@ ENDING = ("SIGTERM", "SIGHUP")  # what `docker stop`, a batch system and a close
 
 def within_boundary(command: Callable[..., Outcome]) -> Callable[..., None]:
     """The command as Typer is to call it: its signature, its errors made sentences."""
+    has_out = "out" in inspect.signature(command).parameters
 
     @functools.wraps(command)
     def guarded(*args: object, **options: object) -> None:
-        raise typer.Exit(exit_code_of(functools.partial(command, *args, **options)))
+        raise typer.Exit(exit_code_of(functools.partial(command, *args, **options), has_out=has_out))
 
     return guarded
 
 
-def exit_code_of(command: Callable[[], Outcome]) -> int:
-    """Run a command, print its result on stdout or its error on stderr, and return the exit code."""
+def exit_code_of(command: Callable[[], Outcome], *, has_out: bool = False) -> int:
+    """Run a command, print its result on stdout or its error on stderr, and return the exit code.
+
+    `has_out`: the command has --out, which hints may name.
+    """
     try:
         with interruptible(), stdout_for_the_result():
             outcome = command()
@@ -78,7 +84,8 @@ def exit_code_of(command: Callable[[], Outcome]) -> int:
         if error.errno is None or (error.errno not in DISK_HINTS and not error.filename):
             raise
         where = f": {error.filename}" if error.filename else ""
-        console.error(f"{os.strerror(error.errno)}{where}", DISK_HINTS.get(error.errno, "check that path"))
+        hint = DISK_HINTS.get(error.errno, "check that path")
+        console.error(f"{os.strerror(error.errno)}{where}", hint if has_out else hint.replace(WITH_OUT, ""))
     except (MemoryError, RuntimeError, ImportError) as error:
         if not is_out_of_memory(error):
             raise

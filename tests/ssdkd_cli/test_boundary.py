@@ -6,8 +6,9 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+import typer
 
-from ssdkd_cli.boundary import exit_code_of, uninterrupted
+from ssdkd_cli.boundary import exit_code_of, uninterrupted, within_boundary
 from ssdkd_cli.outcome import Outcome
 
 
@@ -103,6 +104,23 @@ def test_what_the_system_says_of_a_file_is_a_sentence(capsys: pytest.CaptureFixt
     assert "No such file or directory: gone" in capsys.readouterr().err
     with pytest.raises(OSError, match="a bug"):
         exit_code_of(lambda: fail(OSError("a bug")))
+
+
+def test_out_is_advised_to_commands_that_have_it(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> Outcome:
+        raise OSError(errno.EROFS, "Read-only file system", "run/report.md")
+
+    def fail_with_out(out: str) -> Outcome:
+        return fail()
+
+    with pytest.raises(typer.Exit):
+        within_boundary(fail_with_out)(out="run")
+    assert "choose a folder that you may write with --out DIR" in capsys.readouterr().err
+    with pytest.raises(typer.Exit):
+        within_boundary(fail)()
+    said = capsys.readouterr().err
+    assert "choose a folder that you may write" in said
+    assert "--out" not in said
 
 
 def test_libraries_that_memory_is_too_small_for(capsys: pytest.CaptureFixture[str]) -> None:
