@@ -7,12 +7,11 @@ from dataclasses import dataclass
 class Format:
     """One file format. All are made of the ONNX graph, which holds the precision; `requires` names packages."""
 
-    name: str
     suffix: str
     requires: tuple[str, ...]
 
 
 FORMATS: dict[str, Format] = {
-    "onnx": Format("onnx", ".onnx", ("torch", "onnx", "onnxscript")),
-    "trt": Format("trt", ".engine", ()),  # tensorrt or tensorrt_rtx: to_tensorrt.find_flavour looks for either
+    "onnx": Format(".onnx", ("torch", "onnx", "onnxscript")),
+    "trt": Format(".engine", ()),  # tensorrt or tensorrt_rtx: to_tensorrt.find_flavour looks for either
 }

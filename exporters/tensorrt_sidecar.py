@@ -14,7 +14,8 @@ from exporters.files import write_atomically
 from exporters.tensorrt_types import NOT_FOUND
 
 SCHEMA_VERSION = 1
-FLAVOURS = ("tensorrt", "tensorrt_rtx")
+# The libraries that make plans, by the modules that are imported, in the order in which they are looked for.
+FLAVOURS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
 BINDINGS = 2  # an input and an output
 LEAST_SHARE = 0.5  # of the weights compute in the precision that was asked for; layers may stay above it on purpose
 LOWER = {"fp32": ("fp16", "bf16", "fp8", "int8"), "fp16": ("fp8", "int8"), "int8": ()}  # than what was asked for

@@ -17,10 +17,9 @@ from typing import Any
 from engine.errors import SSDKDError
 from exporters.files import write_atomically
 from exporters.metadata import ssdkd_version
-from exporters.tensorrt_sidecar import SCHEMA_VERSION, Binding, Sidecar, write_sidecar
+from exporters.tensorrt_sidecar import FLAVOURS, SCHEMA_VERSION, Binding, Sidecar, write_sidecar
 from exporters.tensorrt_types import engine_types, metadata_of, network_types, weights_in_plan
 
-LABELS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}  # in the order in which they are looked for
 PACKAGES = {"tensorrt": "'tensorrt>=10,<12'", "tensorrt_rtx": "tensorrt-rtx-cu13"}
 UNKNOWN_OPERATOR = ("UNSUPPORTED_NODE", "creator &&", "Plugin not found")  # how parsers say that they lack it
 NO_GPU_HINT = "build where the plan will run, or `pip install tensorrt-rtx-cu13`, which builds without a GPU"
@@ -43,7 +42,7 @@ def find_flavour(wanted: str | None = None) -> Flavour:
     Raises SSDKDError, with the command that installs it, where it is missing or cannot be imported.
     """
     problems = []
-    for name in LABELS if wanted is None else (wanted,):
+    for name in FLAVOURS if wanted is None else (wanted,):
         try:
             trt = import_flavour(name)
         except Exception as error:  # a damaged package may raise anything
@@ -57,8 +56,8 @@ def find_flavour(wanted: str | None = None) -> Flavour:
             elif not hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
                 reason = f"is of version {trt.__version__}, which has no strongly typed networks"
             else:
-                return Flavour(name, LABELS[name], str(trt.__version__))
-        problems.append(f"{LABELS[name]} {reason}")
+                return Flavour(name, FLAVOURS[name], str(trt.__version__))
+        problems.append(f"{FLAVOURS[name]} {reason}")
     commands = [f"pip install {package}" for name, package in PACKAGES.items() if wanted in (None, name)]
     raise SSDKDError(f"a TensorRT plan cannot be made: {'; '.join(problems)}", " or ".join(commands))
 

@@ -6,10 +6,10 @@ import platform
 from pathlib import Path
 
 from engine.processors import available_threads
+from exporters.tensorrt_sidecar import FLAVOURS
 from ssdkd_cli import __version__
 
 PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "safetensors")
-TENSORRT_FLAVOURS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
 
 CPU_INFO = Path("/proc/cpuinfo")
 # Profile, the flags in CPU_INFO of which one must be there, and what they mean; the first that fits is the machine's.
@@ -81,7 +81,7 @@ def doctor_facts() -> dict[str, str]:
     }
     facts |= {name: importlib.metadata.version(name) for name in PACKAGES}
     facts["onnxruntime_providers"] = ", ".join(onnxruntime.get_available_providers())
-    facts |= {package: _import_of(package) for package in TENSORRT_FLAVOURS}
+    facts |= {package: _import_of(package) for package in FLAVOURS}
     return facts
 
 

@@ -304,5 +304,6 @@ def _default(option: "dataclasses.Field[Any]") -> object:
 
 
 def _for_typer(annotation: Any) -> Any:
+    """Any where there is a parser: Typer reads a tuple type as so many words of the command line."""
     kind, declared = get_args(annotation)
     return Annotated[Any, declared] if getattr(declared, "parser", None) else Annotated[kind, declared]

@@ -88,7 +88,3 @@ def finite(value: float | None) -> float | None:
 def without_repeats(names: list[str]) -> list[str]:
     """Each name once, in the order in which they were first given."""
     return list(dict.fromkeys(names))
-
-
-# Options that other commands take too. Typer reads a tuple type as so many words: where there is a parser, the type
-# that Typer is shown is Any (see `command_taking_options`).
