@@ -117,19 +117,8 @@ def error(message: str, hint: str) -> None:
 @contextmanager
 def stage(name: str, doing: str) -> Iterator[Callable[..., None]]:
     """A spinner while a stage works; the function that it yields, done(text, good=True), says what came of it."""
-    outcome = (doing, True)
-
-    def done(text: str, good: bool = True) -> None:
-        nonlocal outcome
-        outcome = (text, good)
-
-    started = time.perf_counter()
-    if show.is_terminal:
-        with Live(waiting(name, doing), console=show, transient=True, refresh_per_second=FRAMES):
-            yield done
-    else:
+    with counted(name, doing) as (_, done):
         yield done
-    finish(name, *outcome, started)
 
 
 @contextmanager

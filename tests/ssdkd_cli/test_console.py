@@ -81,6 +81,15 @@ def test_a_failed_stage_is_not_ticked(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().err == ""
 
 
+def test_a_stage_of_many_rounds_tells_of_some(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.counted("samples", "512 samples") as (tick, done):
+        tick("round 1")
+        tick("round 2")
+        done("512 samples, made")
+    said = capsys.readouterr().err.splitlines()
+    assert [" ".join(line.split()) for line in said] == ["512 samples, round 1", "✓ samples 512 samples, made"]
+
+
 def test_sparkline() -> None:
     assert console.sparkline([]) == ""
     assert console.sparkline([0, 50, 100]) == "▁▅█"
