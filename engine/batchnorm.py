@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.losses import batchnorm_loss, batchnorm_prior, flat_statistics, recorded_statistics
-from engine.probing import NEVER_RUNS, noise
+from engine.probing import NEVER_RUNS, is_batchnorm, noise
 from engine.shapes import Shape
 
 
@@ -15,7 +15,7 @@ def batchnorm_layers(module: nn.Module) -> list[nn.Module]:
 
 def has_running_statistics(layer: nn.Module) -> bool:
     """Whether it is a BatchNorm layer (of whatever library) that runs and normalises by stored statistics."""
-    if not any("BatchNorm" in kind.__name__ for kind in type(layer).__mro__) or hasattr(layer, NEVER_RUNS):
+    if not is_batchnorm(layer) or hasattr(layer, NEVER_RUNS):
         return False
     return all(isinstance(getattr(layer, name, None), Tensor) for name in ("running_mean", "running_var"))
 

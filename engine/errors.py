@@ -1,4 +1,4 @@
-"""The one exception that users see: a sentence that says what is wrong, and the next command to type."""
+"""The exception that users see: a sentence that says what is wrong, and the next command to type."""
 
 
 class SSDKDError(Exception):
@@ -14,8 +14,13 @@ class SSDKDError(Exception):
 
 
 class NonFiniteLossError(SSDKDError):
-    """A loss became NaN or infinite; no student is written."""
+    """A loss became NaN or infinite."""
 
 
 class OutOfMemoryError(SSDKDError):
     """The device ran out of memory; the hint names a smaller batch."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

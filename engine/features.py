@@ -6,12 +6,13 @@ logits do (Romero et al. 2015, FitNets; without their regressor, as no shape dif
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from engine.hooks import removing
 from engine.modes import evaluating
 
 SMALLEST_VARIANCE = 1e-6
@@ -65,7 +66,7 @@ def teacher_maps(stages: Stages, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
     def keep(stage: nn.Module, _inputs: object, output: Tensor) -> None:
         maps[stage] = output.to(torch.float32, copy=True)  # what follows may change it in place
 
-    with _hooked([stage for _, stage in stages.pairs], keep):
+    with removing([stage.register_forward_hook(keep) for _, stage in stages.pairs]):
         logits = stages.teacher(inputs)
     return logits, [maps[stage] for _, stage in stages.pairs]
 
@@ -85,7 +86,7 @@ def compared(stages: Stages, targets: list[Tensor]) -> Iterator[list[Tensor]]:
         variance = target.var((0, 2, 3)).mean().clamp_min(SMALLEST_VARIANCE)
         errors.append((output.float() - target).square().mean((1, 2, 3)) / variance)
 
-    with _hooked(list(expected), compare):
+    with removing([stage.register_forward_hook(compare) for stage in expected]):
         yield errors
 
 
@@ -108,16 +109,7 @@ def _shapes_of_maps(network: nn.Module, stages: list[nn.Module], images: Tensor)
     def note(stage: nn.Module, _inputs: object, output: object) -> None:
         shapes[stage].append(output.shape if isinstance(output, Tensor) else torch.Size())
 
-    with _hooked(stages, note), evaluating(network), torch.no_grad():
+    handles = [stage.register_forward_hook(note) for stage in stages]
+    with removing(handles), evaluating(network), torch.no_grad():
         network(images)
     return {stage: seen[0] for stage, seen in shapes.items() if len(seen) == 1}
-
-
-@contextlib.contextmanager
-def _hooked(stages: list[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
-    handles = [stage.register_forward_hook(hook) for stage in stages]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

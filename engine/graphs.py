@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from engine.errors import SSDKDError
-from engine.probing import FORWARD_ERRORS, first_line, noise
+from engine.errors import SSDKDError, first_line
+from engine.probing import FORWARD_ERRORS, noise
 from engine.shapes import Shape, words
 
 aten = torch.ops.aten

@@ -1,6 +1,6 @@
-"""The equations of the method as functions of tensors: BatchNorm prior, modulating function, priorities.
+"""Equations of the method as functions of tensors: BatchNorm prior, what stands in for it, modulating function.
 
-docs/method.md lists each equation beside its function.
+docs/method.md lists each beside its function.
 """
 
 import contextlib
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from engine.hooks import removing
 
 VARIANCE_FLOOR = 1e-3  # relative to a layer's mean running variance: keeps dead channels from dominating
 
@@ -72,12 +74,8 @@ def recorded_statistics(layers: Sequence[nn.Module]) -> Iterator[dict[nn.Module,
     def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         recorded[layer] = ChannelStatistics.apply(inputs[0])
 
-    handles = [layer.register_forward_pre_hook(record) for layer in layers]
-    try:
+    with removing([layer.register_forward_pre_hook(record) for layer in layers]):
         yield recorded
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def flat_statistics(prior: BatchNormPrior, recorded: dict[nn.Module, tuple[Tensor, Tensor]]) -> Tensor:

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.errors import SSDKDError
+from engine.errors import SSDKDError, first_line
 from engine.graphs import Graph, batchnorm_layer, same_logits
 from engine.onnx_operations import OPERATIONS, constant_of_shape
-from engine.probing import first_line
 from engine.safe_pickle import damaged
 from engine.shapes import Shape
 from engine.unwrap import State

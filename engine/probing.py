@@ -5,7 +5,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from engine.errors import SSDKDError
+from engine.errors import SSDKDError, first_line
+from engine.hooks import removing
 from engine.shapes import Shape, words
 
 TRIED_PIXELS = (32, 64, 96, 128, 224, 256, 299, 384, 28)
@@ -50,17 +51,14 @@ def as_classifier(module: nn.Module, shape: Shape, name: str) -> tuple[nn.Module
     """
     _check_channels(module, shape, name)
     ran: set[nn.Module] = set()
-    norms = [layer for layer in module.modules() if any("BatchNorm" in kind.__name__ for kind in type(layer).__mro__)]
+    norms = [layer for layer in module.modules() if is_batchnorm(layer)]
     handles = [layer.register_forward_hook(lambda layer, *_: ran.add(layer)) for layer in norms]
     images = noise(shape)
     try:
-        with torch.no_grad():
+        with removing(handles), torch.no_grad():
             out = module(images)
     except FORWARD_ERRORS as error:
         raise _wrong_size(module, shape, name, error) from error
-    finally:
-        for handle in handles:
-            handle.remove()
     for layer in norms:
         if layer not in ran:
             setattr(layer, NEVER_RUNS, True)
@@ -96,9 +94,9 @@ def noise(shape: Shape, images: int = 2) -> Tensor:
     return torch.randn(images, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def first_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def is_batchnorm(layer: nn.Module) -> bool:
+    """Whether it is a BatchNorm layer, of whatever library."""
+    return any("BatchNorm" in kind.__name__ for kind in type(layer).__mro__)
 
 
 def input_channels(module: nn.Module) -> int | None:

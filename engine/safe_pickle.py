@@ -20,7 +20,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from engine.errors import SSDKDError
+from engine.errors import SSDKDError, first_line
 from engine.user_code import user_modules
 
 # Bytes that no reader understands end in one of these; which one depends on where the damage is.
@@ -201,10 +201,9 @@ def _check_archive(file: BinaryIO, path: Path) -> None:
 
 def damaged(path: Path, error: BaseException) -> SSDKDError:
     """The error for a file that begins like a checkpoint but cannot be read to its end."""
-    reason = str(error).strip().splitlines()
     return SSDKDError(
         f"{path.name} is damaged or cut short: expected a complete checkpoint, but reading it failed"
-        f" ({reason[0][:160] if reason else type(error).__name__})",
+        f" ({first_line(error)})",
         "copy or download the file again and compare its size and checksum with the original's",
     )
 

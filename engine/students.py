@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from engine.checkpoints import read_checkpoint
-from engine.errors import SSDKDError
+from engine.errors import SSDKDError, first_line
 from engine.layers import initialise_convolutions
 from engine.mobilenets import MobileNetV2
+from engine.probing import FORWARD_ERRORS
 from engine.shapes import Shape, words
 from engine.user_code import call_user_function
 from engine.zoo import VGG, ZOO, Builder, WideResNet, resnet_cifar
@@ -260,13 +261,8 @@ def _try_forward(student: nn.Module, name: str, input_shape: Shape, classes: int
     try:
         with torch.no_grad():
             logits = student(images)
-    except (
-        RuntimeError,
-        ValueError,
-        AssertionError,
-        IndexError,
-    ) as error:  # what layers raise at sizes they cannot take
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    except FORWARD_ERRORS as error:
+        reason = first_line(error)
         if student.training:
             raise SSDKDError(
                 f"the student {name} cannot be trained on images of {size} in channels_last, the memory format of"

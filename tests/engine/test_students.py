@@ -293,6 +293,7 @@ class LeNet(nn.Module):
 def view(classes): return LeNet(classes, False, 1)
 def flatten(classes): return LeNet(classes, True, 1)
 def two_heads(classes): return LeNet(classes, True, 2)
+def of_two_inputs(classes): return nn.Bilinear(2, 2, classes)
 """
 
 
@@ -304,6 +305,8 @@ def test_a_student_is_tried_as_it_will_be_trained(
     with pytest.raises(SSDKDError, match=r"view cannot be trained on images of 1x16x16 in channels_last") as caught:
         build_student("users_students:view", teacher=teacher)
     assert "flatten(1)" in caught.value.hint
+    with pytest.raises(SSDKDError, match=r"of_two_inputs cannot take images of 1x16x16: .*missing 1 required"):
+        build_student("users_students:of_two_inputs", teacher=teacher)
     with pytest.raises(SSDKDError, match="two_heads gives tuple in train mode"):
         build_student("users_students:two_heads", teacher=teacher)
     student = build_student("users_students:flatten", teacher=teacher)
