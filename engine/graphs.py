@@ -1,4 +1,4 @@
-"""Exported graphs as modules: BatchNorm layers are taken out of the operations again, and the batch is made free."""
+"""Exported graphs as modules: BatchNorm layers are taken out of the operations again, batch and device made free."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.errors import SSDKDError, first_line
@@ -42,6 +43,25 @@ class GraphBatchNorm(_BatchNorm):
         pass
 
 
+def loosen_device(module: fx.GraphModule) -> None:
+    """Replaces a device that the exporter wrote down by that of the images, and drops its checks of types; in place.
+
+    A run is on a GPU, or has half precision between the layers: neither is what the exporter saw.
+    """
+    images = next(node for node in module.graph.nodes if node.op == "placeholder")
+    with module.graph.inserting_after(images):
+        device = module.graph.call_function(getattr, (images, "device"))
+    for node in list(module.graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            module.graph.erase_node(node)
+            continue
+        node.args, node.kwargs = map_aggregate(
+            (node.args, node.kwargs), lambda value: device if isinstance(value, torch.device) else value
+        )
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
 def restore_batchnorm(module: fx.GraphModule) -> fx.GraphModule:
     """Puts a BatchNorm layer in the place of every BatchNorm operation with stored statistics; in place.
 
@@ -57,11 +77,13 @@ def restore_batchnorm(module: fx.GraphModule) -> fx.GraphModule:
         with module.graph.inserting_before(node):
             layer = module.graph.call_module(name, (node.args[0],))
         if node.target is aten.batch_norm.default:
+            layer.meta = dict(node.meta)
             node.replace_all_uses_with(layer)
         else:  # these give (output, mean, deviation)
             for user in list(node.users):
                 if user.args[1] != 0:
                     raise AssertionError("a BatchNorm in eval mode whose statistics are used")
+                layer.meta = dict(user.meta)
                 user.replace_all_uses_with(layer)
                 module.graph.erase_node(user)
         module.graph.erase_node(node)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from engine.errors import SSDKDError
-from engine.graphs import Graph, loosen_batch, restore_batchnorm
+from engine.graphs import Graph, loosen_batch, loosen_device, restore_batchnorm
 from engine.safe_archive import FILE_OPERATIONS, needs_trust, packed, read_members, without_folder
 from engine.safe_pickle import UNREADABLE, damaged
 from engine.shapes import Shape
@@ -72,6 +72,7 @@ def read_export(path: Path, *, trust_pickle: bool) -> tuple[State, Graph]:
     # The guards are Python source in the file; whether the batch is free is for `check_graph` to find out.
     reference = _plain(program.module(check_guards=False))
     module = _plain(program.module(check_guards=False))
+    loosen_device(module)
     restore_batchnorm(module)
     if batch is not None:
         loosen_batch(module, batch)

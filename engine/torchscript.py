@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from engine.graphs import Graph, restore_batchnorm
+from engine.graphs import Graph, loosen_device, restore_batchnorm
 from engine.probing import FORWARD_ERRORS, TRIED_PIXELS, noise
 from engine.safe_archive import FILE_OPERATIONS, needs_trust, packed, read_members, without_folder
 from engine.safe_pickle import UNREADABLE, damaged
@@ -88,7 +88,9 @@ def read_torchscript(
     module: nn.Module = Bare(script)
     if shape is not None:
         try:
-            module = restore_batchnorm(_as_operations(frozen.graph, noise(shape)))
+            operations = _as_operations(frozen.graph, noise(shape))
+            loosen_device(operations)
+            module = restore_batchnorm(operations)
         except _NotPlainError as error:
             notes.append(f"The TorchScript graph has {error}, so its BatchNorm layers cannot be used.")
     return state, Graph(module, run, None, None), notes

@@ -74,6 +74,41 @@ def test_state_graph_and_batchnorm_come_back_without_trust(tmp_path, dynamic, de
         torch.testing.assert_close(graph.module(images), original(images))
 
 
+class Casting(Small):
+    """Casts a map, and makes tensors of its own."""
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.conv(x)))
+        steps = torch.arange(6, device=x.device).to(self.head.weight.dtype)
+        return self.head((x.float() * steps + torch.ones(1)).to(torch.float32).flatten(1))
+
+
+@pytest.mark.parametrize("decompose", [False, True])
+def test_a_graph_runs_in_half_precision_and_where_its_images_are(tmp_path, decompose):
+    original = Casting().eval()
+    _, graph = read_export(write(tmp_path / "a.pt2", original, dynamic=True, decompose=decompose), trust_pickle=False)
+    with torch.no_grad():
+        torch.testing.assert_close(graph.module(IMAGES), original(IMAGES))
+        with torch.autocast("cpu", torch.bfloat16):
+            half = graph.module(IMAGES)
+        torch.testing.assert_close(half.float(), original(IMAGES), rtol=0.05, atol=0.05)
+        assert graph.module.to("meta")(IMAGES.to("meta")).shape == (2, 3)
+
+
+def test_a_batchnorm_before_a_reshape_leaves_the_batch_free(tmp_path):
+    class Flat(Small):
+        def forward(self, x):
+            x = self.norm(self.conv(x))
+            return self.head(x.view(x.size(0), -1))
+
+    original = Flat().eval()
+    for decompose in (False, True):
+        _, graph = read_export(write(tmp_path / "a.pt2", original, decompose=decompose), trust_pickle=False)
+        check_graph(graph, (3, 8, 8), "a.pt2")
+        with torch.no_grad():
+            torch.testing.assert_close(graph.module(IMAGES[:1]), original(IMAGES[:1]))
+
+
 def test_a_batch_that_is_really_fixed_is_said(tmp_path):
     class Fixed(Small):
         def forward(self, x):

@@ -60,6 +60,20 @@ def test_a_scripted_network_becomes_operations_with_its_batchnorm(tmp_path):
     )
 
 
+def test_a_traced_network_makes_its_tensors_where_the_images_are(tmp_path):
+    class Making(Awkward):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(self.first(x))
+            x = torch.cat((x, x + torch.zeros(x.shape[0], 1, 1, 1)), 1)
+            return self.head(x.mean((2, 3)))
+
+    path = save(tmp_path / "a.pt", lambda: torch.jit.trace(Making().eval(), torch.zeros(2, 3, 8, 8)))
+    _, graph, notes = read_torchscript(path, (3, 8, 8))
+    assert notes == []
+    check_graph(graph, (3, 8, 8), "a.pt")
+    assert graph.module.to("meta")(torch.zeros(5, 3, 8, 8, device="meta")).shape == (5, 3)
+
+
 def test_a_loop_is_run_as_it_is_and_said(tmp_path):
     class Loop(Awkward):
         def forward(self, x: Tensor) -> Tensor:
