@@ -8,6 +8,7 @@ from torch import Tensor
 
 from engine.config import DistillationSettings
 from engine.device import Compute
+from engine.errors import NonFiniteLossError
 from engine.inversion import invert, new_inverter
 from engine.source import Source
 
@@ -36,6 +37,9 @@ def synthesize(
 
     The images of the first rounds are none, [0, H, W, C]: the generator learns. Classes are as even as `number` lets
     them be.
+
+    Raises:
+        NonFiniteLossError: the loss of a round is NaN or infinite.
     """
     torch.manual_seed(seed)  # the generator's initial weights
     teacher, task = source.network, source.task
@@ -48,6 +52,11 @@ def synthesize(
     for index in range(rounds):
         targets = task.balanced_targets(counts, settings.inversion_batch, rng)
         images, losses = invert(inverter, targets, class_counts=counts, adversarial_weight=0.0, rng=rng)
+        if not losses.total.isfinite():
+            raise NonFiniteLossError(
+                f"the images' loss is not finite in round {index + 1}: {float(losses.total):.3g}",
+                "check --mean and --std, and look at the teacher with `ssdkd inspect`",
+            )
         if index < LEARNING_ROUNDS:
             images = images[:0]
         else:

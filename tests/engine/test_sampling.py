@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from engine import sampling
 from engine.batchnorm import batchnorm_layers
 from engine.config import settings_for
 from engine.device import Compute
+from engine.errors import NonFiniteLossError
 from engine.sampling import LEARNING_ROUNDS, rounds_for, synthesize
 from engine.source import Source
 from engine.task import Classification
@@ -26,8 +28,8 @@ def teacher() -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def rounds(number: int, seed: int = 0) -> list[tuple[float, torch.Tensor]]:
-    network = teacher()
+def rounds(number: int, seed: int = 0, network: nn.Module | None = None) -> list[tuple[float, torch.Tensor]]:
+    network = network or teacher()
     source = Source(
         network, Classification(5), (1, 16, 16), (0.5,), (0.25,), batchnorm_layers=tuple(batchnorm_layers(network))
     )
@@ -62,3 +64,11 @@ def test_settings_are_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     before = dataclasses.asdict(SETTINGS)
     rounds(16)
     assert dataclasses.asdict(SETTINGS) == before
+
+
+def test_a_loss_that_is_not_finite_stops_it() -> None:
+    network = teacher()
+    nn.init.constant_(network.get_submodule("linear").bias, math.nan)  # type: ignore[arg-type]
+    with pytest.raises(NonFiniteLossError, match=r"loss is not finite in round 1: nan") as caught:
+        rounds(16, network=network)
+    assert "--std" in caught.value.hint
