@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from engine.hooks import removing
 from engine.modes import evaluating
+from engine.probing import network_inside
 
 SMALLEST_VARIANCE = 1e-6
 MAP_DIMENSIONS = 4  # [B, C, H, W]
@@ -39,7 +40,7 @@ def shared_stages(student: nn.Module, teacher: nn.Module, image_shape: tuple[int
         teacher: a network.
         image_shape: (C, H, W).
     """
-    theirs = dict(teacher.named_modules())
+    theirs = dict(network_inside(teacher).named_modules())
     shortened = [
         (own, theirs[name])
         for name, own in student.named_modules()

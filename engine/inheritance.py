@@ -9,6 +9,8 @@ choose the weights.
 import torch
 from torch import Tensor, nn
 
+from engine.probing import network_inside
+
 
 def inherit(student: nn.Module, teacher: nn.Module) -> frozenset[str]:
     """Copy into `student` every layer of `teacher` with the same name, type and shapes, BatchNorm statistics included.
@@ -18,7 +20,7 @@ def inherit(student: nn.Module, teacher: nn.Module) -> frozenset[str]:
     Returns:
         the names of the student's parameters that were copied.
     """
-    theirs = dict(teacher.named_modules())
+    theirs = dict(network_inside(teacher).named_modules())
     shared = {
         name: (_own_tensors(layer), _own_tensors(theirs[name]))
         for name, layer in student.named_modules()

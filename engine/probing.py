@@ -40,6 +40,11 @@ class Logits(nn.Module):
         return super().to(*arguments, **keywords)
 
 
+def network_inside(module: nn.Module) -> nn.Module:
+    """The network in `Logits`, whose layers have the names of its architecture; any other module as it is."""
+    return module.network if isinstance(module, Logits) else module
+
+
 def as_classifier(module: nn.Module, shape: Shape, name: str) -> tuple[nn.Module, Tensor, list[str]]:
     """Runs noise [2, C, H, W] through the network; returns it with its logits [2, classes] and warnings.
 

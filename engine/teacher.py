@@ -113,7 +113,7 @@ def load_teacher(
         )
     found = logits.shape[1]
     _check_classes(found, classes, class_names)
-    preprocessing, normalisation_warnings = _preprocessing(mean, std, metadata, module, shape[0])
+    preprocessing, normalisation_warnings = _preprocessing(mean, std, metadata, network.module, shape[0])
     usable = len(batchnorm_layers(module))
     files = [path, *(data_files(path) if checkpoint.format == "onnx" else [])]
     doubts = [MISFIT] if usable and statistics_misfit(module, shape) > LARGEST_MISFIT else []

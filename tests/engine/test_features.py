@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.features import Stages, compared, shared_stages, teacher_maps
+from engine.probing import Logits
 from engine.zoo import ZOO, resnet_cifar
 
 SHAPE = (3, 16, 16)
@@ -27,6 +28,16 @@ def names(stages: Stages | None, student: nn.Module, teacher: nn.Module) -> list
 def test_the_stages_are_those_with_fewer_blocks(teacher: str, student: str, expected: list[str]) -> None:
     networks = ZOO[student](5, 3), ZOO[teacher](5, 3)
     assert names(shared_stages(*networks, SHAPE), *networks) == [(name, name) for name in expected]
+
+
+def test_a_teacher_whose_output_is_put_into_form_has_the_stages_of_its_network() -> None:
+    student, teacher = Staged(1), Staged(2)
+    wrapped = Logits(teacher, probabilities=True, keeps_layout=False)
+    stages = shared_stages(student, wrapped, SHAPE)
+    assert names(stages, student, teacher) == [("stage", "stage")]
+    assert stages is not None
+    inputs = torch.rand(4, *SHAPE)
+    torch.testing.assert_close(teacher_maps(stages, inputs)[0], wrapped(inputs))  # logits, not probabilities
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from engine.inheritance import inherit
+from engine.probing import Logits
 from engine.zoo import ZOO, resnet_cifar
 
 
@@ -22,6 +23,12 @@ def test_layers_of_the_same_name_and_shape_become_the_teachers_statistics_includ
     for name, tensor in student.state_dict().items():
         assert torch.equal(tensor, theirs[name]), name
     assert all(parameter.requires_grad for parameter in student.parameters())
+
+
+def test_a_teacher_whose_output_is_put_into_form_has_the_names_of_its_network() -> None:
+    teacher, student = trained(resnet_cifar(7, 1, depth=20)), resnet_cifar(7, 1, depth=8)
+    inherited = inherit(student, Logits(teacher, probabilities=False, keeps_layout=True))
+    assert inherited == {name for name, _ in student.named_parameters()}
 
 
 @pytest.mark.parametrize(

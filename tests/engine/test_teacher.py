@@ -15,6 +15,7 @@ from torchvision import models
 
 from engine.errors import SSDKDError
 from engine.losses import batchnorm_loss, batchnorm_prior, flat_statistics, recorded_statistics
+from engine.probing import Logits
 from engine.students import STUDENTS
 from engine.teacher import NO_BATCHNORM, batchnorm_layers, load_teacher
 from engine.zoo import ZOO
@@ -431,6 +432,16 @@ class WithView(Unknown):
     def forward(self, images):
         x = F.relu(self.norm(self.depthwise(self.stem(images))))
         return self.head(x.view(x.size(0), -1))
+
+
+def test_timms_constants_are_found_where_the_output_is_put_into_form(tmp_path):
+    network = trained(WithView())
+    network.default_cfg = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    torch.save(network, tmp_path / "teacher.pt")
+    teacher = load_teacher(tmp_path / "teacher.pt", input_shape=(3, 16, 16), trust_pickle=True)
+    assert isinstance(teacher.module, Logits)
+    preprocessing = teacher.spec.preprocessing
+    assert (preprocessing.mean, preprocessing.std, preprocessing.source) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "timm")
 
 
 class WithIdleHead(Unknown):
