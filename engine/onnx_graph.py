@@ -250,6 +250,8 @@ def _steps(model: Any, constants: dict[str, Any], weights: dict[str, Tensor], ba
         attributes = {attribute.name: _attribute(attribute) for attribute in node.attribute}
         if node.op_type == "ConstantOfShape":
             attributes["value"] = np.asarray(attributes.get("value", 0.0)).reshape(-1)[0].item()
+        if node.op_type == "Split":
+            attributes.setdefault("num_outputs", len(node.output))  # not written down before opset 18
         inputs = list(node.input)
         sizes = constants.get(inputs[1]) if node.op_type == "Reshape" else None
         if batch is not None and isinstance(sizes, tuple) and sizes[:1] == (batch,) and not attributes.get("allowzero"):

@@ -172,6 +172,17 @@ def test_sizes_that_are_computed_keep_the_batch_free(tmp_path):
         assert relative_error(graph.module(images), graph.reference(images)) < 1e-5
 
 
+@pytest.mark.parametrize(("opset", "attributes"), [(13, {}), (18, {"num_outputs": 3})])
+def test_a_split_without_sizes_makes_equal_parts(tmp_path, opset, attributes):
+    nodes = [
+        helper.make_node("Split", ["x"], ["a", "b", "c"], axis=2, **attributes),
+        helper.make_node("Concat", ["c", "a", "b"], ["y"], axis=2),
+    ]
+    _, graph, _ = read_onnx(write(tmp_path / "m.onnx", nodes, opset=opset))
+    images = torch.from_numpy(floats(2, *SHAPE))
+    assert torch.equal(graph.module(images), graph.reference(images))
+
+
 MASK = np.arange(42).reshape(1, 1, 6, 7) % 3 == 0
 DEVICES = [
     ([node("Where", "mask x zero", "y")], {"mask": MASK, "zero": np.float32(0)}),
