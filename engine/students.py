@@ -53,12 +53,12 @@ def build_student(name: str, *, teacher: "Teacher", weights: Path | None = None,
     """A student for `teacher`: float32, on the CPU, in train mode, tried with two images of the teacher's size.
 
     `name` is one of network_names(), `package.module:function`, or `same`: the teacher's own architecture, initialised
-    afresh. The same seed gives the same weights; the global random state stays as it was. `weights`: a file
-    to start from.
+    afresh. What the user's function froze stays frozen. The same seed gives the same weights; the global random state
+    stays as it was. `weights`: a file to start from.
 
     Raises:
-        SSDKDError: unknown name, a network that cannot take the teacher's images or gives other logits than
-            [B, classes], or weights that do not fit.
+        SSDKDError: unknown name, a network that cannot take the teacher's images, gives other logits than
+            [B, classes] or is frozen as a whole, or weights that do not fit.
     """
     spec = teacher.spec
     channels, height, width = spec.input_shape
@@ -68,7 +68,12 @@ def build_student(name: str, *, teacher: "Teacher", weights: Path | None = None,
             student = _afresh(teacher)
         else:
             student = build_network(name, classes=spec.classes, channels=channels, pixels=min(height, width))
-        student = student.to("cpu", torch.float32).requires_grad_(True)
+        student = student.to("cpu", torch.float32)
+        if not any(parameter.requires_grad for parameter in student.parameters()):
+            raise SSDKDError(
+                f"the student {name} has no parameter that can learn: expected one with requires_grad",
+                "leave at least its last layer unfrozen",
+            )
         if weights is not None:
             _load_weights(student, name, weights)
         _try_forward(student.eval(), name, spec.input_shape, spec.classes)
@@ -222,7 +227,7 @@ def _afresh(teacher: "Teacher") -> nn.Module:
             # loses what it has learnt.
             if id(parameter) not in initialised:
                 parameter.copy_(parameter.flatten()[torch.randperm(parameter.numel())].view_as(parameter))
-    return initialise_convolutions(student)
+    return initialise_convolutions(student).requires_grad_(True)
 
 
 def _load_weights(student: nn.Module, name: str, path: Path) -> None:

@@ -292,6 +292,15 @@ class LeNet(nn.Module):
 
 def view(classes): return LeNet(classes, False, 1)
 def flatten(classes): return LeNet(classes, True, 1)
+def frozen(classes): return flatten(classes).requires_grad_(False)
+
+
+def with_a_frozen_layer(classes):
+    student = flatten(classes)
+    student.conv.requires_grad_(False)
+    return student
+
+
 def two_heads(classes): return LeNet(classes, True, 2)
 def of_two_inputs(classes): return nn.Bilinear(2, 2, classes)
 """
@@ -309,8 +318,19 @@ def test_a_student_is_tried_as_it_will_be_trained(
         build_student("users_students:of_two_inputs", teacher=teacher)
     with pytest.raises(SSDKDError, match="two_heads gives tuple in train mode"):
         build_student("users_students:two_heads", teacher=teacher)
+    with pytest.raises(SSDKDError, match="frozen has no parameter that can learn"):
+        build_student("users_students:frozen", teacher=teacher)
     student = build_student("users_students:flatten", teacher=teacher)
     assert student.training
     assert not student.norm.running_mean.any()  # type: ignore[union-attr, operator]
     assert student.norm.num_batches_tracked == 0  # type: ignore[union-attr]
     assert student.conv.weight.is_contiguous()  # type: ignore[union-attr, operator]
+
+
+def test_what_the_user_froze_stays_frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: Teacher) -> None:
+    (tmp_path / "freezing_students.py").write_text(USERS_STUDENTS)
+    monkeypatch.chdir(tmp_path)
+    student = build_student("freezing_students:with_a_frozen_layer", teacher=teacher)
+    learns = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
+    assert {name for name, able in learns.items() if not able} == {"conv.weight", "conv.bias"}
+    assert all(parameter.requires_grad for parameter in build_student("same", teacher=teacher).parameters())
