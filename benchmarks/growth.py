@@ -24,6 +24,7 @@ from torch import nn
 
 from benchmarks.common import RESULTS, provenance, save
 from engine import replay
+from engine.batchnorm import batchnorm_layers
 from engine.config import settings_for
 from engine.device import choose_device
 from engine.distill import distill
@@ -31,7 +32,6 @@ from engine.source import Source
 from engine.state import State, start
 from engine.students import build_network
 from engine.task import Classification
-from engine.teacher import batchnorm_layers
 
 STUDENT, CHANNELS = "resnet8", 3
 ROUNDS, UNTIMED = 6, 3  # of them the warm-up and the first with the student are not timed

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.batchnorm import has_possible_variances, has_running_statistics, is_trained
+from engine.modes import evaluating
 from engine.probing import noise
 from engine.shapes import words
 from engine.students import build_network
@@ -82,12 +83,10 @@ def suggested_student(spec: TeacherSpec, flops: int) -> str | None:
 
 def count_flops(module: nn.Module, input_shape: tuple[int, int, int]) -> int:
     """Multiplications plus additions of one image (C, H, W) through convolutions and matrix products."""
-    was_training = module.training
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        module.eval()(torch.zeros(1, *input_shape, device=device))
-    module.train(was_training)
+    with evaluating(module), torch.no_grad(), counter:
+        module(torch.zeros(1, *input_shape, device=device))
     return int(counter.get_total_flops())
 
 

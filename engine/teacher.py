@@ -16,8 +16,6 @@ from engine.probing import as_classifier, input_channels
 from engine.resolve import resolve_network
 from engine.shapes import Shape, words
 
-__all__ = ["Preprocessing", "Teacher", "TeacherSpec", "batchnorm_layers", "load_teacher"]
-
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FALLBACK_PIXELS = 32
 GREY_PIXELS = 28

@@ -39,6 +39,9 @@ def test_flops_count_multiplications_and_additions():
     assert count_flops(network, (3, 4, 4)) == 2 * (16 * 8 * 27 + 8 * 16 * 5)
     assert network.training
     assert network[1].num_batches_tracked == 0
+    with pytest.raises(RuntimeError):
+        count_flops(network, (3, 5, 5))
+    assert network.training
 
 
 def test_the_command_repeats_what_was_said_and_quotes_it(tmp_path):

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision import models
 
+from engine.batchnorm import batchnorm_layers
 from engine.errors import SSDKDError
 from engine.losses import batchnorm_loss, batchnorm_prior, flat_statistics, recorded_statistics
 from engine.probing import Logits
 from engine.students import STUDENTS
-from engine.teacher import NO_BATCHNORM, batchnorm_layers, load_teacher
+from engine.teacher import NO_BATCHNORM, load_teacher
 from engine.zoo import ZOO
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
