@@ -38,7 +38,7 @@ ADAM_BETAS = (0.5, 0.999)  # Radford et al. 2016
 
 @dataclass(frozen=True)
 class InversionLosses:
-    """The terms of the last inner step, scalars on the device, before their weights."""
+    """The loss of the last inner step, and its terms before their weights; scalars on the device."""
 
     total: Tensor
     prior: Tensor

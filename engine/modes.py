@@ -8,7 +8,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module | None) -> Iterator[None]:
-    """Within the context the module, if there is one, is in eval mode; then in the mode that it was in."""
+    """Within the context the module, if there is one, is in eval mode; then all of it in the mode it had itself."""
     if module is None:
         yield
         return

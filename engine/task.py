@@ -1,8 +1,4 @@
-"""What the loop must know about a task: its targets, what a prediction is, how far two networks are apart.
-
-`distill` is given one such value and never looks at the shape of the logits itself, so that a task with a logit map per
-image (segmentation) is another frozen class with these same methods.
-"""
+"""What the loop must know about a task: its targets, what a prediction is, how far two networks are apart."""
 
 from dataclasses import dataclass
 
