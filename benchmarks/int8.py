@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 from benchmarks.common import RESULTS, provenance, save, unfinished
 from engine.device import choose_device
 from engine.teacher import load_teacher
-from exporters.evaluate import LabelledImages, load_labelled
+from exporters.evaluate import LabelledImages
 from exporters.precision import Scheme, integer_share, to_int8
 from exporters.runtimes import inference_batch, open_runtime, to_input
 from profiles import load_profile
 from ssdkd_cli import material, runs
+from ssdkd_cli.labels import labelled_images
 from ssdkd_cli.precisions import CALIBRATION_IMAGES, Subject, float_graph
 
 REAL_IMAGES = 1000
@@ -41,11 +42,6 @@ def subject_of(source: Path, seed: int) -> Subject:
     teacher = load_teacher(source)
     samples = material.inverted(teacher, compute=choose_device("auto"), seed=seed)
     return Subject(teacher.module, runs.teacher_card(teacher.spec, runs.SAME), samples, False)
-
-
-def labelled(path: Path, subject: Subject) -> LabelledImages:
-    card = subject.card
-    return load_labelled(path, input_shape=card.input_shape, classes=card.classes, class_names=card.class_names)
 
 
 def logits_of(model: onnx.ModelProto, inputs: Inputs) -> NDArray[np.float32]:
@@ -74,7 +70,7 @@ def calibrations(subject: Subject, train: LabelledImages, seed: int) -> dict[str
 def measure(name: str, source: Path, test: Path, train: Path, seed: int) -> list[dict[str, Any]]:
     """One row a calibration: accuracy, paired drop and agreement on the test images, all in percent."""
     subject = subject_of(source, seed)
-    tested, trained = labelled(test, subject), labelled(train, subject)
+    tested, trained = (labelled_images(path, subject.card) for path in (test, train))
     inputs = to_input(tested.images, subject.card.mean, subject.card.std)
     exported = float_graph(subject)
     exact = logits_of(exported, inputs).argmax(1)

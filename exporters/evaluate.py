@@ -1,6 +1,7 @@
 """Accuracy on labelled images: the one place that sees labels. Nothing in engine/ imports it."""
 
 import errno
+import hashlib
 import re
 import warnings
 import zipfile
@@ -33,6 +34,13 @@ class LabelledImages:
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     class_names: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Of the images and labels, as hexadecimal digits."""
+        digest = hashlib.sha256(self.images.tobytes())
+        digest.update(self.labels.tobytes())
+        return digest.hexdigest()
 
 
 def load_labelled(

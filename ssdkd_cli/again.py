@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engine.device import Compute
 from engine.errors import SSDKDError
@@ -11,13 +12,13 @@ from exporters import FORMATS
 from exporters.evaluate import LabelledImages, accuracy, check_labelled, load_labelled
 from exporters.metadata import describe, preprocessing_of
 from exporters.precision import PRECISIONS
-from exporters.runtimes import OPENERS, open_runtime, predictor
+from exporters.runtimes import OPENERS, open_runtime
 from exporters.to_tensorrt import check_builder
 from ssdkd_cli import console, runs
 from ssdkd_cli.artifacts import PLAN, artifact, file_name, file_names, make_files, score_file, timed_paths
 from ssdkd_cli.environment import profile_warnings
 from ssdkd_cli.gates import Limits, decide, recommend
-from ssdkd_cli.labels import chance_warnings, read_classes
+from ssdkd_cli.labels import chance_warnings, labelled_images, network_accuracy, read_classes
 from ssdkd_cli.material import NOISE_SAMPLES, Material, read_teacher, smooth_noise
 from ssdkd_cli.report import Artifact, Gate, Percentiles, Report, problem_of, read_report
 from ssdkd_cli.report_page import write_report
@@ -107,11 +108,7 @@ def export(
         SSDKDError: a network that cannot be exported, or a limit that has nothing to be compared with.
     """
     subject, card = material.subject, material.subject.card
-    labelled = None
-    if eval_data:
-        labelled = load_labelled(
-            eval_data, input_shape=card.input_shape, classes=card.classes, class_names=card.class_names
-        )
+    labelled = labelled_images(eval_data, card) if eval_data else None
     teacher_accuracy = _teacher_accuracy(material, labelled, is_needed=limits.max_drop is not None)
     proofs = make_files(subject, target, folder, compute=compute, seed=seed)
     _, timings = measure(*timed_paths(proofs), subject.samples.held_out, folder, batch=target.timed_batch)
@@ -123,16 +120,20 @@ def export(
     )
     is_own_run = material.run is not None and _is_own_run(material.run, folder)
     report = read_report(folder) if is_own_run and (folder / runs.REPORT).exists() else None
-    if report:
-        artifacts = tuple(_still_known(item, report) for item in artifacts)
+    if report and not labelled:
+        artifacts = _with_known_accuracy(artifacts, report)
     _, gates = decide(limits, artifacts, target, teacher_accuracy)
     if report:
-        write_report(_with_artifacts(report, folder, artifacts, gates, target), folder)
+        reported = artifacts
+        if labelled and labelled.sha256 != report.teacher.accuracy_sha256:
+            console.warn(f"{folder / runs.REPORT} leaves these accuracies out: its own are of other images, or of none")
+            reported = _with_known_accuracy(artifacts, report)
+        write_report(_with_artifacts(report, folder, reported, gates, target), folder)
     return Exported(artifacts, gates, teacher_accuracy)
 
 
 def _teacher_accuracy(material: Material, labelled: LabelledImages | None, *, is_needed: bool) -> float | None:
-    """Percent: of a teacher measured now, of a run's teacher what the report says of as many images, if it does.
+    """Percent: of a teacher measured now, of a run's teacher what the report says of the same images, if it does.
 
     Raises SSDKDError where it does not and `is_needed`, for --max-drop.
     """
@@ -141,23 +142,23 @@ def _teacher_accuracy(material: Material, labelled: LabelledImages | None, *, is
     if material.run is None:
         card = material.subject.card
         with console.stage("eval data", "scoring the teacher") as done:
-            value = accuracy(predictor(material.subject.module), labelled, mean=card.mean, std=card.std)
+            value = network_accuracy(material.subject.module, card, labelled)
             done(f"{len(labelled.labels):,} labelled images: teacher {percent(value)}")
         console.warn_all(chance_warnings(value, card.classes))
         return value
     if not is_needed and not (material.run / runs.REPORT).exists():
         return None
-    of_teacher, images = read_report(material.run).teacher, len(labelled.labels)
-    if of_teacher.accuracy is None or of_teacher.accuracy_images != images:
-        if not is_needed:
-            return None
+    of_teacher = read_report(material.run).teacher
+    if of_teacher.accuracy_sha256 == labelled.sha256:
+        return of_teacher.accuracy
+    if is_needed:
         known = f"on {of_teacher.accuracy_images:,} images" if of_teacher.accuracy_images else "on none"
         raise SSDKDError(
             f"--max-drop compares with the teacher, whose accuracy the report of {material.run} has {known}; "
-            f"these are {images:,}",
+            f"these are {len(labelled.labels):,} others",
             "give the images that `ssdkd compress --eval-data` was given",
         )
-    return of_teacher.accuracy
+    return None
 
 
 def _with_artifacts(
@@ -166,17 +167,22 @@ def _with_artifacts(
     """The report with these artifacts and what was judged of them, in place of those of the same files.
 
     Files that are gone or were replaced are left out. A file that was proven stays beside one of its name that was
-    rejected now.
+    rejected now. Recommended is a file that keeps to every limit that any of them was judged by; where none of them is
+    for this target's device, what was recommended before.
     """
     changed = {item.path for item in artifacts}
     kept = [item for item in report.artifacts if item.path not in changed and _is_still_there(item, folder)]
     together = sorted((*kept, *artifacts), key=lambda item: PRECISIONS.index(item.precision))
     kept_gates = [gate for gate in report.gates if gate.artifact in {item.path for item in kept}]
     judged = (*kept_gates, *gates)
-    passing, _ = decide(Limits(), together, target, report.teacher.accuracy)
     failed = {gate.artifact for gate in judged if not gate.passed}
-    latency = report.teacher.latency_ms
-    recommendation = recommend([item for item in passing if item.path not in failed], latency.p50 if latency else None)
+    limits: dict[str, Any] = {gate.name: gate.limit for gate in (*report.gates, *gates)}
+    passing, _ = decide(Limits(**limits), together, target, report.teacher.accuracy)
+    passing = [item for item in passing if item.path not in failed]
+    before, latency = report.recommendation, report.teacher.latency_ms
+    recommendation = recommend(passing, latency.p50 if latency else None)
+    if not passing and before and before.artifact in {item.path for item in kept} - failed:
+        recommendation = before
     return dataclasses.replace(report, artifacts=tuple(together), recommendation=recommendation, gates=judged)
 
 
@@ -187,10 +193,10 @@ def _is_still_there(item: Artifact, folder: Path) -> bool:
     return problem is None
 
 
-def _still_known(item: Artifact, report: Report) -> Artifact:
-    """The artifact with the accuracy that the report has of the very same bytes, where it was not measured again."""
-    known = [before.accuracy for before in report.artifacts if before.sha256 == item.sha256]
-    return dataclasses.replace(item, accuracy=known[0]) if known and item.accuracy is None else item
+def _with_known_accuracy(artifacts: Sequence[Artifact], report: Report) -> tuple[Artifact, ...]:
+    """The artifacts with the accuracy that the report has of the very same bytes, None where it has none."""
+    known = {item.sha256: item.accuracy for item in report.artifacts}
+    return tuple(dataclasses.replace(item, accuracy=known.get(item.sha256)) for item in artifacts)
 
 
 def evaluate(
@@ -229,10 +235,9 @@ def evaluate(
             class_names=names,
             trust_pickle=trust_pickle,
         )
-        spec = teacher.spec
-        mean, std = spec.preprocessing.mean, spec.preprocessing.std
-        labelled = load_labelled(data, input_shape=spec.input_shape, classes=spec.classes, class_names=spec.class_names)
-        value = accuracy(predictor(teacher.module), labelled, mean=mean, std=std)
+        card = runs.teacher_card(teacher.spec, runs.SAME)
+        labelled = labelled_images(data, card)
+        value = network_accuracy(teacher.module, card, labelled)
     else:
         runtime = open_runtime(model, input_shape=input_shape)
         for flag, is_given in (("--arch", arch is not None), ("--trust-pickle", trust_pickle)):
@@ -256,10 +261,10 @@ def evaluate(
 def _score_run(model: Path, data: Path, trust_pickle: bool) -> list[Score]:
     run = runs.open_run(model, trust_pickle=trust_pickle)
     card = run.card
-    labelled = load_labelled(data, input_shape=card.input_shape, classes=card.classes, class_names=card.class_names)
+    labelled = labelled_images(data, card)
     images = len(labelled.labels)
     with console.stage("score", f"running {images:,} images"):
-        value = accuracy(predictor(run.module), labelled, mean=card.mean, std=card.std)
+        value = network_accuracy(run.module, card, labelled)
         scores = [Score(str(model / runs.STUDENT), value, images)]
         scores += [Score(str(path), score_file(open_runtime(path), labelled), images) for path in files_of(model)]
     return scores

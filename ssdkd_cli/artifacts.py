@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import torch
 from torch import nn
 
 from engine.device import Compute
@@ -21,7 +22,14 @@ from exporters.files import write_atomically
 from exporters.metadata import describe, preprocessing_of
 from exporters.precision import to_fp16, to_int8
 from exporters.runtimes import Runtime, open_runtime
-from exporters.tensorrt_sidecar import Sidecar, check_precision, check_sidecar, precision_notes, sidecar_path
+from exporters.tensorrt_sidecar import (
+    Sidecar,
+    check_precision,
+    check_sidecar,
+    precision_notes,
+    read_sidecar,
+    sidecar_path,
+)
 from exporters.to_onnx import to_onnx
 from exporters.to_tensorrt import build_plan, check_builder
 from exporters.verify import Verification, rejected_path, verify
@@ -29,12 +37,14 @@ from ssdkd_cli import console, runs
 from ssdkd_cli.precisions import (
     Graph,
     Integers,
+    Loss,
     Subject,
     agreement,
     float_graph,
     half_graph,
     integer_graph,
     loses_too_much,
+    loss_of,
     most_lost,
     predictions,
 )
@@ -136,7 +146,7 @@ def _graph(
     qat, fallback = (target.qat, target.fallback) if is_asked else ("off", False)
     with console.stage("int8", "quantizing, calibrated on synthetic samples") as done:
         graph = integer_graph(subject, exported, Integers(target.scheme, qat, fallback, compute, seed))
-        done("; ".join(graph.notes), good=not loses_too_much(graph, most_lost(len(subject.samples.held_out))))
+        done("; ".join(graph.notes), good=not loses_too_much(graph.loss, most_lost(len(subject.samples.held_out))))
     return graph
 
 
@@ -158,15 +168,15 @@ def _write_and_prove(graph: Graph, subject: Subject, folder: Path, *, is_asked: 
 
     Until it is proven it has another name: what is called model.onnx has always been run.
     """
-    path, card = folder / file_name(graph.precision, ".onnx"), subject.card
+    path = folder / file_name(graph.precision, ".onnx")
     with _unproven(path) as unproven:
         with console.stage("export", f"writing {path.name}") as done:
             write_atomically(unproven, graph.model.SerializeToString())
             done(f"{path}, {size(unproven.stat().st_size)}")
-        samples = subject.samples.held_out[: None if graph.precision == "int8" else PROOF_SAMPLES]
-        with console.stage("proof", f"running {path.name} on {len(samples)} held-out synthetic samples") as done:
-            found = verify(subject.module, unproven, samples, mean=card.mean, std=card.std, precision=graph.precision)
-            found = _with_loss(found, graph, len(subject.samples.held_out))
+        with console.stage("proof", f"running {path.name} on held-out synthetic samples") as done:
+            found = _verified(subject, unproven, graph.precision)
+            if graph.precision == "int8" and found.verified:
+                found = _with_loss(found, graph.loss, len(subject.samples.held_out))
             found = replace(found, reason=found.reason.replace(unproven.name, path.name))
             done(found.reason, good=bool(found.verified))
         if not found.verified and not is_asked:
@@ -178,15 +188,15 @@ def _write_and_prove(graph: Graph, subject: Subject, folder: Path, *, is_asked: 
     return Proven(path, "onnx", "onnxruntime", graph, found)
 
 
-def _with_loss(found: Verification, graph: Graph, samples: int) -> Verification:
+def _with_loss(found: Verification, loss: Loss, samples: int) -> Verification:
     """`found`, and a word on what an INT8 file loses against the teacher; where that is too much it is not verified."""
     allowed = most_lost(samples)
-    if not found.verified or graph.precision != "int8" or graph.loss.points <= allowed:
+    if loss.points <= allowed:
         return found
-    is_too_much = loses_too_much(graph, allowed)
+    is_too_much = loses_too_much(loss, allowed)
     verdict = "" if is_too_much else f"; on {samples} samples the difference may be chance"
-    loss = f"it loses {graph.loss.points:.2f} points of agreement with the teacher, {allowed:.2f} may be lost{verdict}"
-    return replace(found, verified=not is_too_much, reason=f"{loss}; {found.reason}")
+    said = f"it loses {loss.points:.2f} points of agreement with the teacher, {allowed:.2f} may be lost{verdict}"
+    return replace(found, verified=not is_too_much, reason=f"{said}; {found.reason}")
 
 
 @contextlib.contextmanager
@@ -208,12 +218,21 @@ def accept(unproven: Path, path: Path) -> Path:
 
 
 def drop_outdated(path: Path) -> None:
-    """Delete the plan and the build script that were made of another ONNX file than the one now at `path`."""
+    """Delete the plan and the build script that were made of another ONNX file than the one now at `path`.
+
+    A plan whose sidecar does not say what it was made of is not ours to delete: that is said.
+    """
     plan = path.with_suffix(PLAN)
     script = plan.with_name(f"build_{plan.name}.sh")
-    if plan.exists() and check_sidecar(plan, path):
-        plan.unlink()
-        sidecar_path(plan).unlink(missing_ok=True)
+    if plan.exists():
+        try:
+            sidecar = read_sidecar(plan)
+        except SSDKDError as error:
+            console.warn(f"{plan} may be of another network than {path.name}: {error.message}")
+        else:
+            if sidecar.onnx_sha256 != sha256_of(path):
+                plan.unlink()
+                sidecar_path(plan).unlink()
     if script.exists() and sha256_of(path) not in script.read_text(encoding="utf-8"):
         script.unlink()
 
@@ -256,17 +275,29 @@ def _for_tensorrt(proof: Proven, subject: Subject, target: Target) -> list[Prove
 
 
 def _verify_plan(plan: Path, proof: Proven, sidecar: Sidecar, subject: Subject) -> Verification:
-    """A plan's precision and origin always, what it computes where there is a GPU that runs it."""
+    """A plan's precision and origin always, what it computes where there is a GPU that runs it.
+
+    TensorRT has just built it for the GPU that is there, if one is; TensorRT for RTX may not support that one.
+    """
     problem = check_sidecar(plan, proof.path) or check_precision(sidecar)
     if problem:
         return Verification(False, problem, None, None)
     try:
-        open_runtime(plan)
-    except SSDKDError as error:  # it is the plan that was built, so it is this machine that cannot run it
+        runtime = open_runtime(plan)
+    except SSDKDError as error:
+        if torch.cuda.is_available() and sidecar.flavour == "tensorrt":
+            return Verification(False, error.message, None, None)
         return Verification(None, f"{NOT_RUN}: {error.message}; {proof.path.name}, its source, is verified", None, None)
-    precision, card = proof.graph.precision, subject.card
-    samples = subject.samples.held_out[: None if precision == "int8" else PROOF_SAMPLES]
-    return verify(subject.module, plan, samples, mean=card.mean, std=card.std, precision=precision)
+    found = _verified(subject, plan, proof.graph.precision)
+    if proof.graph.precision != "int8" or not found.verified:
+        return found
+    return _with_loss(found, loss_of(subject, predictions(subject, runtime.run)), len(subject.samples.held_out))
+
+
+def _verified(subject: Subject, path: Path, precision: str) -> Verification:
+    """A file run on held-out samples against the network."""
+    samples, card = subject.samples.held_out[: None if precision == "int8" else PROOF_SAMPLES], subject.card
+    return verify(subject.module, path, samples, mean=card.mean, std=card.std, precision=precision)
 
 
 def score_file(runtime: Runtime, labelled: LabelledImages) -> float:

@@ -37,13 +37,11 @@ def run_compress(context: typer.Context, options: Options) -> Outcome:
     A look at it in a minute: [bold]ssdkd compress teacher.pt --student resnet8 --effort smoke[/bold]
     """
     from ssdkd_cli import pipeline, report
-    from ssdkd_cli.gates import gate_line
+    from ssdkd_cli.gates import gate_line, has_failed
     from ssdkd_cli.summary import show_report
 
     finished = pipeline.compress(options, command=shlex.join(["ssdkd", *context.obj]))
-    failed = any(artifact.verified is False for artifact in finished.report.artifacts) or not all(
-        gate.passed for gate in finished.report.gates
-    )
+    failed = has_failed(finished.report.artifacts, finished.report.gates)
     if options.json:  # else they stand below the table
         for gate in finished.report.gates:
             console.limit(gate_line(gate), gate.passed)

@@ -15,6 +15,7 @@ from engine.distill import class_histogram
 from engine.inspection import count_flops
 from engine.state import State, recordings
 from engine.teacher import Teacher
+from exporters.evaluate import LabelledImages
 from ssdkd_cli import __version__
 from ssdkd_cli.environment import cpu_name, gpu_names
 from ssdkd_cli.gates import Limits, decide, recommend
@@ -40,12 +41,12 @@ UNBALANCED = 10  # times as many samples in the largest class as in the smallest
 
 @dataclass(frozen=True)
 class Scores:
-    """Percent. The accuracies are those on so many labelled `images`, None where there are none."""
+    """Percent. The accuracies are those on the `labelled` images, None where there are none."""
 
     agreement: float
     teacher_accuracy: float | None
     student_accuracy: float | None
-    images: int | None
+    labelled: LabelledImages | None
 
 
 def describe_run(
@@ -66,7 +67,6 @@ def describe_run(
     seconds: float,
 ) -> Report:
     """The whole report. `arch`: the student's, as asked for; `seconds`: of the run so far."""
-    described = describe_teacher(teacher, accuracy=scores.teacher_accuracy, images=scores.images, timing=teacher_timing)
     passing, gates = decide(limits, artifacts, target, scores.teacher_accuracy)
     return Report(
         schema_version=SCHEMA_VERSION,
@@ -74,7 +74,7 @@ def describe_run(
         command=command,
         seconds_total=seconds,
         environment=describe_environment(compute),
-        teacher=described,
+        teacher=describe_teacher(teacher, scores, teacher_timing),
         student=describe_student(
             distilled.student,
             arch=arch,
@@ -106,11 +106,9 @@ def describe_environment(compute: Compute) -> Environment:
     )
 
 
-def describe_teacher(
-    teacher: Teacher, *, accuracy: float | None, images: int | None, timing: Timing | None
-) -> TeacherReport:
-    """`accuracy`: percent on so many labelled `images`; None where there are none. `timing`: of the teacher as ONNX."""
-    spec = teacher.spec
+def describe_teacher(teacher: Teacher, scores: Scores, timing: Timing | None) -> TeacherReport:
+    """`timing`: of the teacher as ONNX."""
+    spec, labelled = teacher.spec, scores.labelled
     return TeacherReport(
         path=spec.path,
         sha256=spec.sha256,
@@ -127,10 +125,11 @@ def describe_teacher(
         parameters=spec.parameters,
         flops=count_flops(teacher.module.cpu(), spec.input_shape),
         size_bytes=spec.size_bytes,
-        accuracy=accuracy,
-        accuracy_images=images,
+        accuracy=scores.teacher_accuracy,
+        accuracy_images=len(labelled.labels) if labelled else None,
         latency_ms=timing.latency_ms if timing else None,
         throughput_per_s=timing.throughput_per_s if timing else None,
+        accuracy_sha256=labelled.sha256 if labelled else None,
     )
 
 

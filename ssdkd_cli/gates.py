@@ -67,6 +67,11 @@ def check_limits(limits: Limits, target: "Target", *, has_labels: bool, has_gpu:
             f"--max-latency-ms cannot be judged here: files for {target.profile.name} cannot be run on this machine",
             f"leave it out and measure on the device; files for this machine are made without {_of_device(target)}",
         )
+    if limits.max_size_mb is not None and target.formats == ("trt",) and target.flavour is None:
+        raise SSDKDError(
+            "--max-size-mb cannot be judged here: the TensorRT plan is built on the device",
+            "add --export onnx: the ONNX file, of which the plan is made, is judged then",
+        )
     computed = {"--max-drop": limits.max_drop, "--min-agreement": limits.min_agreement}
     given = [flag for flag, limit in computed.items() if limit is not None]
     if given and target.formats == ("trt",) and not runs_plans:
@@ -105,14 +110,25 @@ def decide(
     """The verified files for the target's runtime that pass every limit, the fastest first; and the limits as judged.
 
     Judged are the files whose precision and format were asked for; where no precision was, the fastest file that
-    passes, or the fastest one if none does.
+    passes, or the fastest one if none does. The latency is judged of files for that runtime alone: the ONNX file that a
+    plan is made of is timed on the CPU.
     """
-    fitting = [item for item in artifacts if item.verified and item.format == runtime_format(target)]
-    verified = sorted(fitting, key=_slowness)
+    native = runtime_format(target)
+    untimed = replace(limits, max_latency_ms=None)
+    verified = sorted((item for item in artifacts if item.verified and item.format == native), key=_slowness)
     passing = [item for item in verified if all(gate.passed for gate in judge(limits, item, teacher_accuracy))]
     asked = [item for item in artifacts if item.precision in target.asked and item.format in target.formats]
-    judged = asked or (passing or verified)[:1]
-    return passing, tuple(gate for item in judged for gate in judge(limits, item, teacher_accuracy))
+    gates = (
+        gate
+        for item in asked or (passing or verified)[:1]
+        for gate in judge(limits if item.format == native else untimed, item, teacher_accuracy)
+    )
+    return passing, tuple(gates)
+
+
+def has_failed(artifacts: Sequence[Artifact], gates: Sequence[Gate]) -> bool:
+    """Whether a file was rejected or a limit does not hold."""
+    return any(item.verified is False for item in artifacts) or not all(gate.passed for gate in gates)
 
 
 def runtime_format(target: "Target") -> str:

@@ -1,9 +1,16 @@
-"""Classes and labels: what --classes says, and whether labels are numbered as the network numbers its classes."""
+"""Classes and labels: what --classes says, and how often a network is right on labelled images."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engine.errors import SSDKDError
+from exporters.evaluate import LabelledImages, accuracy, load_labelled
+from exporters.runtimes import predictor
+from ssdkd_cli.runs import StudentCard
 from ssdkd_cli.words import percent
+
+if TYPE_CHECKING:
+    from torch import nn
 
 NEAR_CHANCE = 0.1  # of the way from chance to all right
 
@@ -27,6 +34,19 @@ def read_classes(classes: int | Path | None) -> tuple[int | None, tuple[str, ...
         found = f"'{twice[0]}' twice" if twice else f"{len(names)} names"
         raise SSDKDError(f"--classes {classes}: expected two or more different names, found {found}", hint)
     return len(names), names
+
+
+def labelled_images(path: Path, card: StudentCard) -> LabelledImages:
+    """The labelled images at `path`, as the network of this card takes them and numbers their classes.
+
+    Raises SSDKDError as `exporters.evaluate.load_labelled` does.
+    """
+    return load_labelled(path, input_shape=card.input_shape, classes=card.classes, class_names=card.class_names)
+
+
+def network_accuracy(network: "nn.Module", card: StudentCard, labelled: LabelledImages) -> float:
+    """The accuracy of a network where it lies, percent. Raises SSDKDError for logits that are not finite."""
+    return accuracy(predictor(network), labelled, mean=card.mean, std=card.std)
 
 
 def chance_warnings(accuracy: float | None, classes: int) -> list[str]:

@@ -42,14 +42,12 @@ def from_run(folder: Path, *, trust_pickle: bool, embed_preprocessing: bool) -> 
         done(run.card.student)
     samples = runs.read_samples(folder)
     channels, height, width = run.card.input_shape
-    for images, logits in (
-        (samples.held_out, samples.held_out_logits),
-        (samples.calibration, samples.calibration_logits),
-    ):
-        if images.shape[1:] != (height, width, channels) or logits.shape[1] != run.card.classes:
+    logits = samples.held_out_logits.shape[1]
+    for images in (samples.held_out, samples.calibration):
+        if images.shape[1:] != (height, width, channels) or logits != run.card.classes:
             raise SSDKDError(
                 f"{folder / runs.SAMPLES} is of another network: expected images [N, {height}, {width}, {channels}] "
-                f"and {run.card.classes} logits, found {list(images.shape)} and {logits.shape[1]}",
+                f"and {run.card.classes} logits, found {list(images.shape)} and {logits}",
                 "copy the whole folder of the run, or run `ssdkd compress` again",
             )
     return Material(Subject(run.module, run.card, samples, embed_preprocessing), folder, ())
@@ -81,8 +79,7 @@ def from_teacher(
         samples = inverted(teacher, compute=compute, seed=seed)
     else:
         noise = smooth_noise(NOISE_SAMPLES, card.input_shape)
-        logits = logits_of(teacher, noise)
-        samples = runs.Samples(noise, logits, noise, logits)
+        samples = runs.Samples(noise, logits_of(teacher, noise), noise)
     subject = Subject(teacher.module, card, samples, embed_preprocessing)
     return Material(subject, None, () if needs_samples else (ON_NOISE,))
 
@@ -104,9 +101,8 @@ def inverted(teacher: Teacher, *, compute: Compute, seed: int) -> runs.Samples:
         done(f"{number} synthetic samples, prior loss {prior:.2g}")
     teacher.module.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     images: NDArray[np.uint8] = torch.cat(parts).numpy()[:number]
-    logits = logits_of(teacher, images)
-    half = number // 2
-    return runs.Samples(images[half:], logits[half:], images[:half], logits[:half])
+    calibration, held_out = np.split(images, 2)
+    return runs.Samples(held_out, logits_of(teacher, held_out), calibration)
 
 
 def logits_of(teacher: Teacher, images: NDArray[np.uint8]) -> NDArray[np.float32]:

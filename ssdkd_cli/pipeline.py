@@ -23,7 +23,7 @@ from engine.inheritance import inherit
 from engine.state import State
 from engine.students import STUDENTS, build_student, check_network_name
 from engine.teacher import Teacher
-from exporters.evaluate import LabelledImages, accuracy, check_labelled, load_labelled, predicted_classes
+from exporters.evaluate import LabelledImages, check_labelled, predicted_classes
 from exporters.runtimes import predictor
 from ssdkd_cli import console, replacing, runs
 from ssdkd_cli.artifacts import artifact, make_files, timed_paths, try_target
@@ -32,7 +32,7 @@ from ssdkd_cli.describe import Scores, count_parameters, describe_run, run_warni
 from ssdkd_cli.environment import profile_warnings
 from ssdkd_cli.files import check_space, new_folder, write_text
 from ssdkd_cli.gates import Limits, check_limits, with_budget
-from ssdkd_cli.labels import chance_warnings, read_classes
+from ssdkd_cli.labels import chance_warnings, labelled_images, network_accuracy, read_classes
 from ssdkd_cli.material import read_teacher
 from ssdkd_cli.options import Options, as_typed
 from ssdkd_cli.precisions import Subject
@@ -48,7 +48,7 @@ from ssdkd_cli.teaching import (
     keeping_student,
     teach,
 )
-from ssdkd_cli.timing import busy_warnings, measure
+from ssdkd_cli.timing import TEACHER, busy_warnings, measure
 from ssdkd_cli.words import count, percent, shape
 
 SPARE_BYTES = 4_000_000  # report, picture, metrics
@@ -93,11 +93,11 @@ def compress(options: Options, *, command: str) -> Finished:
         doubts = [*size_warnings(student, teacher), *profile_warnings(target.profile.name)]
         warnings = [*teacher.spec.warnings, *console.warn_all(doubts)]
         check_space(folder, needed_bytes(teacher, student, settings))
-        labelled, teacher_accuracy = read_labelled(options.eval_data, teacher, compute.device)
+        card = runs.teacher_card(teacher.spec, options.student)
+        labelled, teacher_accuracy = read_labelled(options.eval_data, teacher, card, compute.device)
         warnings += console.warn_all(chance_warnings(teacher_accuracy, teacher.spec.classes))
         with keeping_student(folder):
             write_text(folder / runs.CONFIG, write_config(as_typed(options), ablations, dataclasses.asdict(settings)))
-            card = runs.teacher_card(teacher.spec, options.student)
             distilled = teach(
                 teacher,
                 student,
@@ -120,11 +120,11 @@ def compress(options: Options, *, command: str) -> Finished:
                 batch=target.timed_batch,
                 teacher=replace(subject, module=teacher.module, embed_preprocessing=False),
             )
-            of_teacher = {"the teacher": teacher_timing} if teacher_timing else {}
+            of_teacher = {TEACHER: teacher_timing} if teacher_timing else {}
             of_files = {path.name: timing for path, timing in timings.items()}
             warnings += console.warn_all(busy_warnings({**of_teacher, **of_files}, folder))
             with console.stage("score", "comparing student and teacher") as done:
-                scores = compare(distilled, teacher, labelled, teacher_accuracy, compute.device)
+                scores = compare(distilled, card, labelled, teacher_accuracy, compute.device)
                 profile = target.profile.name if target.is_named else None
                 artifacts = tuple(artifact(proof, subject, timings, labelled, profile=profile) for proof in proofs)
                 correct = f", accuracy {percent(scores.student_accuracy)}" if labelled else ""
@@ -177,6 +177,7 @@ def load(options: Options) -> Teacher:
         std=options.std,
         classes=classes,
         class_names=names,
+        classes_file=options.classes if isinstance(options.classes, Path) else None,
         trust_pickle=options.trust_pickle,
     )
     check_input_shape(teacher.spec.input_shape)
@@ -231,16 +232,14 @@ def build(
 
 
 def read_labelled(
-    path: Path | None, teacher: Teacher, device: torch.device
+    path: Path | None, teacher: Teacher, card: runs.StudentCard, device: torch.device
 ) -> tuple[LabelledImages | None, float | None]:
     """The labelled images of --eval-data and the teacher's accuracy, percent; None where there are none."""
     if path is None:
         return None, None
-    spec = teacher.spec
     with console.stage("eval data", f"reading {path}") as done:
-        labelled = load_labelled(path, input_shape=spec.input_shape, classes=spec.classes, class_names=spec.class_names)
-        mean, std = spec.preprocessing.mean, spec.preprocessing.std
-        correct = accuracy(predictor(copy.deepcopy(teacher.module).to(device)), labelled, mean=mean, std=std)
+        labelled = labelled_images(path, card)
+        correct = network_accuracy(copy.deepcopy(teacher.module).to(device), card, labelled)
         done(f"{len(labelled.labels):,} labelled images, for the report alone: teacher {percent(correct)}")
     return labelled, correct
 
@@ -266,20 +265,17 @@ def class_names(teacher: Teacher) -> tuple[str, ...]:
 
 def compare(
     distilled: Distilled,
-    teacher: Teacher,
+    card: runs.StudentCard,
     labelled: LabelledImages | None,
     teacher_accuracy: float | None,
     device: torch.device,
 ) -> Scores:
     """How often the student agrees with the teacher, and how often it is right where there are labelled images."""
-    preprocessing = teacher.spec.preprocessing
-    mean, std = preprocessing.mean, preprocessing.std
-    networks = predictor(teacher.module), predictor(copy.deepcopy(distilled.student).to(device))
-    held_out = distilled.samples.held_out
-    teachers, students = (predicted_classes(run, held_out, mean=mean, std=std) for run in networks)
+    student, samples = copy.deepcopy(distilled.student).to(device), distilled.samples
+    predicted = predicted_classes(predictor(student), samples.held_out, mean=card.mean, std=card.std)
     return Scores(
-        agreement=100 * float((teachers == students).mean()),
+        agreement=100 * float((predicted == samples.held_out_logits.argmax(1)).mean()),
         teacher_accuracy=teacher_accuracy,
-        student_accuracy=accuracy(networks[1], labelled, mean=mean, std=std) if labelled else None,
-        images=len(labelled.labels) if labelled else None,
+        student_accuracy=network_accuracy(student, card, labelled) if labelled else None,
+        labelled=labelled,
     )

@@ -194,9 +194,9 @@ def loss_of(subject: Subject, predicted: NDArray[np.int64]) -> Loss:
     return Loss(100 * (lost - gained) / number, 100 * Z_95 * math.sqrt(lost + gained) / number)
 
 
-def loses_too_much(graph: Graph, allowed: float) -> bool:
-    """Whether the lower bound of what it loses is above the points `allowed`: few samples cannot blame less on it."""
-    return graph.loss.points - graph.loss.margin > allowed
+def loses_too_much(loss: Loss, allowed: float) -> bool:
+    """Whether the lower bound of what is lost is above the points `allowed`: few samples blame a file for no less."""
+    return loss.points - loss.margin > allowed
 
 
 def graph_names(subject: Subject, layers: tuple[str, ...]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from ssdkd_cli.runs import STUDENT
 from ssdkd_cli.words import escaped
 
 SCHEMA_VERSION: Final = 1
-NOT_RECOMMENDED = "No file is recommended: none is verified here and passes every limit"
+NOT_RECOMMENDED = "No file is recommended: none for this target is verified here and passes every limit"
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Said = Annotated[str, BeforeValidator(lambda value: escaped(value) if isinstance(value, str) else value)]
 
@@ -43,7 +43,10 @@ class Percentiles:
 
 @dataclass(frozen=True, config=STRICT)
 class TeacherReport:
-    """The network that was compressed. `size_bytes` is that of its file, latency that of the same network as ONNX."""
+    """The network that was compressed. `size_bytes` is that of its file, latency that of the same network as ONNX.
+
+    `accuracy_sha256` is of the labelled images that every accuracy of the report is of.
+    """
 
     path: Said
     sha256: str
@@ -64,6 +67,7 @@ class TeacherReport:
     accuracy_images: int | None
     latency_ms: Percentiles | None
     throughput_per_s: float | None
+    accuracy_sha256: str | None = None
 
 
 @dataclass(frozen=True, config=STRICT)

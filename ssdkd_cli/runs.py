@@ -98,16 +98,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Samples:
-    """Synthetic images that later stages work on, each with the teacher's logits.
+    """Synthetic images that later stages work on, uint8 [N, H, W, C].
 
-    `held_out`: never learned from; files are proven on them. `calibration`: of the replay buffer; what needs ranges or
-    some more training takes these. Images uint8 [N, H, W, C], logits float32 [N, classes].
+    `held_out`: never learned from; files are proven on them, and compared with the teacher's logits, float32
+    [N, classes]. `calibration`: of the replay buffer; what needs ranges or some more training takes these.
     """
 
     held_out: NDArray[np.uint8]
     held_out_logits: NDArray[np.float32]
     calibration: NDArray[np.uint8]
-    calibration_logits: NDArray[np.float32]
 
 
 def default_folder(teacher: Path, student: str) -> Path:
@@ -270,17 +269,14 @@ def read_samples(folder: Path) -> Samples:
             if missing:
                 raise ValueError(f"it holds no {', '.join(missing)}; an earlier ssdkd wrote it")
             samples = Samples(*(np.asarray(arrays[name]) for name in names))
-        for images, logits in (
-            (samples.held_out, samples.held_out_logits),
-            (samples.calibration, samples.calibration_logits),
-        ):
+        for images in (samples.held_out, samples.calibration):
             if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
                 raise ValueError(f"expected images uint8 [N, H, W, C], found {images.dtype} {list(images.shape)}")
-            if logits.dtype.kind != "f" or logits.ndim != 2 or len(logits) != len(images):
-                found = f"{logits.dtype} {list(logits.shape)}"
-                raise ValueError(f"expected float logits [{len(images)}, classes], found {found}")
-            if not np.isfinite(logits).all():
-                raise ValueError("the teacher's logits hold NaN or infinity")
+        logits, number = samples.held_out_logits, len(samples.held_out)
+        if logits.dtype.kind != "f" or logits.ndim != 2 or len(logits) != number:
+            raise ValueError(f"expected float logits [{number}, classes], found {logits.dtype} {list(logits.shape)}")
+        if not np.isfinite(logits).all():
+            raise ValueError("the teacher's logits hold NaN or infinity")
         return samples
     except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise SSDKDError(

@@ -207,7 +207,7 @@ def export(
     from engine.errors import SSDKDError
     from ssdkd_cli import again, material
     from ssdkd_cli.files import new_folder
-    from ssdkd_cli.gates import Limits, check_limits, gate_line, with_budget
+    from ssdkd_cli.gates import Limits, check_limits, gate_line, has_failed, with_budget
     from ssdkd_cli.labels import read_classes
     from ssdkd_cli.target import resolve_target
 
@@ -269,9 +269,7 @@ def export(
     show = functools.partial(console.print_table, head, rows, right=range(1, len(head) - 2), caption=caption)
     for gate in exported.gates:
         console.limit(gate_line(gate), gate.passed)
-    failed = any(item.verified is False for item in exported.artifacts) or not all(
-        gate.passed for gate in exported.gates
-    )
+    failed = has_failed(exported.artifacts, exported.gates)
     return _outcome(json, exported.artifacts, show, VERIFICATION_FAILED if failed else 0)
 
 

@@ -21,6 +21,7 @@ from engine.state import State, start
 from engine.teacher import Teacher
 from ssdkd_cli import console, replacing, runs
 from ssdkd_cli.boundary import is_out_of_memory, uninterrupted
+from ssdkd_cli.material import logits_of
 from ssdkd_cli.words import shape
 
 SMALLEST_BATCH = 16
@@ -65,7 +66,7 @@ def teach(
         state = start(source_of(teacher), student, settings=settings, compute=compute, seed=seed, inherited=inherited)
         try:
             run_rounds(state, folder / runs.METRICS, f"{spec.arch} to {card.student}", time_limit_seconds)
-            distilled = distilled_so_far(state)
+            distilled = with_exact_logits(distilled_so_far(state), teacher)
             save_distilled(folder, distilled, card)
         except NonFiniteLossError:
             raise
@@ -124,9 +125,15 @@ def distilled_so_far(state: State) -> Distilled:
         held_out=held_out.images[: held_out.size].cpu().numpy(),
         held_out_logits=held_out.logits[: held_out.size, 0].cpu().numpy(),
         calibration=buffer.images[drawn].cpu().numpy(),
-        calibration_logits=buffer.logits[drawn, 0].cpu().numpy(),  # of the image itself, the first of its views
     )
     return Distilled(averaged_student(state), state, samples)
+
+
+def with_exact_logits(distilled: Distilled, teacher: Teacher) -> Distilled:
+    """What the teacher says of the held-out samples in float32: while distilling it may have been asked in less."""
+    samples = distilled.samples
+    logits = logits_of(teacher, samples.held_out)
+    return dataclasses.replace(distilled, samples=dataclasses.replace(samples, held_out_logits=logits))
 
 
 def save_distilled(folder: Path, distilled: Distilled, card: runs.StudentCard) -> None:

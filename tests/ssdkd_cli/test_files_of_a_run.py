@@ -1,6 +1,7 @@
 """What files a run makes, in which precision and for which device: real files, real builds."""
 
 import errno
+import hashlib
 import importlib.util
 import json
 import os
@@ -13,8 +14,16 @@ import numpy as np
 import onnx
 import pytest
 
+from engine.hashing import sha256_of
 from exporters.precision import integer_share, precision_problem
-from exporters.tensorrt_sidecar import check_precision, check_sidecar, read_sidecar
+from exporters.tensorrt_sidecar import (
+    Binding,
+    Sidecar,
+    check_precision,
+    check_sidecar,
+    read_sidecar,
+    write_sidecar,
+)
 from ssdkd_cli import artifacts
 from ssdkd_cli.report import read_report
 
@@ -236,11 +245,17 @@ def test_what_was_known_of_the_same_bytes_stays_known(ssdkd: Any, compressed: Pa
     assert read_report(folder).artifacts[0].accuracy == before.accuracy
 
 
-def test_a_limit_that_failed_keeps_its_file_from_being_recommended(
+def test_a_limit_that_was_set_once_holds_for_all_that_is_recommended(
     ssdkd: Any, compressed: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(compressed, tmp_path / "run"))
     assert ssdkd("export", folder, "--overwrite", "--max-size-mb", "0.001").code == 3
+    assert read_report(folder).recommendation is None
+    assert ssdkd("export", folder, "--precision", "fp16").code == 0  # without a limit of its own
+    assert read_report(folder).recommendation is None
+    (folder / "model.fp16.onnx").unlink()
+    megabytes = 0.8 * (folder / "model.onnx").stat().st_size / 1e6
+    assert ssdkd("export", folder, "--overwrite", "--max-size-mb", megabytes).code == 3
     assert read_report(folder).recommendation is None
     assert ssdkd("export", folder, "--precision", "fp16").code == 0
     recommendation = read_report(folder).recommendation
@@ -256,7 +271,43 @@ def test_the_drop_needs_a_teacher_s_accuracy_on_these_images(
     options = ("--max-drop", "1", "--eval-data", tmp_path / "fewer.npz", "--out", tmp_path / "elsewhere")
     ran = ssdkd("export", compressed, *options)
     assert ran.code == 1
-    assert "has on 20 images; these are 9" in ran.err
+    assert "has on 20 images; these are 9 others" in ran.err
+    images["labels"] = np.roll(images["labels"], 1)
+    np.savez(tmp_path / "others.npz", **images)
+    ran = ssdkd("export", compressed, *options[:3], tmp_path / "others.npz", *options[4:])
+    assert ran.code == 1
+    assert "has on 20 images; these are 20 others" in ran.err
+
+
+def test_a_report_holds_accuracies_on_one_set_of_images(
+    ssdkd: Any, shared: Path, compressed: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(compressed, tmp_path / "run"))
+    images = dict(np.load(shared / "test.npz"))
+    np.savez(tmp_path / "fewer.npz", images=images["images"][:9], labels=images["labels"][:9])
+    ran = ssdkd("export", folder, "--precision", "fp16", "--json", "--eval-data", tmp_path / "fewer.npz")
+    assert ran.code == 0, ran.err
+    assert ran.json[0]["accuracy"] is not None
+    assert "leaves these accuracies out" in ran.err
+    found = {item.path: item.accuracy for item in read_report(folder).artifacts}
+    assert found["model.fp16.onnx"] is None
+    assert found["model.onnx"] is not None
+    assert ssdkd("export", folder, "--precision", "fp16", "--overwrite", "--eval-data", shared / "test.npz").code == 0
+    assert read_report(folder).artifacts[1].accuracy is not None
+
+
+@needs_rtx
+def test_a_plan_that_cannot_be_judged_here_leaves_the_recommendation(
+    ssdkd: Any, compressed: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(compressed, tmp_path / "run"))
+    before = read_report(folder).recommendation
+    assert before is not None
+    ran = ssdkd("export", folder, "--export", "trt", "--profile", "rtx", "--precision", "fp16")
+    assert ran.code == 0, ran.err
+    report = read_report(folder)
+    assert "model.fp16.engine" in {item.path for item in report.artifacts}
+    assert report.recommendation == before
 
 
 def test_what_stops_an_export_is_said_before_its_work(ssdkd: Any, shared: Path, compressed: Path) -> None:
@@ -266,12 +317,64 @@ def test_what_stops_an_export_is_said_before_its_work(ssdkd: Any, shared: Path, 
     assert "synthetic samples" not in ran.err
 
 
+def plan_of(onnx_file: Path, plan: Path) -> None:
+    """A plan, of importance for its bytes alone, and the sidecar that says of which ONNX file it was made."""
+    plan.write_bytes(b"plan")
+    binding = Binding("images", "float", (1,), (1,), (1,))
+    write_sidecar(
+        plan,
+        Sidecar(
+            schema_version=1,
+            flavour="tensorrt",
+            version="10.3.0",
+            compute_capability="8.7",
+            gpu="Orin",
+            precision="fp32",
+            input=binding,
+            output=binding,
+            workspace_mb=None,
+            timing_cache=None,
+            onnx_sha256=sha256_of(onnx_file),
+            onnx_bytes=1,
+            onnx_metadata={},
+            plan_sha256=hashlib.sha256(b"plan").hexdigest(),
+            plan_bytes=4,
+            weight_bytes={},
+            computed_weights={},
+            layers={},
+            weights_in_plan={},
+            engine_tensors=None,
+            build_seconds=1.0,
+            built_on="2026-01-01T00:00:00+00:00",
+            platform="Linux aarch64",
+            ssdkd_version="0.1.0",
+            warnings=(),
+        ),
+    )
+
+
 def test_plans_of_a_file_that_is_replaced_go_with_it(ssdkd: Any, compressed: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(compressed, tmp_path / "run"))
-    for name in ("model.engine", "model.engine.json", "build_model.engine.sh", "model.onnx.rejected"):
+    (folder / "model.onnx").write_bytes(b"another network")
+    plan_of(folder / "model.onnx", folder / "model.engine")
+    for name in ("build_model.engine.sh", "model.onnx.rejected"):
         (folder / name).write_text("of the file that was")
     assert ssdkd("export", folder, "--overwrite").code == 0
     assert names_in(folder) == {"model.onnx"}
+
+
+def test_plans_of_the_same_network_and_plans_of_the_user_stay(ssdkd: Any, compressed: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(compressed, tmp_path / "run"))
+    plan_of(folder / "model.onnx", folder / "model.engine")
+    (folder / "model.fp16.engine").write_text("built on the device, or by trtexec")
+    ran = ssdkd("export", folder, "--overwrite")
+    assert ran.code == 0, ran.err
+    assert "may be of another network" not in ran.err
+    ran = ssdkd("export", folder, "--precision", "fp16", "--out", folder)
+    assert ran.code == 0, ran.err
+    assert "model.fp16.engine may be of another network than model.fp16.onnx: " in ran.err
+    kept = {"model.engine", "model.engine.json", "model.fp16.engine"}
+    assert names_in(folder) == {"model.onnx", "model.fp16.onnx", *kept}
 
 
 def test_a_proven_file_stays_where_a_new_one_is_rejected(

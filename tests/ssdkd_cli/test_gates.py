@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from engine.errors import SSDKDError
-from ssdkd_cli.gates import Limits, check_limits, decide, gate_line, judge, recommend, with_budget
+from ssdkd_cli.gates import Limits, check_limits, decide, gate_line, has_failed, judge, recommend, with_budget
 from ssdkd_cli.report import Artifact, Percentiles
 from ssdkd_cli.target import Target, resolve_target
 
@@ -147,6 +147,25 @@ def test_a_device_s_files_are_recommended_for_it_alone() -> None:
     assert passing == []  # what is fast on this processor says nothing of a Jetson
 
 
+def test_the_latency_of_a_plan_s_source_on_the_cpu_is_not_judged() -> None:
+    graph = artifact("model.fp16.onnx", "fp16")
+    plan = artifact("model.fp16.engine", "fp16", format="trt", latency_ms=fast(0.1))
+    passing, gates = decide(Limits(max_latency_ms=1.0, max_size_mb=9.0), (graph, plan), JETSON, None)
+    assert [item.path for item in passing] == ["model.fp16.engine"]
+    assert [(gate.name, gate.artifact, gate.passed) for gate in gates] == [
+        ("max_size_mb", "model.fp16.onnx", True),
+        ("max_latency_ms", "model.fp16.engine", True),
+        ("max_size_mb", "model.fp16.engine", True),
+    ]
+
+
+@pytest.mark.parametrize(("verified", "limit", "failed"), [(True, 9.0, False), (None, 9.0, False), (False, 9.0, True)])
+def test_what_has_failed(verified: bool | None, limit: float, failed: bool) -> None:
+    item = artifact("model.onnx", verified=verified)
+    assert has_failed([item], judge(Limits(max_size_mb=limit), item, None)) is failed
+    assert has_failed([item], judge(Limits(max_size_mb=1.0), item, None))
+
+
 def test_limits_that_cannot_be_judged_are_errors_before_the_run() -> None:
     with pytest.raises(SSDKDError, match="--max-drop compares accuracies") as caught:
         check_limits(Limits(max_drop=1.0), ANY, has_labels=False, has_gpu=False)
@@ -166,6 +185,9 @@ def test_limits_that_cannot_be_judged_are_errors_before_the_run() -> None:
     with pytest.raises(SSDKDError, match="--max-drop and --min-agreement cannot be judged here") as caught:
         check_limits(Limits(max_drop=1.0, min_agreement=1.0), plans_alone, has_labels=True, has_gpu=False)
     assert "--export onnx" in caught.value.hint
+    with pytest.raises(SSDKDError, match="--max-size-mb cannot be judged here"):
+        check_limits(Limits(max_size_mb=1.0), plans_alone, has_labels=False, has_gpu=True)
+    check_limits(Limits(max_size_mb=1.0), JETSON, has_labels=False, has_gpu=False)  # of the ONNX file beside the script
     check_limits(Limits(max_size_mb=1.0, min_agreement=1.0), ANY, has_labels=False, has_gpu=False)
 
 

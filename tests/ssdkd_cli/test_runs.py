@@ -227,7 +227,7 @@ def test_where_a_run_goes_by_itself() -> None:
 def some_samples() -> runs.Samples:
     images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
     logits = np.arange(10, dtype=np.float32).reshape(2, 5)
-    return runs.Samples(images, logits, images + 1, logits + 1)
+    return runs.Samples(images, logits, images + 1)
 
 
 def test_samples_are_kept(tmp_path: Path) -> None:
@@ -244,8 +244,8 @@ def test_samples_are_kept(tmp_path: Path) -> None:
         ({"calibration": np.zeros((2, 4, 4, 3), np.float32)}, r"expected images uint8 \[N, H, W, C\], found float32"),
         ({"held_out_logits": np.zeros((3, 5), np.float32)}, r"float logits \[2, classes\], found float32 \[3, 5\]"),
         ({"held_out_logits": np.zeros((2, 5), np.complex64)}, r"float logits \[2, classes\], found complex64 \[2, 5\]"),
-        ({"calibration_logits": np.zeros((2, 5), "M8[s]")}, r"expected float logits .* found datetime64"),
-        ({"calibration_logits": np.full((2, 5), np.nan, np.float32)}, "the teacher's logits hold NaN"),
+        ({"held_out_logits": np.zeros((2, 5), "M8[s]")}, r"expected float logits .* found datetime64"),
+        ({"held_out_logits": np.full((2, 5), np.nan, np.float32)}, "the teacher's logits hold NaN"),
     ],
 )
 def test_samples_that_cannot_be_used(tmp_path: Path, changed: dict[str, object], message: str) -> None:
