@@ -24,7 +24,12 @@ from ssdkd_cli.compress import DEMO_DEFAULTS, DEMO_TEACHER
 
 PLAIN = {"diversity": False, "difficulty": False, "priority": False, "replay": False}
 AFRESH = {"inherit": False, "feature_weight": 0.0}
-OWN: Mapping[str, Mapping[str, Any]] = {"ssdkd": {}, "SSD-KD off": PLAIN, "ssdkd afresh": AFRESH}
+OWN: Mapping[str, Mapping[str, Any]] = {
+    "ssdkd": {},
+    "SSD-KD off": PLAIN,
+    "logits alone": {"feature_weight": 0.0},
+    "ssdkd afresh": AFRESH,
+}
 
 
 @dataclass(frozen=True)

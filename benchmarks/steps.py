@@ -3,15 +3,15 @@
     python -m benchmarks.steps [--pairs demo resnet20-resnet8 wrn40_2-wrn16_2] [--batches 64 256] [--device cpu]
     python -m benchmarks.steps --profile      (and where the engine's step spends its time)
 
-The engine's step is `engine.distill.teach`: draw by priority, render a view, ask the teacher for its logits and its
-maps, forward, weighted losses, backward, SGD, new priorities, weight average. A pair that shares no stage has NO
-forward pass of the teacher in it: its kept logits of the view are used. The teacher looks at a new sample when that
-enters the buffer, at one view of it or at all (`teacher_forwards_per_draw` says how often that is for each image that
-the student sees, `ratio_to_bare_with_those` counts them in). So there are two bare steps, on one batch that lies on the
-device: with the teacher's forward pass, as distillation usually has it, and without. Both do forward, the loss of the
-logits, backward, the same SGD, and nothing else. On a GPU the engine's step is a CUDA graph, the bare ones are not; it
-is timed without its graph, too. All run in the same precision, in short turns one after another in one process; ratios
-are of medians.
+The engine's step is `engine.distill.teach`: draw by priority, render a view, forward, weighted losses, backward, SGD,
+new priorities, weight average. There is NO forward pass of the teacher in it: its kept logits of the view are used. The
+teacher looks at the views of a sample when that enters the buffer (`teacher_forwards_per_draw` says how often that is
+for each image that the student sees, `ratio_to_bare_with_those` counts them in). In the first part of a run, where the
+pair shares stages, it does ask the teacher, for its logits and its maps: that step is timed, too. So there are two bare
+steps, on one batch that lies on the device: with the teacher's forward pass, as distillation usually has it, and
+without. Both do forward, the loss of the logits, backward, the same SGD, and nothing else. On a GPU the engine's step
+is a CUDA graph, the bare ones are not; it is timed without its graph, too. All run in the same precision, in short
+turns one after another in one process; ratios are of medians.
 
 Weights (but the demo's teacher's) and samples are random: they cost as much time as others. Writes
 results/steps_cpu.json or steps_gpu.json.
@@ -73,15 +73,18 @@ def build_pair(name: str) -> Pair:
     return Pair(ZOO[teacher_name](CLASSES, 3), student, (3, 32, 32), 5000)
 
 
-def filled_state(pair: Pair, batch: int, turn_steps: int, compute: Compute, *, cuda_graphs: bool = True) -> State:
-    """The state of a run on a copy of the student, its buffer full of random samples; `teach` does `turn_steps`."""
+def filled_state(pair: Pair, batch: int, turn_steps: int, compute: Compute, **changed: Any) -> State:
+    """The state of a run on a copy of the student, its buffer full of random samples; `teach` does `turn_steps`.
+
+    `changed` are further settings.
+    """
     settings = settings_for(
         "full",
         image_shape=pair.image_shape,
         samples=pair.samples,
         student_batch=batch,
         student_steps=turn_steps,
-        cuda_graphs=cuda_graphs,
+        **changed,
     )
     channels = pair.image_shape[0]
     student, teacher = copy.deepcopy(pair.student), copy.deepcopy(pair.teacher)
@@ -166,6 +169,9 @@ def measure(name: str, batch: int, *, turns: int, turn_steps: int, compute: Comp
         "bare": bare_turn(pair, state, batch, turn_steps, asks_teacher=True),
         "bare_without_teacher": bare_turn(pair, state, batch, turn_steps, asks_teacher=False),
     }
+    taught_maps = filled_state(pair, batch, turn_steps, compute, feature_share=1.0)
+    if taught_maps.stages:
+        steps["engine_with_maps"] = lambda: teach(taught_maps, LATE)
     if compute.device.type == "cuda":
         plain = filled_state(pair, batch, turn_steps, compute, cuda_graphs=False)
         steps["engine_without_graphs"] = lambda: teach(plain, LATE)
@@ -177,6 +183,7 @@ def measure(name: str, batch: int, *, turns: int, turn_steps: int, compute: Comp
     usual = settings_for("full", image_shape=pair.image_shape)
     forwards = state.buffer.logits.shape[1] * usual.inversion_batch / (usual.student_steps * batch)
     teacher_ms = medians["bare"] - medians["bare_without_teacher"]
+    with_maps = {"ratio_with_maps_to_bare": medians["engine_with_maps"] / medians["bare"]} if taught_maps.stages else {}
     return {
         "pair": name,
         "batch": batch,
@@ -187,7 +194,8 @@ def measure(name: str, batch: int, *, turns: int, turn_steps: int, compute: Comp
         "ratio_to_bare_without_teacher": medians["engine"] / medians["bare_without_teacher"],
         "teacher_forwards_per_draw": forwards,
         "ratio_to_bare_with_those": (medians["engine"] + forwards * teacher_ms) / medians["bare"],
-        "recording": state.gradients.refusal or state.gradients.replays,
+        **with_maps,
+        "recording": state.gradients[False].refusal or state.gradients[False].replays,
         "turns": turns,
         "steps_per_turn": turn_steps,
     }

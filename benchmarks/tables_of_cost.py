@@ -12,8 +12,9 @@ STEPS_HEAD = (
     *("pair", "batch", "precision", "the engine's step, ms", "not as a CUDA graph", "bare step, ms"),
     "without teacher, ms",
     *("throughput, of the bare step's", "the teacher's looks counted in", "of the one without teacher"),
+    "with maps, of the bare step's",
 )
-STEP_RATIOS = ("bare", "bare_with_those", "bare_without_teacher")
+STEP_RATIOS = ("ratio_to_bare", "ratio_to_bare_with_those", "ratio_to_bare_without_teacher", "ratio_with_maps_to_bare")
 GROWTH_NAMES = {"samples": "buffer, samples", "classes": "classes", "pixels": "pixels a side", "teacher": "teacher"}
 GROWTH_HEAD = (
     "what varies",
@@ -55,7 +56,7 @@ def steps_table(results: Sequence[Result]) -> list[str]:
                     f"{row[f'{step}_ms']:.2f}" if f"{step}_ms" in row else UNKNOWN
                     for step in ("engine", "engine_without_graphs", "bare", "bare_without_teacher")
                 ),
-                *(f"{100 / row[f'ratio_to_{step}']:.0f} %" for step in STEP_RATIOS),
+                *(f"{100 / row[ratio]:.0f} %" if ratio in row else UNKNOWN for ratio in STEP_RATIOS),
             )
             for row in result["rows"]
         ]

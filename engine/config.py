@@ -8,7 +8,7 @@ from engine.errors import SSDKDError
 EFFORTS: dict[str, int] = {"smoke": 16, "quick": 150, "full": 1200}  # rounds
 LOWEST = {"warmup_rounds": 0, "shift": 0, "held_out": 2, "temperature": 0.01}  # else 1 for integers, 0 for the rest
 HIGHEST = 10**9  # of all: more is a slip
-BATCH_PIXELS = 128 * 64 * 64  # a batch has no more pixels than this, so that memory stays level
+BATCH_PIXELS = 128 * 64 * 64  # a batch has no more pixels than this, unless so few images are below the smallest batch
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,17 @@ class DistillationSettings:
 
     student_batch: int = 64
     student_steps: int = 20  # a round
-    student_rate: float = 0.1  # peak; SGD with Nesterov momentum; a short rise, then a half cosine to 0
+    student_rate: float = 0.1  # peak; SGD with Nesterov momentum; a half cosine to 0
     student_momentum: float = 0.9
     student_decay: float = 5e-4
     temperature: float = 4.0
     feature_weight: float = 10.0  # of the maps at the end of each shared stage (engine.features); 0: logits alone
+    feature_share: float = 0.5  # of the run, in which that weight falls to 0
     inherit: bool = True  # begin with the layers that the student shares with the teacher; off: all of it afresh
     inherited_rate: float = 0.05  # peak of the learning rate of those layers
     average_decay: float = 0.99  # of the weight average that is kept, per step
     views: int = 8  # augmentations of each sample
-    shift: int = 4  # pixels, of the augmentations at 32 px; scaled with the image
+    shift: int = 4  # pixels, of the augmentations at 32 px; scaled with the shorter side
 
     cuda_graphs: bool = True  # a GPU repeats recorded steps (engine.recording); off: every kernel is launched anew
 
@@ -60,7 +61,7 @@ class DistillationSettings:
 def settings_for(effort: str, *, image_shape: tuple[int, int, int], **overrides: Any) -> DistillationSettings:
     """The settings of an effort for images of (C, H, W), with what the user set put over them.
 
-    Large images shrink both batches with their area (to no less than 16), so that memory stays level.
+    Large images shrink both batches with their area, to no less than 16: up to 181 pixels a side memory stays level.
 
     Raises:
         SSDKDError: unknown effort or setting, or a value of another type.

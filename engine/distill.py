@@ -1,6 +1,7 @@
 """The loop of SSD-KD: invert a batch, remember it in place of the least useful samples, teach the student from memory.
 
-Each round is one turn of invert -> remember -> teach. Nothing in it waits for the device but the metrics at its end.
+Each round is one turn of invert -> remember -> teach. Nothing in it waits for the device but the metrics at its end,
+and a step that is being recorded (engine.recording).
 """
 
 import copy
@@ -22,6 +23,7 @@ from engine.state import State
 from engine.teaching import averaged_tensors, learning_parameters, rate_factor, update_average
 
 HELD_OUT_SHARES = 8, 32  # one new image in so many is held out: until there are enough, and then
+LONGEST_WARMUP = 0.2  # of the time limit
 MEASURED = 256  # of the newest held-out samples, each round: more would cost a tenth of it
 
 
@@ -40,7 +42,7 @@ class RoundMetrics:
     adversarial_loss: float
     distillation_loss: float  # of the logits, mean of the round's steps; NaN in the warm-up
     feature_loss: float  # of the maps, summed over the shared stages; 0 where there are none, NaN in the warm-up
-    agreement: float  # percent, of the averaged student with the teacher on held-out synthetic samples
+    agreement: float  # percent, of the averaged student with the teacher on the newest held-out samples
     class_balance: float  # smallest over largest class count of the buffer
     images_per_second: float  # that the student saw, this round
     images_seen: int
@@ -63,8 +65,9 @@ def distill(state: State, *, time_limit_seconds: float | None = None) -> Iterato
         round_started = time.perf_counter()
         targets = choose_targets(state)
         images, inversion_losses = synthesize(state, targets, progress)
-        remember(state, images)
-        losses = teach(state, progress) if is_taught(state) else inversion_losses.total.new_full((1, 2), math.nan)
+        remember(state, images, progress)
+        learns = is_taught(state, progress)
+        losses = teach(state, progress) if learns else inversion_losses.total.new_full((1, 2), math.nan)
 
         state.round += 1
         measured = measure(state, inversion_losses, losses)
@@ -72,14 +75,13 @@ def distill(state: State, *, time_limit_seconds: float | None = None) -> Iterato
         state.seconds = now - started
         progress = done_share(state, time_limit_seconds)
         state.hurried |= progress > state.round / settings.rounds
-        taught = len(losses) if state.round > settings.warmup_rounds else 0
         yield RoundMetrics(
             round=state.round,
             rounds=settings.rounds,
-            phase="distill" if taught else "warm-up",
+            phase="distill" if learns else "warm-up",
             seconds=state.seconds,
             seconds_left=state.seconds * (1 - progress) / progress if progress < 1 else 0.0,
-            images_per_second=taught * settings.student_batch / (now - round_started),
+            images_per_second=learns * len(losses) * settings.student_batch / (now - round_started),
             images_seen=state.images_seen,
             steps=state.steps,
             buffer_size=state.buffer.size,
@@ -94,9 +96,15 @@ def done_share(state: State, time_limit_seconds: float | None) -> float:
     return max(by_rounds, by_clock)
 
 
-def is_taught(state: State) -> bool:
-    """Whether the warm-up is over and the student learns in this round."""
-    return state.round >= state.settings.warmup_rounds
+def is_taught(state: State, progress: float) -> bool:
+    """Whether the student learns in this round: the warm-up is over, or has taken its share of the time there is."""
+    by_clock = progress > state.round / state.settings.rounds
+    return state.round >= state.settings.warmup_rounds or (by_clock and progress >= LONGEST_WARMUP)
+
+
+def compares_maps(state: State, progress: float) -> bool:
+    """Whether the student is shown its teacher's maps now: in the first part of a run, where they share stages."""
+    return state.stages is not None and progress < state.settings.feature_share
 
 
 def choose_targets(state: State) -> Tensor:
@@ -120,7 +128,7 @@ def synthesize(state: State, targets: Tensor, progress: float) -> tuple[Tensor, 
         state.inverter,
         targets,
         class_counts=replay.class_counts(state.buffer, state.task.classes),
-        adversarial_weight=state.settings.adversarial_weight * (1 - progress) if is_taught(state) else 0.0,
+        adversarial_weight=state.settings.adversarial_weight * (1 - progress) if is_taught(state, progress) else 0.0,
         spared=held_out_number(state, len(targets)),
         rng=state.rng,
     )
@@ -142,20 +150,22 @@ def held_out_number(state: State, number: int) -> int:
 
 
 @torch.no_grad()
-def remember(state: State, images: Tensor) -> None:
+def remember(state: State, images: Tensor, progress: float) -> None:
     """Put new images in the place of the least valuable samples; the first few are held out from training.
 
-    The teacher looks at the views of an image here, once, and what it says is kept beside them. For a student that is
+    The teacher looks at the views of an image here, once, and what it says is kept beside them. While the student is
     shown its maps it looks at the image alone: it will be asked at each step.
     """
-    shift = round(state.settings.shift * images.shape[1] / 32)
+    shift = round(state.settings.shift * min(images.shape[1:3]) / 32)
     views = random_views(len(images), state.settings.views, shift, state.rng)
     views[:, 0] = 0  # the image itself
-    logits = teacher_logits(state, images, views[:, : state.buffer.logits.shape[1]])
+    looks = 1 if compares_maps(state, progress) else state.settings.views
+    logits = teacher_logits(state, images, views[:, :looks])
     classes, confidences = state.task.predict(logits[:, 0])
     held_out = held_out_number(state, len(images))
     for buffer, part in ((state.held_out, slice(held_out)), (state.buffer, slice(held_out, None))):
-        kept = views[part, : buffer.views.shape[1]], logits[part, : buffer.logits.shape[1]]
+        room = buffer.views.shape[1]
+        kept = views[part, :room], logits[part, :room]
         values = kept_values(state, buffer)
         slots = replay.free_slots(buffer, len(images[part]), values)
         replay.add(buffer, slots, images[part], *kept, classes[part], confidences[part])
@@ -190,8 +200,8 @@ def kept_values(state: State, buffer: ReplayBuffer) -> Tensor:
 def teach(state: State, progress: float) -> Tensor:
     """The student's steps of one round on samples drawn by priority.
 
-    The weight of the maps falls with the run: they lead a student that knows little, and would keep one that cannot
-    follow them from the logits.
+    The weight of the maps falls to 0 in the first part of the run: they lead a student that knows little, and would
+    keep one that cannot follow them from the logits. What the teacher says on the way is kept, and is enough later.
 
     Returns:
         their losses, of the logits and of the maps, float32 [student_steps, 2].
@@ -199,18 +209,22 @@ def teach(state: State, progress: float) -> Tensor:
     settings, buffer, batch = state.settings, state.buffer, state.batch
     for group in state.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * rate_factor(progress)
-    batch.feature_weight.fill_(settings.feature_weight * (1 - progress))
+    with_maps = compares_maps(state, progress)
+    if with_maps:
+        batch.feature_weight.fill_(settings.feature_weight * (1 - progress / settings.feature_share))
     parameters = learning_parameters(state.student)
     averaged, learning = averaged_tensors(state.average), averaged_tensors(state.student)
     state.student.train()
     losses = torch.zeros(settings.student_steps, 2, device=state.rng.device)
     for step in range(settings.student_steps):
-        draw(state)
-        (*both, divergences), gradients = state.gradients()
+        draw(state, any_view=with_maps)
+        (*both, divergences, teacher_logits), gradients = state.gradients[with_maps]()
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         state.optimizer.step()
         replay.update(buffer, batch.slots, divergences, batch.weights)
+        if with_maps:
+            replay.remember_logits(buffer, batch.slots, batch.views, teacher_logits)
         update_average(averaged, learning, settings.average_decay, state.steps)
         state.steps += 1
         state.images_seen += len(batch.slots)
@@ -218,15 +232,18 @@ def teach(state: State, progress: float) -> Tensor:
     return losses
 
 
-def draw(state: State) -> None:
-    """Fill the batch: slots by priority, their importance weights, one view of each."""
+def draw(state: State, *, any_view: bool) -> None:
+    """Fill the batch: slots by priority, their importance weights, one view of each, any or a seen one."""
     settings, batch, rng = state.settings, state.batch, state.rng
     slots, weights = replay.sample(
         state.buffer, settings.student_batch, beta=settings.beta, prioritized=settings.priority, rng=rng
     )
     batch.slots.copy_(slots)
     batch.weights.copy_(weights)
-    batch.views.random_(settings.views, generator=rng)
+    if any_view:
+        batch.views.random_(settings.views, generator=rng)
+    else:
+        batch.views.copy_(replay.draw_seen_views(state.buffer, slots, rng))
 
 
 @torch.no_grad()

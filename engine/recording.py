@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from engine.errors import SSDKDError
+from engine.errors import SSDKDError, first_line
 
 PLAIN_CALLS = 3  # before the recording: libraries choose their kernels and allocate in their first calls
 TOLERANCE = 0.05  # of an output's norm: half precision and sums in any order are far below, another batch far above
@@ -66,7 +66,7 @@ class Recorded:
         if not self.enabled or self.refusal:
             return self.function()
         if self._candidate is not None:
-            return self._compare(self._candidate)
+            return self._compare()
         self._calls += 1
         return beside(self.function, self.device) if self._calls <= PLAIN_CALLS else self._record()
 
@@ -90,22 +90,24 @@ class Recorded:
                 ) from error
         return outputs
 
-    def _compare(self, candidate: Function) -> Outputs:
+    def _compare(self) -> Outputs:
+        candidate, self._candidate = self._candidate, None
+        assert candidate is not None
         numbers = random_state(self.device)
-        expected = self.function()
+        try:
+            expected = self.function()
+        except torch.OutOfMemoryError:
+            self.refusal = "the recording leaves no memory to compare it with the plain call"
+        if self.refusal:
+            del candidate  # and its memory
+            return self.function()
         set_random_state(numbers, self.device)  # so that dropout drops the same
         found = candidate()
-        self._candidate = None
         if not alike(found, expected):
             self.refusal = "the recording gave other values than the plain call"
             return expected
         self._replay = candidate
         return found
-
-
-def first_line(error: Exception) -> str:
-    """The first line of its message; its kind where there is none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def alike(found: Outputs, expected: Outputs) -> bool:

@@ -18,7 +18,8 @@ class ReplayBuffer:
 
     images: Tensor  # uint8 [N, H, W, C]
     views: Tensor  # int64 [N, V, 3], the augmentations in which the student sees it; the first is the image itself
-    logits: Tensor  # float32 [N, L, K], the teacher's, of the first L views: it looks at a view once
+    logits: Tensor  # float32 [N, V, K], the teacher's, of the views that it has seen: it looks at a view once
+    seen: Tensor  # bool [N, V]; the first view always is
     classes: Tensor  # int64 [N], the class that the teacher predicts
     confidences: Tensor  # float32 [N], the teacher's confidence in it
     discrepancies: Tensor  # float32 [N], delta: w_(i-1) KL(T || S) when the sample was last drawn
@@ -38,17 +39,15 @@ class ReplayBuffer:
 
 
 def empty_buffer(
-    capacity: int, image_shape: tuple[int, int, int], *, views: int, looks: int, classes: int, device: torch.device
+    capacity: int, image_shape: tuple[int, int, int], *, views: int, classes: int, device: torch.device
 ) -> ReplayBuffer:
-    """A buffer of `capacity` slots for images of (C, H, W), each with `views` augmentations.
-
-    Of the first `looks` of them the teacher's logits are kept.
-    """
+    """A buffer of `capacity` slots for images of (C, H, W), each with `views` augmentations."""
     channels, height, width = image_shape
     return ReplayBuffer(
         images=torch.zeros(capacity, height, width, channels, dtype=torch.uint8, device=device),
         views=torch.zeros(capacity, views, 3, dtype=torch.int64, device=device),
-        logits=torch.zeros(capacity, looks, classes, device=device),
+        logits=torch.zeros(capacity, views, classes, device=device),
+        seen=torch.zeros(capacity, views, dtype=torch.bool, device=device),
         classes=torch.zeros(capacity, dtype=torch.int64, device=device),
         confidences=torch.zeros(capacity, device=device),
         discrepancies=torch.zeros(capacity, device=device),
@@ -89,14 +88,16 @@ def add(
         slots: from `free_slots`.
         images: uint8 [B, H, W, C].
         views: int64 [B, V, 3].
-        logits: float32 [B, L, K].
+        logits: float32 [B, L, K], of the first L views.
         classes: int64 [B].
         confidences: float32 [B].
     """
     highest = buffer.discrepancies.max() if buffer.added else torch.ones((), device=slots.device)
     buffer.images[slots] = images
     buffer.views[slots] = views
-    buffer.logits[slots] = logits
+    looks = logits.shape[1]
+    buffer.logits[slots, :looks] = logits
+    buffer.seen[slots] = torch.arange(buffer.seen.shape[1], device=slots.device) < looks
     buffer.classes[slots] = classes
     buffer.confidences[slots] = confidences
     buffer.discrepancies[slots] = highest
@@ -125,6 +126,19 @@ def sample(
     points = (strata + torch.rand(number, generator=rng, device=rng.device, dtype=torch.float64)) / number
     slots = torch.searchsorted(cumulative, points * cumulative[-1]).clamp_max_(buffer.size - 1)
     return slots, (priorities[slots] / priorities.mean()) ** -beta
+
+
+def draw_seen_views(buffer: ReplayBuffer, slots: Tensor, rng: torch.Generator) -> Tensor:
+    """One of the views that the teacher has seen, of each of `slots` [B], int64 [B]."""
+    seen = buffer.seen[slots]
+    numbers = torch.rand(seen.shape, generator=rng, device=rng.device)
+    return numbers.masked_fill(~seen, -1.0).argmax(1)
+
+
+def remember_logits(buffer: ReplayBuffer, slots: Tensor, views: Tensor, logits: Tensor) -> None:
+    """Keep what the teacher says now, float32 [B, K], of one view of each of `slots`; both int64 [B]."""
+    buffer.logits[slots, views] = logits
+    buffer.seen[slots, views] = True
 
 
 def update(buffer: ReplayBuffer, slots: Tensor, divergences: Tensor, weights: Tensor) -> None:

@@ -1,6 +1,7 @@
 """All that a distillation is between its rounds, and how it begins."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,7 +32,7 @@ class State:
     average: nn.Module  # the weight average of the student: the one that is kept
     optimizer: torch.optim.Optimizer
     batch: Batch  # what the student is shown now
-    gradients: Recorded  # the batch's losses, each sample's divergence, the gradients of the student's parameters
+    gradients: Mapping[bool, Recorded]  # whether maps are compared -> what `loss_and_gradients` gives
     inverter: Inverter
     buffer: ReplayBuffer
     held_out: ReplayBuffer  # the newest samples that the student never learns from
@@ -69,19 +70,18 @@ def start(
     capacity = settings.samples if settings.replay else settings.rounds * settings.inversion_batch
     stages = shared_stages(student, teacher, image_shape) if settings.feature_weight else None
     empty = partial(replay.empty_buffer, image_shape=image_shape, classes=task.classes, device=device)
-    buffer = empty(capacity, views=settings.views, looks=1 if stages else settings.views)  # stages ask it at each step
-    batch = empty_batch(settings.student_batch, device)
-    gradients = partial(
+    buffer, batch = empty(capacity, views=settings.views), empty_batch(settings.student_batch, device)
+    step = partial(
         loss_and_gradients,
         student,
         batch,
         buffer,
         task=task,
         normalization=inverter.problem.normalization,
-        stages=stages,
         temperature=settings.temperature,
         compute=compute,
     )
+    recorded = partial(Recorded, device=device, enabled=settings.cuda_graphs and compute.has_graphs)
     return State(
         teacher=teacher,
         student=student,
@@ -90,10 +90,13 @@ def start(
         average=copy.deepcopy(student).eval().requires_grad_(False),
         optimizer=new_optimizer(student, inherited, settings),
         batch=batch,
-        gradients=Recorded(gradients, device, enabled=settings.cuda_graphs and compute.has_graphs),
+        gradients={
+            True: recorded(partial(step, stages=stages)),
+            False: recorded(partial(step, stages=None)),
+        },
         inverter=inverter,
         buffer=buffer,
-        held_out=empty(settings.held_out, views=1, looks=1),
+        held_out=empty(settings.held_out, views=1),
         task=task,
         normalization=inverter.problem.normalization,
         settings=settings,
@@ -104,5 +107,6 @@ def start(
 
 def recordings(state: State) -> dict[str, Recorded]:
     """Each step that a GPU can record, by name."""
-    inner = state.inverter.inner_step
-    return {"inversion in the warm-up": inner[False], "inversion": inner[True], "teaching": state.gradients}
+    inner, gradients = state.inverter.inner_step, state.gradients
+    steps = {"inversion in the warm-up": inner[False], "inversion": inner[True], "teaching": gradients[False]}
+    return {**steps, "teaching with maps": gradients[True]} if state.stages else steps

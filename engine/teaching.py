@@ -14,8 +14,6 @@ from engine.recording import Outputs, laid_out_as
 from engine.replay import ReplayBuffer
 from engine.task import Classification
 
-RATE_RISE = 0.05  # the share of a run in which the learning rate rises
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -66,10 +64,11 @@ def loss_and_gradients(
     temperature: float,
     compute: Compute,
 ) -> Outputs:
-    """The weighted losses of the logits and of the stages' maps, each sample's divergence [B], and the gradients.
+    """The weighted losses of the logits and of the stages' maps, and the gradients of their sum.
 
-    With `stages` the teacher looks at the views now; without, its kept logits are used and the second loss is 0. There
-    is a gradient for each of `learning_parameters`; that of a parameter without a part in the losses is zero.
+    With `stages` the teacher looks at the views now; without, its kept logits are used and the second loss is 0. Behind
+    the two losses stand each sample's divergence [B] and the teacher's logits [B, K]. There is a gradient for each of
+    `learning_parameters`; that of a parameter without a part in the losses is zero.
     """
     slots, weights = batch.slots, batch.weights
     inputs = to_input(render(buffer.images, slots, buffer.views[slots, batch.views]), normalization)
@@ -87,13 +86,13 @@ def loss_and_gradients(
     parameters = learning_parameters(student)
     total = loss + batch.feature_weight * feature_loss
     gradients = torch.autograd.grad(total, parameters, materialize_grads=True)
-    losses = (loss.detach(), feature_loss.detach(), divergences.detach())
+    losses = (loss.detach(), feature_loss.detach(), divergences.detach(), teacher_logits.float())
     return Outputs(losses, laid_out_as(parameters, gradients))
 
 
 def rate_factor(progress: float) -> float:
-    """The learning rate's share of its peak: a linear rise, then a half cosine to 0; `progress` is in 0...1."""
-    return min(1.0, (progress + 0.01) / RATE_RISE) * 0.5 * (1 + math.cos(math.pi * progress))
+    """The learning rate's share of its peak: a half cosine to 0; `progress`, of the run, is in 0...1."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def averaged_tensors(network: nn.Module) -> list[Tensor]:

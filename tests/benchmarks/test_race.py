@@ -41,9 +41,10 @@ def test_the_clock_stands_still_while_the_student_is_scored(monkeypatch: pytest.
     [
         ({}, 50),
         ({"gamma": 2.0}, 50),
-        ({"student_steps": 40}, 37),
-        ({"inversion_steps": 5}, 74),
-        ({"feature_weight": 0.0}, 57),
+        ({"student_steps": 40}, 38),
+        ({"inversion_steps": 5}, 76),
+        ({"feature_weight": 0.0}, 54),
+        ({"feature_share": 1.0}, 47),
     ],
 )
 def test_what_costs_more_a_round_has_fewer_of_them(changed: dict[str, float], rounds: int) -> None:

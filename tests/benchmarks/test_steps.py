@@ -21,10 +21,13 @@ def test_each_row_has_medians_and_their_ratios(tmp_path: Path, capsys: pytest.Ca
         assert row["ratio_to_bare_without_teacher"] == pytest.approx(row["engine_ms"] / row["bare_without_teacher_ms"])
         low, high = row["engine_quartiles_ms"]
         assert 0 < low <= row["engine_ms"] <= high
-        looks = (8 if row["pair"] == "resnet20-vgg8" else 1) * 64 / (20 * 4)  # where maps are matched the step asks it
+        looks = 8 * 64 / (20 * 4)
         assert row["teacher_forwards_per_draw"] == looks
         with_teacher = row["engine_ms"] + looks * (row["bare_ms"] - row["bare_without_teacher_ms"])
         assert row["ratio_to_bare_with_those"] == pytest.approx(with_teacher / row["bare_ms"])
+    of_maps, without = result["rows"]
+    assert of_maps["ratio_with_maps_to_bare"] == pytest.approx(of_maps["engine_with_maps_ms"] / of_maps["bare_ms"])
+    assert "engine_with_maps_ms" not in without  # the two share no stage
     assert "Self CPU time total" in capsys.readouterr().out
 
 

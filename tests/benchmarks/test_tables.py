@@ -250,7 +250,7 @@ def test_a_rival_is_reached_at_the_accuracy_where_it_ends_and_not_at_its_best(tm
 @pytest.mark.parametrize(
     ("result", "row"),
     [
-        (STEPS, "| demo | 64 | bfloat16 | 10.00 | – | 9.00 | 8.00 | 90 % | 83 % | 80 % |"),
+        (STEPS, "| demo | 64 | bfloat16 | 10.00 | – | 9.00 | 8.00 | 90 % | 83 % | 80 % | – |"),
         (BUFFER, "| 500 | 1 | 69.00 % | 86.2 % | -2.00 points |"),
         (SETTINGS, "| nothing | 2 | 71.00 ± 1.41 % | – | – | 80.0 % |"),
         (SETTINGS, "| gamma 2.0 | 2 | 71.00 % | 0.00 ± 1.41 points | 1 of 2 | 80.0 % |"),

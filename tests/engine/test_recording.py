@@ -1,4 +1,5 @@
 import math
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -122,6 +123,24 @@ def test_where_pytorch_cannot_go_on_after_that_the_run_stops_and_says_what_to_ty
     with pytest.raises(SSDKDError, match="not permitted when stream is capturing") as caught:
         step()
     assert "cuda_graphs = false" in caught.value.hint
+
+
+def test_a_recording_that_leaves_no_memory_for_the_plain_call_is_not_used(graphs: list[str]) -> None:
+    function = Doubling()
+    step = Recorded(function, GPU, enabled=True)
+    calls(step, function, PLAIN_CALLS + 1)
+    assert graphs[-1] == "capture"
+    replay = weakref.ref(step._candidate)
+
+    def without_memory() -> Outputs:
+        if replay() is not None:
+            raise torch.OutOfMemoryError
+        return function()
+
+    step.function = without_memory
+    calls(step, function)
+    assert step.refusal == "the recording leaves no memory to compare it with the plain call"
+    assert not step.replays
 
 
 @pytest.mark.parametrize("wrong", [3.0, -1.0, 0.0, math.nan])

@@ -13,7 +13,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def buffer_of(capacity: int) -> ReplayBuffer:
-    return replay.empty_buffer(capacity, (2, 3, 4), views=2, looks=2, classes=5, device=CPU)
+    return replay.empty_buffer(capacity, (2, 3, 4), views=2, classes=5, device=CPU)
 
 
 def put(buffer: ReplayBuffer, number: int, values: Tensor | None = None) -> Tensor:
@@ -232,3 +232,23 @@ def test_draws_depend_on_the_generator_alone() -> None:
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_views_that_the_teacher_has_not_seen_are_not_drawn_until_its_logits_are_kept() -> None:
+    buffer, rng = buffer_of(4), generator()
+    images, views = torch.zeros(4, 3, 4, 2, dtype=torch.uint8), torch.zeros(4, 2, 3, dtype=torch.int64)
+    slots, classes = torch.arange(4), torch.zeros(4, dtype=torch.int64)
+    replay.add(buffer, slots, images, views, torch.ones(4, 1, 5), classes, torch.zeros(4))
+    assert buffer.seen.tolist() == [[True, False]] * 4
+    many = slots.repeat(50)
+    assert (replay.draw_seen_views(buffer, many, rng) == 0).all()
+    replay.remember_logits(buffer, torch.tensor([2]), torch.tensor([1]), torch.full((1, 5), 7.0))
+    drawn = replay.draw_seen_views(buffer, many, rng)
+    assert {(slot, view) for slot, view in zip(many.tolist(), drawn.tolist(), strict=True)} == {
+        *((slot, 0) for slot in range(4)),
+        (2, 1),
+    }
+    assert 15 <= drawn[many == 2].sum() <= 35  # one as often as the other
+    assert buffer.logits[2].tolist() == [[1.0] * 5, [7.0] * 5]
+    replay.add(buffer, torch.tensor([2]), images[:1], views[:1], torch.ones(1, 2, 5), classes[:1], torch.zeros(1))
+    assert buffer.seen[2].tolist() == [True, True]

@@ -42,7 +42,7 @@ def student() -> nn.Module:
 @pytest.fixture
 def drawn() -> tuple[ReplayBuffer, Batch]:
     rng = torch.Generator().manual_seed(0)
-    buffer = replay.empty_buffer(32, (1, 12, 12), views=2, looks=2, classes=CLASSES, device=CPU)
+    buffer = replay.empty_buffer(32, (1, 12, 12), views=2, classes=CLASSES, device=CPU)
     images = torch.randint(256, (32, 12, 12, 1), generator=rng, dtype=torch.uint8)
     views = torch.randint(2, (32, 2, 3), generator=rng)
     logits, classes = torch.randn(32, 2, CLASSES, generator=rng), torch.randint(CLASSES, (32,), generator=rng)
@@ -72,13 +72,14 @@ def outputs(network: nn.Module, drawn: tuple[ReplayBuffer, Batch], stages: Stage
 def test_loss_and_gradients_are_those_of_backward(drawn: tuple[ReplayBuffer, Batch]) -> None:
     buffer, batch = drawn
     network = student()
-    (loss, feature_loss, divergences), gradients = outputs(network, drawn)
+    (loss, feature_loss, divergences, said), gradients = outputs(network, drawn)
     seen = render(buffer.images, batch.slots, buffer.views[batch.slots, batch.views])
     known = buffer.logits[batch.slots, batch.views]
     each = Classification(CLASSES).discrepancy(known, network(to_input(seen, CONSTANTS)), 4.0)
     expected = (batch.weights * each).sum() / batch.weights.sum()
     expected.backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(divergences, each.detach())
+    assert torch.equal(said, known)
     assert feature_loss == 0
     torch.testing.assert_close(loss, expected.detach())
     for parameter, gradient in zip(learning_parameters(network), gradients, strict=True):
@@ -92,7 +93,7 @@ def test_with_stages_the_teacher_sees_the_view_and_its_maps_are_learned_too(
     network, teacher = resnet_cifar(CLASSES, 1, depth=8, width=4), resnet_cifar(CLASSES, 1, depth=14, width=4).eval()
     stages = shared_stages(network, teacher, (1, 12, 12))
     assert stages is not None
-    (loss, feature_loss, _), gradients = outputs(network, drawn, stages)
+    (loss, feature_loss, _, said), gradients = outputs(network, drawn, stages)
     inputs = to_input(render(buffer.images, batch.slots, buffer.views[batch.slots, batch.views]), CONSTANTS)
     logits, maps = teacher_maps(stages, inputs)
     with compared(stages, maps) as errors:
@@ -102,6 +103,7 @@ def test_with_stages_the_teacher_sees_the_view_and_its_maps_are_learned_too(
     (expected + 2.5 * expected_feature).backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(feature_loss, expected_feature.detach())
+    torch.testing.assert_close(said, logits)
     for parameter, gradient in zip(learning_parameters(network), gradients, strict=True):
         torch.testing.assert_close(gradient, parameter.grad)
 

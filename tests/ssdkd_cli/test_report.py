@@ -167,7 +167,8 @@ def state_of_two_samples() -> Any:
         round=150,
         settings=types.SimpleNamespace(rounds=150),
         inverter=types.SimpleNamespace(inner_step={False: called, True: called}),
-        gradients=types.SimpleNamespace(refusal=None),
+        gradients={False: types.SimpleNamespace(refusal=None)},
+        stages=None,
     )
 
 
@@ -188,7 +189,7 @@ def test_a_run_that_the_time_limit_ended_says_after_how_many_rounds() -> None:
 
 def test_a_gpu_that_cannot_record_a_step_is_said() -> None:
     state = state_of_two_samples()
-    state.gradients.refusal = "it cannot be recorded: it reads a value"
+    state.gradients[False].refusal = "it cannot be recorded: it reads a value"
     (warning,) = run_warnings(state)
     assert warning.startswith("teaching is slower than it could be on this GPU")
     assert warning.endswith("it reads a value")
