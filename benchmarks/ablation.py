@@ -1,6 +1,6 @@
 """What each part of the method gives: the demo's task at a third of its budget, one part off at a time.
 
-    python -m benchmarks.ablation [--seeds 3] [--rounds 33] [--out benchmarks/results/ablation.json]
+    python -m benchmarks.ablation [--seeds 3] [--rounds 50] [--out benchmarks/results/ablation.json]
 
 Goes on where it was stopped: runs that the result already holds are not repeated. A row of the table is made of the
 float student's accuracy on the demo's 2,000 test images; nothing is chosen by it.

@@ -17,7 +17,7 @@ from exporters.to_tensorrt import check_builder
 from ssdkd_cli import console, runs
 from ssdkd_cli.artifacts import PLAN, artifact, file_name, file_names, make_files, score_file, timed_paths
 from ssdkd_cli.environment import profile_warnings
-from ssdkd_cli.gates import Limits, decide, recommend
+from ssdkd_cli.gates import Limits, decide, recommend, runtime_format
 from ssdkd_cli.labels import chance_warnings, labelled_images, network_accuracy, read_classes
 from ssdkd_cli.material import NOISE_SAMPLES, Material, read_teacher, smooth_noise
 from ssdkd_cli.report import Artifact, Gate, Percentiles, Report, problem_of, read_report
@@ -181,7 +181,8 @@ def _with_artifacts(
     passing = [item for item in passing if item.path not in failed]
     before, latency = report.recommendation, report.teacher.latency_ms
     recommendation = recommend(passing, latency.p50 if latency else None)
-    if not passing and before and before.artifact in {item.path for item in kept} - failed:
+    is_judged = any(item.verified and item.format == runtime_format(target) for item in together)
+    if not is_judged and before and before.artifact in {item.path for item in kept}:
         recommendation = before
     return dataclasses.replace(report, artifacts=tuple(together), recommendation=recommendation, gates=judged)
 

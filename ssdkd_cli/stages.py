@@ -45,7 +45,7 @@ def _path(metavar: str, help: str) -> Any:
     return typer.Argument(parser=parse_path, metavar=metavar, help=help, show_default=False)
 
 
-MODEL = _path("MODEL", "The folder of a run, or an .onnx file.")
+MODEL = _path("MODEL", "The folder of a run, an .onnx file, or a TensorRT plan.")
 SCORED = _path("MODEL", "The folder of a run, an .onnx file, or a teacher's file.")
 RUN = _path("RUN", "The folder of a finished run.")
 TEACHER = _path("TEACHER", "The file of a trained network.")
@@ -306,7 +306,7 @@ def bench(
     input: Annotated[Any, INPUT] = None,
     json: Annotated[bool, JSON] = False,
 ) -> Outcome:
-    """Measure the latency of a run's files, or of an .onnx file, on this machine's CPU.
+    """Measure the latency of a run's files, or of one file, here: ONNX on the CPU, TensorRT plans on the GPU.
 
     Example: [bold]ssdkd bench runs/demo[/bold]
     """

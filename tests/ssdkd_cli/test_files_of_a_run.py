@@ -254,6 +254,13 @@ def test_a_limit_that_was_set_once_holds_for_all_that_is_recommended(
     assert ssdkd("export", folder, "--precision", "fp16").code == 0  # without a limit of its own
     assert read_report(folder).recommendation is None
     (folder / "model.fp16.onnx").unlink()
+    assert ssdkd("export", folder, "--overwrite", "--max-size-mb", "9").code == 0
+    recommendation = read_report(folder).recommendation
+    assert recommendation is not None
+    assert recommendation.artifact == "model.onnx"
+    assert ssdkd("export", folder, "--precision", "fp16", "--max-size-mb", "0.001").code == 3
+    assert read_report(folder).recommendation is None  # what was recommended is larger still
+    (folder / "model.fp16.onnx").unlink()
     megabytes = 0.8 * (folder / "model.onnx").stat().st_size / 1e6
     assert ssdkd("export", folder, "--overwrite", "--max-size-mb", megabytes).code == 3
     assert read_report(folder).recommendation is None
