@@ -9,6 +9,7 @@ from benchmarks.markdown import UNKNOWN, Result, by, column, markdown, mean, pai
 BASELINE = "full"  # the variant that the others are compared with
 RESULTS_HEAD = (
     "command",
+    "processor",
     "seeds",
     "teacher accuracy",
     "student accuracy",
@@ -41,6 +42,7 @@ def results_table(results: Sequence[Result]) -> list[str]:
     rows = [
         (
             f"`{result['command']}`",
+            result["machine"]["cpu"],
             str(len(runs)),
             spread(column(runs, "teacher_accuracy"), " %", 2),
             f"**{spread(column(runs, 'student_accuracy'), ' %', 2)}**",

@@ -77,7 +77,8 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SSDKDError(
-                f"another ssdkd is writing {folder}", "wait for it, or choose another folder with --out DIR"
+                f"another ssdkd is writing {folder}",
+                "wait until it is done; compress and export write elsewhere with --out DIR",
             ) from None
         except OSError:
             pass  # this disk has no locks

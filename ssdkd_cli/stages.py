@@ -334,12 +334,18 @@ def report(run: Annotated[Path, RUN], json: Annotated[bool, JSON] = False) -> Ou
 
     Example: [bold]ssdkd report runs/demo[/bold]
     """
+    from ssdkd_cli.files import locked
     from ssdkd_cli.report import problem_of, read_report, to_json
     from ssdkd_cli.report_page import write_report
     from ssdkd_cli.summary import show_report
 
     found = read_report(run)
-    write_report(found, run)
+    try:
+        with locked(run):  # an export may just have written another
+            found = read_report(run)
+            write_report(found, run)
+    except OSError as error:
+        console.warn(f"{run} cannot be written ({error.strerror}): its report is shown as it is")
     for item in found.artifacts:
         if problem := problem_of(item, run):
             console.warn(f"{problem}; `{_export_again(item, run)}` writes it anew")

@@ -186,12 +186,12 @@ def test_results_are_means_and_deviations_over_the_seeds(tmp_path: Path) -> None
     tables.write_tables(project(tmp_path, CIFAR, DEMO))
     text = (tmp_path / "README.md").read_text()
     head, _, demo, cifar = [line for line in text.splitlines() if line.startswith("|")]
-    assert head.split(" | ")[3] == "student accuracy"
+    assert head.split(" | ")[4] == "student accuracy"
     assert demo == (
-        "| `ssdkd demo --seed N` | 3 | 90.00 % | **82.00 ± 1.00 %** | 91.1 ± 1.1 % | 174,778 → 75,002 "
+        "| `ssdkd demo --seed N` | Some CPU | 3 | 90.00 % | **82.00 ± 1.00 %** | 91.1 ± 1.1 % | 174,778 → 75,002 "
         "| 0.500 → 0.260 ms | 150 s | 180 ± 10 s |"
     )
-    assert cifar.startswith("| `ssdkd compress a.pt` | 1 | 90.00 % | **72.00 %** | 80.0 % |")
+    assert cifar.startswith("| `ssdkd compress a.pt` | Some CPU | 1 | 90.00 % | **72.00 %** | 80.0 % |")
     assert (
         "- `ssdkd demo --seed N`: 2030-01-02, commit `abc1234`; cpu Some CPU, cores 2; python 3.11, torch 2.0." in text
     )

@@ -22,7 +22,7 @@ from engine.errors import NonFiniteLossError
 from engine.students import build_student
 from engine.teacher import load_teacher
 from exporters.verify import Verification
-from ssdkd_cli import artifacts, console, environment, files, pipeline, replacing, runs, teaching, timing
+from ssdkd_cli import artifacts, console, environment, files, labels, pipeline, replacing, runs, teaching, timing
 from ssdkd_cli.target import resolve_target
 
 
@@ -366,10 +366,11 @@ def test_scoring_leaves_the_student_where_it_is(ssdkd: Any, shared: Path, tmp_pa
     taught, scored = [], []
     teach, predictor = pipeline.teach, pipeline.predictor
     monkeypatch.setattr(pipeline, "teach", lambda *given, **named: taught.append(teach(*given, **named)) or taught[0])
-    monkeypatch.setattr(pipeline, "predictor", lambda module: scored.append(module) or predictor(module))
+    for user in (pipeline, labels):
+        monkeypatch.setattr(user, "predictor", lambda module: scored.append(module) or predictor(module))
     ran = ssdkd(*arguments(shared, tmp_path / "run", "--eval-data", shared / "test.npz"))
     assert ran.code == 0, ran.err
-    assert len(scored) == 3  # the teacher before, the teacher and the student after
+    assert len(scored) == 3  # the teacher before, the student after: its agreement, its accuracy
     assert all(module is not taught[0].student for module in scored)
 
 

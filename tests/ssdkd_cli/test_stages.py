@@ -1,5 +1,8 @@
+import errno
 import json
+import os
 import shutil
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from engine.teacher import load_teacher
-from ssdkd_cli import again, artifacts
+from ssdkd_cli import again, artifacts, files, report_page
 from ssdkd_cli.material import logits_of, smooth_noise
 from ssdkd_cli.report import Percentiles
 from ssdkd_cli.timing import Timing
@@ -350,3 +353,25 @@ def test_smooth_noise_has_structure_and_is_always_the_same() -> None:
     strangers = np.abs(images[:, :, :15].astype(int) - images[:, :, 15:].astype(int)).mean()
     assert neighbours < 0.8 * strangers
     assert images.reshape(8, -1).std(1).min() > 20
+
+
+def test_a_report_in_a_folder_that_cannot_be_written_is_shown(
+    ssdkd: Any, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(report: object, folder: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
+
+    monkeypatch.setattr(report_page, "write_report", refuse)
+    ran = ssdkd("report", run_folder, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["schema_version"] == 1
+    assert f"{run_folder} cannot be written (Read-only file system)" in ran.err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+def test_a_report_is_not_written_while_an_export_writes_another(ssdkd: Any, run_folder: Path) -> None:
+    with files.locked(run_folder):
+        ran = ssdkd("report", run_folder)
+    assert ran.code == 1
+    assert f"another ssdkd is writing {run_folder}" in ran.err
+    assert ssdkd("report", run_folder).code == 0
