@@ -5,6 +5,7 @@
 Needs matplotlib (`pip install -e ".[dev]"`). Lines are means over the seeds, and thin lines are the seeds.
 """
 
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ Curve = Sequence[Sequence[float]]  # (seconds, percent) of its points
 GRID = 200  # points of a mean curve
 FOLDER = ROOT / "docs" / "figures"
 COLOURS = {
-    **{OURS: "#d1495b", "SSD-KD off": "#edae49", "ssdkd afresh": "#b58db6"},
+    **{OURS: "#d1495b", "SSD-KD off": "#edae49", "logits alone": "#a05c7b", "ssdkd afresh": "#b58db6"},
     **{"fast-2": "#8cb9bd", "fast-5": "#30638e", "fast-10": "#003d5b", "nayer": "#5b8e7d"},
 }
 
@@ -36,7 +37,7 @@ def race(result: Result, figure: Figure) -> None:
     axes = figure.subplots()
     runs = by(result["runs"], "method").items()
     against_seconds(axes, {method: [run["points"] for run in own] for method, own in runs})
-    axes.set_title(f"{result['task']}, to {result['student']}")
+    axes.set_title(f"{result['task']}, to {result['student']}; {result['machine']['cpu']}")
 
 
 def gpu(result: Result, figure: Figure) -> None:
@@ -142,9 +143,11 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
 
 
 def name_of(result: Result) -> str:
-    """What tells a figure from others of its kind: its task, its device, or the pairs, methods and buffers it shows."""
+    """What tells a figure from others of its kind: its task, its machine, or pairs, methods and buffers."""
     if result["kind"] == "gpu":
         return "_".join(str(value) for key in ("pair", "method", "samples") for value in by(went_through(result), key))
+    if result["kind"] == "race":
+        return f"{result['task']}_{re.split(r'[^a-z0-9]', result['machine']['cpu'].lower())[0]}"
     return str(result.get("task") or result["device"])
 
 

@@ -148,7 +148,7 @@ def race_table(results: Sequence[Result]) -> list[str]:
                 )
             )
         student = f"{result['task']}, to {result['student']}, {result['seconds']:g} s each"
-        accuracy = f"teacher {result['runs'][0]['teacher_accuracy']:.2f} %"
+        accuracy = f"teacher {result['runs'][0]['teacher_accuracy']:.2f} %; {result['machine']['cpu']}"
         lines += [f"**{student}** ({accuracy}):", "", *markdown(RACE_HEAD, table), "", provenance(result), ""]
     return lines[:-1]
 

@@ -9,7 +9,7 @@ RUNS = [
     for method in ("ssdkd", "fast-5")
     for seed in (0, 1)
 ]
-RACE = {"kind": "race", "task": "demo", "student": "resnet8", "runs": RUNS}
+RACE = {"kind": "race", "task": "demo", "student": "resnet8", "machine": {"cpu": "Some CPU"}, "runs": RUNS}
 BUFFER = {
     "kind": "buffer",
     "task": "cifar",
@@ -29,7 +29,7 @@ GROWTH = {
 def test_a_figure_a_result_named_by_what_it_shows_and_the_same_bytes_each_time(tmp_path: Path) -> None:
     results = [RACE, {"kind": "demo"}, BUFFER, GROWTH]
     drawn = draw(results, tmp_path / "one")
-    assert [path.name for path in drawn] == ["race_demo.svg", "buffer_cifar.svg", "growth_cpu.svg"]
+    assert [path.name for path in drawn] == ["race_demo_some.svg", "buffer_cifar.svg", "growth_cpu.svg"]
     text = drawn[0].read_text()
     assert all(f">{word}<" in text for word in ("ssdkd", "fast-5", "student accuracy, %", "seconds"))
     again = draw(results, tmp_path / "two")
