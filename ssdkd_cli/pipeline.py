@@ -35,7 +35,7 @@ from ssdkd_cli.gates import Limits, check_limits, with_budget
 from ssdkd_cli.labels import chance_warnings, labelled_images, network_accuracy, read_classes
 from ssdkd_cli.material import read_teacher
 from ssdkd_cli.options import Options, as_typed
-from ssdkd_cli.precisions import Subject
+from ssdkd_cli.precisions import Subject, agreement
 from ssdkd_cli.report import Report
 from ssdkd_cli.report_page import write_report
 from ssdkd_cli.samples import write_samples
@@ -44,7 +44,6 @@ from ssdkd_cli.teaching import (
     CALIBRATION_BYTES,
     CALIBRATION_SAMPLES,
     SMALLEST_BATCH,
-    Distilled,
     keeping_student,
     teach,
 )
@@ -124,7 +123,7 @@ def compress(options: Options, *, command: str) -> Finished:
             of_files = {path.name: timing for path, timing in timings.items()}
             warnings += console.warn_all(busy_warnings({**of_teacher, **of_files}, folder))
             with console.stage("score", "comparing student and teacher") as done:
-                scores = compare(distilled, card, labelled, teacher_accuracy, compute.device)
+                scores = compare(subject, labelled, teacher_accuracy, compute.device)
                 profile = target.profile.name if target.is_named else None
                 artifacts = tuple(artifact(proof, subject, timings, labelled, profile=profile) for proof in proofs)
                 correct = f", accuracy {percent(scores.student_accuracy)}" if labelled else ""
@@ -264,17 +263,13 @@ def class_names(teacher: Teacher) -> tuple[str, ...]:
 
 
 def compare(
-    distilled: Distilled,
-    card: runs.StudentCard,
-    labelled: LabelledImages | None,
-    teacher_accuracy: float | None,
-    device: torch.device,
+    subject: Subject, labelled: LabelledImages | None, teacher_accuracy: float | None, device: torch.device
 ) -> Scores:
     """How often the student agrees with the teacher, and how often it is right where there are labelled images."""
-    student, samples = copy.deepcopy(distilled.student).to(device), distilled.samples
-    predicted = predicted_classes(predictor(student), samples.held_out, mean=card.mean, std=card.std)
+    student, card = copy.deepcopy(subject.module).to(device), subject.card
+    predicted = predicted_classes(predictor(student), subject.samples.held_out, mean=card.mean, std=card.std)
     return Scores(
-        agreement=100 * float((predicted == samples.held_out_logits.argmax(1)).mean()),
+        agreement=agreement(subject, predicted),
         teacher_accuracy=teacher_accuracy,
         student_accuracy=network_accuracy(student, card, labelled) if labelled else None,
         labelled=labelled,
