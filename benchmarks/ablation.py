@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain fast inversion: all off but the meta step, growing buffer": PLAIN,
     "all off, growing buffer": {**PLAIN, "meta": False},
     "without inherited layers": {"inherit": False},
+    "without the spread": {"spread_weight": 0.0},
     "without feature matching": {"feature_weight": 0.0},
     "random noise instead of inversion": {"inversion": False},
 }

@@ -38,6 +38,7 @@ class RoundMetrics:
     seconds_left: float
     inversion_loss: float
     prior_loss: float
+    spread_loss: float
     class_loss: float
     adversarial_loss: float
     distillation_loss: float  # of the logits, mean of the round's steps; NaN in the warm-up
@@ -139,7 +140,7 @@ def random_images(state: State, number: int) -> tuple[Tensor, InversionLosses]:
     shape = (number, *state.buffer.images.shape[1:])
     device = state.compute.device
     images = torch.randint(256, shape, generator=state.rng, device=device, dtype=torch.uint8)
-    return images, InversionLosses(*torch.zeros(4, device=device))
+    return images, InversionLosses(*torch.zeros(5, device=device))
 
 
 def held_out_number(state: State, number: int) -> int:
@@ -258,6 +259,7 @@ def measure(state: State, inversion_losses: InversionLosses, losses: Tensor) -> 
     measured = {
         "inversion_loss": inversion_losses.total,
         "prior_loss": inversion_losses.prior,
+        "spread_loss": inversion_losses.spread,
         "class_loss": inversion_losses.target,
         "adversarial_loss": inversion_losses.adversarial,
         "distillation_loss": distillation_loss,

@@ -15,7 +15,8 @@ from engine.probing import network_inside
 def inherit(student: nn.Module, teacher: nn.Module) -> frozenset[str]:
     """Copy into `student` every layer of `teacher` with the same name, type and shapes, BatchNorm statistics included.
 
-    A student that would become the teacher itself stays as it is: there would be nothing to learn.
+    What its author froze has weights of its own, and keeps them. A student that would become the teacher itself stays
+    as it is: there would be nothing to learn.
 
     Returns:
         the names of the student's parameters that were copied.
@@ -24,7 +25,7 @@ def inherit(student: nn.Module, teacher: nn.Module) -> frozenset[str]:
     shared = {
         name: (_own_tensors(layer), _own_tensors(theirs[name]))
         for name, layer in student.named_modules()
-        if name in theirs and _is_same_layer(layer, theirs[name])
+        if name in theirs and _learns(layer) and _is_same_layer(layer, theirs[name])
     }
     names = {_join(layer, tensor) for layer, (own, _) in shared.items() for tensor in own}
     parameters = dict(student.named_parameters())
@@ -35,6 +36,10 @@ def inherit(student: nn.Module, teacher: nn.Module) -> frozenset[str]:
             for name, tensor in own.items():
                 tensor.copy_(other[name])
     return frozenset(names & parameters.keys())
+
+
+def _learns(layer: nn.Module) -> bool:
+    return all(parameter.requires_grad for parameter in layer.parameters(recurse=False))
 
 
 def _is_same_layer(layer: nn.Module, other: nn.Module) -> bool:

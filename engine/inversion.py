@@ -1,6 +1,6 @@
 """Data inversion: a batch of synthetic images from the teacher's own knowledge, in a few steps of a fast generator.
 
-    L_inv(x) = a_bn L_bn(x) + a_ce CE(T(x), y) - a_adv phi(x) KL(T(x) || S(x)) 1[argmax T(x) = argmax S(x)]
+    L_inv(x) = a_bn L_bn(x) + a_sp L_sp(x) + a_ce CE(T(x), y) - a_adv phi(x) KL(T(x) || S(x)) 1[argmax T = argmax S]
 
 Per round, a copy of the generator and the latent vectors take K steps of Adam on L_inv; the generator itself then takes
 one first-order meta step towards that copy, so that the next round starts nearer (fast meta-learned inversion: Fang et
@@ -31,6 +31,7 @@ from engine.losses import (
 from engine.modes import evaluating
 from engine.recording import Outputs, Recorded, laid_out_as
 from engine.source import Source
+from engine.spread import spread_loss, spread_of_leaves
 from engine.task import Classification
 
 ADAM_BETAS = (0.5, 0.999)  # Radford et al. 2016
@@ -42,6 +43,7 @@ class InversionLosses:
 
     total: Tensor
     prior: Tensor
+    spread: Tensor
     target: Tensor
     adversarial: Tensor
 
@@ -60,6 +62,7 @@ class Problem:
     student: nn.Module | None
     task: Classification
     prior: BatchNormPrior | None
+    spread: Tensor | None  # [R], how far the images shall lie apart at least (engine.spread)
     normalization: Normalization
     settings: DistillationSettings
     compute: Compute
@@ -89,6 +92,11 @@ def new_inverter(
 
     generator, fast = build().requires_grad_(False), build()
     device, count = compute.device, settings.inversion_batch
+    constants = normalization(source.mean, source.std, device)
+    prior = batchnorm_prior(source.batchnorm_layers) if source.batchnorm_layers else None
+    spread = None
+    if prior and settings.spread_weight:
+        spread = spread_of_leaves(source.network, prior, source.image_shape, constants, batch=count, compute=compute)
     problem = Problem(
         fast_generator=fast,
         latent=torch.zeros(count, settings.generator_latent, device=device, requires_grad=True),
@@ -99,8 +107,9 @@ def new_inverter(
         teacher=source.network,
         student=student,
         task=source.task,
-        prior=batchnorm_prior(source.batchnorm_layers) if source.batchnorm_layers else None,
-        normalization=normalization(source.mean, source.std, device),
+        prior=prior,
+        spread=spread,
+        normalization=constants,
         settings=settings,
         compute=compute,
     )
@@ -176,9 +185,15 @@ def losses_and_gradients(problem: Problem, *, asks_student: bool) -> Outputs:
         inputs = normalize(fast(latent), problem.normalization)
         teacher_logits = problem.teacher(inputs)
         student_logits = teacher_logits if student is None else student(inputs)
-    prior_loss = image_prior_loss(inputs) if prior is None else batchnorm_loss(prior, flat_statistics(prior, recorded))
     target_loss = task.target_loss(teacher_logits, problem.targets).mean()
-    adversarial_loss = target_loss.new_zeros(())
+    spread, adversarial_loss = torch.zeros(2, device=target_loss.device)
+    if prior is None:
+        prior_loss = image_prior_loss(inputs)
+    else:
+        statistics = flat_statistics(prior, recorded)
+        prior_loss = batchnorm_loss(prior, statistics)
+        if problem.spread is not None:
+            spread = spread_loss(prior, statistics, problem.spread)
     if student is not None:
         phi = sample_weights(teacher_logits.detach(), task, problem.class_counts, settings)
         agree = task.agreement(teacher_logits, student_logits)
@@ -186,12 +201,14 @@ def losses_and_gradients(problem: Problem, *, asks_student: bool) -> Outputs:
         adversarial_loss = -(problem.has_adversary * phi * agree * divergence).mean()
     loss = (
         settings.batchnorm_weight * prior_loss
+        + settings.spread_weight * spread
         + settings.class_weight * target_loss
         + problem.adversarial_weight * adversarial_loss
     )
     variables = [*fast.parameters(), latent]
     gradients = laid_out_as(variables, torch.autograd.grad(loss, variables))
-    return Outputs(tuple(term.detach() for term in (loss, prior_loss, target_loss, adversarial_loss)), gradients)
+    terms = loss, prior_loss, spread, target_loss, adversarial_loss
+    return Outputs(tuple(term.detach() for term in terms), gradients)
 
 
 @torch.no_grad()

@@ -67,30 +67,38 @@ def batchnorm_prior(layers: Sequence[nn.Module]) -> BatchNormPrior:
 
 
 @contextlib.contextmanager
-def recorded_statistics(layers: Sequence[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
-    """Within the context each forward pass fills the dict with (mean, variance) of every layer's input."""
-    recorded: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+def recorded_statistics(layers: Sequence[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor, Tensor]]]:
+    """Within the context each forward pass fills the dict with every layer's statistics.
+
+    They are mean and variance of its input per channel, and the variance of the images' own means; [C] each.
+    """
+    recorded: dict[nn.Module, tuple[Tensor, Tensor, Tensor]] = {}
 
     def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        recorded[layer] = ChannelStatistics.apply(inputs[0])
+        recorded[layer] = *ChannelStatistics.apply(inputs[0]), variance_between_images(inputs[0])
 
     with removing([layer.register_forward_pre_hook(record) for layer in layers]):
         yield recorded
 
 
-def flat_statistics(prior: BatchNormPrior, recorded: dict[nn.Module, tuple[Tensor, Tensor]]) -> Tensor:
-    """The recorded means and variances as one tensor, [2, R]."""
-    means, variances = zip(*(recorded[layer] for layer in prior.layers), strict=True)
-    return torch.stack((torch.cat(means), torch.cat(variances)))
+def variance_between_images(features: Tensor) -> Tensor:
+    """[B, C, ...] to the variance of the images' means of each channel, float32 [C]."""
+    places = tuple(range(2, features.dim()))
+    return (features.mean(places, dtype=torch.float32) if places else features.float()).var(0)
+
+
+def flat_statistics(prior: BatchNormPrior, recorded: dict[nn.Module, tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """The recorded means, variances and variances between images as one tensor, [3, R]."""
+    return torch.stack([torch.cat(kind) for kind in zip(*(recorded[layer] for layer in prior.layers), strict=True)])
 
 
 def batchnorm_loss(prior: BatchNormPrior, statistics: Tensor) -> Tensor:
     """L_bn: squared distance of the means, in running standard deviations, plus that of the standard deviations.
 
     Averaged over the channels of a layer, then over the layers, so that it means the same in a deep and in a shallow
-    teacher. `statistics` is [2, R]; the result is a scalar.
+    teacher. `statistics` is [2, R], or [3, R] with one that does not count here; the result is a scalar.
     """
-    mean, variance = statistics
+    mean, variance = statistics[:2]
     mean_term = (mean - prior.mean).square() / prior.variance
     deviation_term = (((variance.clamp_min(0) + prior.floor) / prior.variance).sqrt() - 1).square()
     return (prior.weight * (mean_term + deviation_term)).sum()

@@ -75,7 +75,8 @@ def tensors_of(state: State) -> dict[str, Tensor]:
     for name, owner in (("buffer", state.buffer), ("held_out", state.held_out), ("prior", problem.prior)):
         values = vars(owner).items()
         found |= {f"{name}.{key}": value for key, value in values if isinstance(value, Tensor)}
-    found |= {"mean": state.normalization.mean, "std": state.normalization.std}
+    assert problem.spread is not None
+    found |= {"spread": problem.spread, "mean": state.normalization.mean, "std": state.normalization.std}
     for parameter, values in state.optimizer.state.items():
         found |= {f"optimizer.{id(parameter)}.{key}": value for key, value in values.items() if torch.is_tensor(value)}
     return found

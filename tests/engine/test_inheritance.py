@@ -66,3 +66,12 @@ def test_a_stranger_gives_nothing() -> None:
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     assert inherit(student, trained(ZOO["wrn16_1"](7, 1))) == set()
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+
+
+def test_what_its_author_froze_stays_as_it_is() -> None:
+    teacher, student = trained(resnet_cifar(7, 1, depth=20)), resnet_cifar(7, 1, depth=8)
+    student.conv1.requires_grad_(False)
+    before = student.conv1.weight.clone()
+    inherited = inherit(student, teacher)
+    assert torch.equal(student.conv1.weight, before)
+    assert inherited == {name for name, _ in student.named_parameters()} - {"conv1.weight"}

@@ -97,8 +97,10 @@ def test_images_are_bytes_of_the_shape_asked_for(teacher: nn.Module, student: nn
 
 
 def test_total_is_the_weighted_sum_of_the_terms(teacher: nn.Module, student: nn.Module) -> None:
-    _, losses, _ = run(teacher, student, batchnorm_weight=3.0, class_weight=0.5, adversarial_weight=2.0)
-    expected = 3.0 * losses.prior + 0.5 * losses.target + 2.0 * losses.adversarial
+    changed = {"batchnorm_weight": 3.0, "spread_weight": 7.0, "class_weight": 0.5}
+    _, losses, _ = run(teacher, student, **changed, adversarial_weight=2.0)
+    assert losses.spread > 0
+    expected = 3.0 * losses.prior + 7.0 * losses.spread + 0.5 * losses.target + 2.0 * losses.adversarial
     torch.testing.assert_close(losses.total, expected)
 
 
@@ -122,6 +124,19 @@ def test_images_come_nearer_to_the_teachers_statistics(teacher: nn.Module, stude
     many, _, _ = run(teacher, student, inversion_steps=20, adversarial_weight=0.0)
     assert distance(many) < 0.6 * distance(few)
     assert distance(many) < 0.3 * distance(noise)
+
+
+def test_the_spread_term_makes_images_differ(teacher: nn.Module, student: nn.Module) -> None:
+    def deviation(images: Tensor) -> float:
+        return to_input(images, CONSTANTS).mean((2, 3)).std().item()
+
+    changed = {"inversion_steps": 20, "adversarial_weight": 0.0}
+    alike, off, inverter = run(teacher, student, spread_weight=0.0, **changed)
+    apart, on, _ = run(teacher, student, spread_weight=100.0, **changed)
+    assert inverter.problem.spread is None
+    assert off.spread == 0
+    assert on.spread < 0.01
+    assert deviation(apart) > 1.2 * deviation(alike)
 
 
 def test_the_class_term_makes_images_of_the_targets(teacher: nn.Module, student: nn.Module) -> None:
@@ -307,7 +322,8 @@ def test_spared_images_have_no_part_in_the_adversarial_term(teacher: nn.Module, 
     student = copy.deepcopy(teacher)  # which agrees on every image, and is less sure
     with torch.no_grad():
         student.linear.weight /= 2
-    off = {"batchnorm_weight": 0.0, "class_weight": 0.0, "diversity": False, "difficulty": False, "meta": False}
+    weights = {"batchnorm_weight": 0.0, "spread_weight": 0.0, "class_weight": 0.0}
+    off = {**weights, "diversity": False, "difficulty": False, "meta": False}
     inverter = inverter_of(teacher, student, inversion_steps=1, **off)
     counts = torch.zeros(CLASSES, dtype=torch.int64)
     rng = torch.Generator().manual_seed(0)

@@ -12,6 +12,7 @@ from engine.losses import (
     image_prior_loss,
     modulation,
     recorded_statistics,
+    variance_between_images,
 )
 
 SHAPES = [(6, 3), (5, 4, 7), (4, 3, 5, 6), (3, 2, 3, 4, 5)]
@@ -192,11 +193,13 @@ def test_each_forward_pass_records_the_inputs_of_the_layers() -> None:
     inputs = [images, module[:2](images), module[:3](images)]
     assert list(recorded) == layers
     for layer, features in zip(layers, inputs, strict=True):
-        torch.testing.assert_close(recorded[layer], reference_statistics(features))
+        torch.testing.assert_close(recorded[layer][:2], reference_statistics(features))
+        torch.testing.assert_close(recorded[layer][2], variance_between_images(features))
     flat = flat_statistics(prior, recorded)
-    assert flat.shape == (2, 8)
+    assert flat.shape == (3, 8)
     torch.testing.assert_close(flat[0], torch.cat([reference_statistics(features)[0] for features in inputs]))
     torch.testing.assert_close(flat[1], torch.cat([reference_statistics(features)[1] for features in inputs]))
+    torch.testing.assert_close(flat[2], torch.cat([variance_between_images(features) for features in inputs]))
 
 
 def test_after_the_context_nothing_is_recorded() -> None:

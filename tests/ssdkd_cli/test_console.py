@@ -18,6 +18,7 @@ def metrics(number: int, **changes: Any) -> RoundMetrics:
         "seconds_left": 10.0 * (40 - number),
         "inversion_loss": 0.5,
         "prior_loss": 0.25,
+        "spread_loss": 0.02,
         "class_loss": 0.125,
         "adversarial_loss": -0.1,
         "distillation_loss": 1.5,

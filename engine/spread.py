@@ -1,0 +1,53 @@
+"""How far the images of a batch lie apart, which a teacher's BatchNorm statistics do not say.
+
+The running variance of a channel is that of its values in all places of all images. A generator can meet it with one
+texture in every image, and does; of photographs, a part of the variance lies between the images: one is dark, the
+next has no edges. That part is much the same for photographs and for dead leaves (docs/experiments.md), so the images'
+own means of each channel are to differ at least as much as those of dead leaves do.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from engine.device import Compute
+from engine.images import Normalization, to_input
+from engine.leaves import dead_leaves
+from engine.losses import BatchNormPrior, flat_statistics, recorded_statistics
+from engine.shapes import Shape
+
+LEAVES = 256  # images that the spread is taken from
+LEAST = 1e-6  # of a running variance: the root of nothing has no gradient
+
+
+@torch.no_grad()
+def spread_of_leaves(
+    teacher: nn.Module,
+    prior: BatchNormPrior,
+    image_shape: Shape,
+    normalization: Normalization,
+    *,
+    batch: int,
+    compute: Compute,
+) -> Tensor:
+    """The deviation of dead leaves' own means of each channel, in deviations of all its values, float32 [R].
+
+    The teacher is in eval mode; it looks at `batch` images at a time. Always the same ones.
+    """
+    rng = torch.Generator(compute.device).manual_seed(0)
+    statistics = []
+    for images in dead_leaves(LEAVES, image_shape, normalization, rng).split(batch):
+        with recorded_statistics(prior.layers) as recorded, compute.autocast():
+            teacher(to_input(images, normalization))
+        statistics.append(flat_statistics(prior, recorded))
+    _, variance, between = torch.stack(statistics).mean(0)
+    return (between / (variance + prior.floor)).sqrt()
+
+
+def spread_loss(prior: BatchNormPrior, statistics: Tensor, wanted: Tensor) -> Tensor:
+    """L_spread: how much less the images' own means of each channel differ than is `wanted` [R], squared; scalar.
+
+    In running deviations, averaged as in L_bn; `statistics` [3, R] are those of `engine.losses.flat_statistics`.
+    """
+    between = statistics[2]
+    missing = (wanted - (between / prior.variance + LEAST).sqrt()).clamp_min(0)
+    return (prior.weight * missing.square()).sum()
