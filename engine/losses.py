@@ -84,7 +84,7 @@ def recorded_statistics(layers: Sequence[nn.Module]) -> Iterator[dict[nn.Module,
 def variance_between_images(features: Tensor) -> Tensor:
     """[B, C, ...] to the variance of the images' means of each channel, float32 [C]."""
     places = tuple(range(2, features.dim()))
-    return (features.mean(places, dtype=torch.float32) if places else features.float()).var(0)
+    return (features.mean(places, dtype=torch.float32) if places else features.float()).var(0, correction=0)
 
 
 def flat_statistics(prior: BatchNormPrior, recorded: dict[nn.Module, tuple[Tensor, Tensor, Tensor]]) -> Tensor:

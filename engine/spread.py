@@ -15,7 +15,7 @@ from engine.leaves import dead_leaves
 from engine.losses import BatchNormPrior, flat_statistics, recorded_statistics
 from engine.shapes import Shape
 
-LEAVES = 256  # images that the spread is taken from
+LEAVES = 256  # images that the spread is taken from, or one batch where that is larger
 LEAST = 1e-6  # of a running variance: the root of nothing has no gradient
 
 
@@ -31,11 +31,12 @@ def spread_of_leaves(
 ) -> Tensor:
     """The deviation of dead leaves' own means of each channel, in deviations of all its values, float32 [R].
 
-    The teacher is in eval mode; it looks at `batch` images at a time. Always the same ones.
+    The teacher is in eval mode; it looks at `batch` images at a time, always the same ones.
     """
     rng = torch.Generator(compute.device).manual_seed(0)
     statistics = []
-    for images in dead_leaves(LEAVES, image_shape, normalization, rng).split(batch):
+    for _ in range(max(1, LEAVES // batch)):
+        images = dead_leaves(batch, image_shape, normalization, rng)
         with recorded_statistics(prior.layers) as recorded, compute.autocast():
             teacher(to_input(images, normalization))
         statistics.append(flat_statistics(prior, recorded))

@@ -28,9 +28,10 @@ def between(values: list[float]) -> Tensor:
 @pytest.mark.parametrize("shape", [(6, 3), (5, 4, 7), (4, 3, 5, 6)], ids=str)
 def test_variance_between_images_is_that_of_their_means(shape: tuple[int, ...]) -> None:
     features = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    expected = features.reshape(*shape[:2], -1).mean(2).var(0)
+    expected = features.reshape(*shape[:2], -1).mean(2).var(0, correction=0)
     torch.testing.assert_close(variance_between_images(features), expected)
     assert variance_between_images(features.bfloat16()).dtype == torch.float32
+    assert variance_between_images(features[:1]).eq(0).all()
 
 
 def test_loss_by_hand() -> None:
