@@ -1,7 +1,9 @@
 """Scripts that measure, their results as JSON, and the tables made from them."""
 
 import os
+import sys
 
 from engine.processors import share_processors
 
-share_processors(os.environ)  # as `ssdkd` does, before any of them imports PyTorch
+if "torch" not in sys.modules:  # it would not read this any more, and what the process starts is not ours
+    share_processors(os.environ)  # as `ssdkd` does

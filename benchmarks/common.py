@@ -25,6 +25,7 @@ def provenance(command: str) -> dict[str, Any]:
             "cpu": model[0] if model else platform.processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
+            "spins": os.environ.get("GOMP_SPINCOUNT"),  # of a thread that waits (engine.processors)
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "versions": {"python": platform.python_version(), "torch": torch.__version__},

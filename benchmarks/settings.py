@@ -50,6 +50,8 @@ VARIANTS: tuple[Changed, ...] = (
     {"adversarial_weight": 0.0},
     {"adversarial_weight": 3.0},
     {"class_weight": 2.0},
+    {"spread_weight": 0.0},
+    {"spread_weight": 30.0},
     {"generator_width": 8},
     {"generator_width": 32},
 )

@@ -28,7 +28,7 @@ class DistillationSettings:
     latent_rate: float = 0.1  # Adam
     meta_rate: float = 1.0  # epsilon, how far the generator follows its fast copy in a round
     batchnorm_weight: float = 100.0  # a_bn
-    spread_weight: float = 100.0  # of what the images of a batch lie too near to each other (engine.spread); 0: off
+    spread_weight: float = 100.0  # a_sp, of images that lie too near to each other (engine.spread); 0: off
     class_weight: float = 0.5  # a_ce
     adversarial_weight: float = 1.0  # a_adv
     gamma: float = 1.0  # exponent of the difficulty-aware part of phi

@@ -15,8 +15,8 @@ from engine.probing import network_inside
 def inherit(student: nn.Module, teacher: nn.Module) -> frozenset[str]:
     """Copy into `student` every layer of `teacher` with the same name, type and shapes, BatchNorm statistics included.
 
-    What its author froze has weights of its own, and keeps them. A student that would become the teacher itself stays
-    as it is: there would be nothing to learn.
+    What its author froze has weights of its own, and keeps them. A student that would take over
+    all of the teacher stays as it is: there would be nothing to learn.
 
     Returns:
         the names of the student's parameters that were copied.

@@ -95,7 +95,7 @@ def new_inverter(
     constants = normalization(source.mean, source.std, device)
     prior = batchnorm_prior(source.batchnorm_layers) if source.batchnorm_layers else None
     spread = None
-    if prior and settings.spread_weight:
+    if prior and settings.spread_weight and settings.inversion:
         spread = spread_of_leaves(source.network, prior, source.image_shape, constants, batch=count, compute=compute)
     problem = Problem(
         fast_generator=fast,
@@ -181,7 +181,8 @@ def losses_and_gradients(problem: Problem, *, asks_student: bool) -> Outputs:
     """L_inv, its terms before their weights, and its gradients by the fast generator's parameters and the latents."""
     fast, latent, prior, settings = problem.fast_generator, problem.latent, problem.prior, problem.settings
     task, student = problem.task, problem.student if asks_student else None
-    with recorded_statistics(prior.layers if prior else ()) as recorded, problem.compute.autocast():
+    layers, is_spread = prior.layers if prior else (), problem.spread is not None
+    with recorded_statistics(layers, between=is_spread) as recorded, problem.compute.autocast():
         inputs = normalize(fast(latent), problem.normalization)
         teacher_logits = problem.teacher(inputs)
         student_logits = teacher_logits if student is None else student(inputs)
@@ -191,9 +192,9 @@ def losses_and_gradients(problem: Problem, *, asks_student: bool) -> Outputs:
         prior_loss = image_prior_loss(inputs)
     else:
         statistics = flat_statistics(prior, recorded)
-        prior_loss = batchnorm_loss(prior, statistics)
+        prior_loss = batchnorm_loss(prior, statistics[:2])
         if problem.spread is not None:
-            spread = spread_loss(prior, statistics, problem.spread)
+            spread = spread_loss(prior, statistics[2], problem.spread)
     if student is not None:
         phi = sample_weights(teacher_logits.detach(), task, problem.class_counts, settings)
         agree = task.agreement(teacher_logits, student_logits)

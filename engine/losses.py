@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from engine.hooks import removing
 
+Statistics = dict[nn.Module, tuple[Tensor, ...]]  # layer -> what is known of its input, [C] each
+
 VARIANCE_FLOOR = 1e-3  # relative to a layer's mean running variance: keeps dead channels from dominating
 
 
@@ -67,15 +69,16 @@ def batchnorm_prior(layers: Sequence[nn.Module]) -> BatchNormPrior:
 
 
 @contextlib.contextmanager
-def recorded_statistics(layers: Sequence[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor, Tensor]]]:
-    """Within the context each forward pass fills the dict with every layer's statistics.
+def recorded_statistics(layers: Sequence[nn.Module], *, between: bool = False) -> Iterator[Statistics]:
+    """Within the context each forward pass fills the dict with mean and variance of every layer's input per channel.
 
-    They are mean and variance of its input per channel, and the variance of the images' own means; [C] each.
+    With `between` the variance of the images' own means is the third.
     """
-    recorded: dict[nn.Module, tuple[Tensor, Tensor, Tensor]] = {}
+    recorded: Statistics = {}
 
     def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        recorded[layer] = *ChannelStatistics.apply(inputs[0]), variance_between_images(inputs[0])
+        mean, variance = ChannelStatistics.apply(inputs[0])
+        recorded[layer] = (mean, variance, variance_between_images(inputs[0])) if between else (mean, variance)
 
     with removing([layer.register_forward_pre_hook(record) for layer in layers]):
         yield recorded
@@ -87,8 +90,8 @@ def variance_between_images(features: Tensor) -> Tensor:
     return (features.mean(places, dtype=torch.float32) if places else features.float()).var(0, correction=0)
 
 
-def flat_statistics(prior: BatchNormPrior, recorded: dict[nn.Module, tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """The recorded means, variances and variances between images as one tensor, [3, R]."""
+def flat_statistics(prior: BatchNormPrior, recorded: Statistics) -> Tensor:
+    """The recorded means and variances as one tensor, [2, R], or [3, R] with those between images."""
     return torch.stack([torch.cat(kind) for kind in zip(*(recorded[layer] for layer in prior.layers), strict=True)])
 
 
@@ -96,9 +99,9 @@ def batchnorm_loss(prior: BatchNormPrior, statistics: Tensor) -> Tensor:
     """L_bn: squared distance of the means, in running standard deviations, plus that of the standard deviations.
 
     Averaged over the channels of a layer, then over the layers, so that it means the same in a deep and in a shallow
-    teacher. `statistics` is [2, R], or [3, R] with one that does not count here; the result is a scalar.
+    teacher. `statistics` is [2, R]; the result is a scalar.
     """
-    mean, variance = statistics[:2]
+    mean, variance = statistics
     mean_term = (mean - prior.mean).square() / prior.variance
     deviation_term = (((variance.clamp_min(0) + prior.floor) / prior.variance).sqrt() - 1).square()
     return (prior.weight * (mean_term + deviation_term)).sum()

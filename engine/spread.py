@@ -15,7 +15,7 @@ from engine.leaves import dead_leaves
 from engine.losses import BatchNormPrior, flat_statistics, recorded_statistics
 from engine.shapes import Shape
 
-LEAVES = 256  # images that the spread is taken from, or one batch where that is larger
+IMAGES = 128  # that the spread is taken from, in whole batches
 LEAST = 1e-6  # of a running variance: the root of nothing has no gradient
 
 
@@ -35,20 +35,19 @@ def spread_of_leaves(
     """
     rng = torch.Generator(compute.device).manual_seed(0)
     statistics = []
-    for _ in range(max(1, LEAVES // batch)):
+    for _ in range(-(-IMAGES // batch)):
         images = dead_leaves(batch, image_shape, normalization, rng)
-        with recorded_statistics(prior.layers) as recorded, compute.autocast():
+        with recorded_statistics(prior.layers, between=True) as recorded, compute.autocast():
             teacher(to_input(images, normalization))
         statistics.append(flat_statistics(prior, recorded))
     _, variance, between = torch.stack(statistics).mean(0)
     return (between / (variance + prior.floor)).sqrt()
 
 
-def spread_loss(prior: BatchNormPrior, statistics: Tensor, wanted: Tensor) -> Tensor:
-    """L_spread: how much less the images' own means of each channel differ than is `wanted` [R], squared; scalar.
+def spread_loss(prior: BatchNormPrior, between: Tensor, wanted: Tensor) -> Tensor:
+    """L_sp: how much less the images' own means of each channel differ than is `wanted`, squared; scalar.
 
-    In running deviations, averaged as in L_bn; `statistics` [3, R] are those of `engine.losses.flat_statistics`.
+    `between` [R] is the variance of those means, `wanted` [R] a deviation in running ones; averaged as in L_bn.
     """
-    between = statistics[2]
     missing = (wanted - (between / prior.variance + LEAST).sqrt()).clamp_min(0)
     return (prior.weight * missing.square()).sum()

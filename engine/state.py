@@ -1,6 +1,7 @@
 """All that a distillation is between its rounds, and how it begins."""
 
 import copy
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -57,10 +58,13 @@ def start(
     seed: int,
     inherited: frozenset[str] = frozenset(),
 ) -> State:
-    """The state before the first round. Moves both networks to the device and freezes the teacher.
+    """The state before the first round, whose clock has counted what it took to get there.
+
+    Moves both networks to the device and freezes the teacher.
 
     `inherited` names the student's parameters that begin as the teacher's: they learn at a rate of their own.
     """
+    started = time.perf_counter()
     torch.manual_seed(seed)  # the generator's initial weights and the student's dropout, if it has any
     device, task, image_shape = compute.device, source.task, source.image_shape
     teacher = source.network
@@ -102,6 +106,7 @@ def start(
         settings=settings,
         compute=compute,
         rng=torch.Generator(device).manual_seed(seed),
+        seconds=time.perf_counter() - started,
     )
 
 

@@ -221,6 +221,7 @@ def image_losses(metrics: "RoundMetrics") -> Text:
     return named(
         ("", f"{metrics.inversion_loss:.3g}"),
         ("prior", f"{metrics.prior_loss:.3g}"),
+        ("spread", f"{metrics.spread_loss:.3g}"),
         ("class", f"{metrics.class_loss:.3g}"),
         ("adversarial", f"{metrics.adversarial_loss:.3g}"),
     )

@@ -6,6 +6,7 @@ from torch import nn
 from benchmarks.race import DEMO, run_own
 from benchmarks.settings import of_equal_cost
 from engine import distill as loop
+from engine import state as beginning
 
 SMALL = {
     **{"warmup_rounds": 0, "inversion_batch": 16, "inversion_steps": 1, "student_batch": 16, "student_steps": 1},
@@ -28,7 +29,8 @@ def test_the_clock_stands_still_while_the_student_is_scored(monkeypatch: pytest.
         scored.append(student)
         return 50.0 + len(scored)
 
-    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=perf_counter))
+    for module in (loop, beginning):
+        monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=perf_counter))
     points, state = run_own(DEMO, slow_score, seconds=2.0, every=0.5, seed=0, changed=SMALL)
     assert [point.seconds for point in points] == pytest.approx([0.5, 1.0, 1.5, 2.0], abs=0.3)
     assert [point.accuracy for point in points] == [51.0, 52.0, 53.0, 54.0]

@@ -17,7 +17,7 @@ def rng(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("shape", [(3, 24, 24), (1, 7, 20), (3, 33, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 24, 24), (1, 7, 20), (3, 33, 16), (3, 8, 8), (1, 1, 5), (3, 1, 1)], ids=str)
 def test_images_are_bytes_of_the_shape_asked_for(shape: tuple[int, int, int]) -> None:
     channels, height, width = shape
     images = leaves(6, shape)
@@ -34,6 +34,13 @@ def test_they_have_about_the_mean_and_the_deviation_that_the_teacher_expects() -
     values = to_input(leaves(), CONSTANTS)
     assert values.mean((0, 2, 3)).abs().max() < 0.25
     assert (values.std((0, 2, 3)) - 1).abs().max() < 0.35
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.5, 0.5), (0.0, 1.0), (0.0, 0.0039)])
+def test_constants_that_are_none_of_images_give_images(mean: float, std: float) -> None:
+    images = dead_leaves(50, (1, 16, 16), normalization((mean,), (std,), torch.device("cpu")), rng(0)).float()
+    assert images.std() > 15
+    assert ((images == 0) | (images == 255)).float().mean() < 0.4
 
 
 def test_neighbours_are_alike_more_than_places_far_apart() -> None:

@@ -185,7 +185,7 @@ def test_each_forward_pass_records_the_inputs_of_the_layers() -> None:
     module, layers = network()
     prior = batchnorm_prior(layers)
     images = noise(5, 2, 4, 4)
-    with recorded_statistics(layers) as recorded:
+    with recorded_statistics(layers, between=True) as recorded:
         assert hooks_of(layers) == 3
         module(noise(5, 2, 4, 4, seed=1))
         module(images)

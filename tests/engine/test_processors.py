@@ -55,3 +55,18 @@ def test_the_command_says_it_before_pytorch_is_there() -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     said = done.stdout.splitlines()
     assert (said[0], said[-1]) == ("False", str(SPINS))
+
+
+def test_benchmarks_say_it_before_pytorch_is_there_and_not_after() -> None:
+    code = """if True:
+        import os, sys
+        import benchmarks.common
+        print("torch" in sys.modules, os.environ.pop("GOMP_SPINCOUNT"))
+        import torch, importlib
+        importlib.reload(benchmarks)
+        print(os.environ.get("GOMP_SPINCOUNT"))
+    """
+    set_here = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {name: value for name, value in os.environ.items() if name not in set_here}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"False {SPINS}", "None"]
