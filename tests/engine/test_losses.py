@@ -12,7 +12,6 @@ from engine.losses import (
     image_prior_loss,
     modulation,
     recorded_statistics,
-    variance_between_images,
 )
 
 SHAPES = [(6, 3), (5, 4, 7), (4, 3, 5, 6), (3, 2, 3, 4, 5)]
@@ -38,6 +37,10 @@ def reference_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
+def reference_between(features: Tensor) -> Tensor:
+    return features.flatten(2).mean(2).var(0, correction=0) if features.dim() > 2 else features.var(0, correction=0)
+
+
 def gradient_of_both(features: Tensor, statistics: tuple[Tensor, Tensor]) -> Tensor:
     """The gradient of a loss in which every channel's mean and variance has a weight of its own."""
     mean, variance = statistics
@@ -56,16 +59,34 @@ def test_channel_statistics_and_their_gradient_are_those_of_var_mean(shape: tupl
     if last and len(shape) == 4:
         features = features.to(memory_format=torch.channels_last)
     features.requires_grad_()
-    statistics, reference = ChannelStatistics.apply(features), reference_statistics(features)
+    statistics, reference = ChannelStatistics.apply(features, False), reference_statistics(features)
     torch.testing.assert_close(statistics, reference)
     torch.testing.assert_close(gradient_of_both(features, statistics), gradient_of_both(features, reference))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 3, 4, 4)], ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_the_variance_between_images_and_the_gradient_of_all_three(shape: tuple[int, ...], last: bool) -> None:
+    features = noise(*shape) * 2 + 1
+    if last and len(shape) == 4:
+        features = features.to(memory_format=torch.channels_last)
+    features.requires_grad_()
+    statistics = ChannelStatistics.apply(features, True)
+    reference = (*reference_statistics(features), reference_between(features))
+    torch.testing.assert_close(statistics, reference)
+    weights = noise(3, shape[1], seed=9)
+    gradients = [
+        torch.autograd.grad((weights[0] * mean + weights[1] * variance + weights[2] * apart).sum(), features)
+        for mean, variance, apart in (statistics, reference)
+    ]
+    torch.testing.assert_close(*gradients)
 
 
 def test_channel_statistics_have_the_gradient_of_finite_differences() -> None:
     features = noise(3, 2, 2, 2).double().requires_grad_()
 
     def loss(x: Tensor) -> Tensor:
-        mean, variance = ChannelStatistics.apply(x)  # float32: the steps are wide enough for it
+        mean, variance = ChannelStatistics.apply(x, False)  # float32: the steps are wide enough for it
         return (mean * torch.tensor([1.0, -2.0]) + variance * torch.tensor([0.5, 3.0])).sum()
 
     (gradient,) = torch.autograd.grad(loss(features), features)
@@ -80,7 +101,7 @@ def test_channel_statistics_have_the_gradient_of_finite_differences() -> None:
 
 def test_channel_statistics_of_one_loss_leave_the_other_without_gradient() -> None:
     features = noise(4, 3, 5, 5).requires_grad_()
-    mean, _ = ChannelStatistics.apply(features)
+    mean, _ = ChannelStatistics.apply(features, False)
     (gradient,) = torch.autograd.grad(mean.sum(), features)
     torch.testing.assert_close(gradient, torch.full_like(features, 1 / 100))
 
@@ -89,7 +110,7 @@ def test_channel_statistics_of_bfloat16_features_are_near_those_of_float32() -> 
     features = (noise(32, 4, 8, 8) * 2 + torch.tensor([0.0, 1.0, -1.0, 3.0]).view(1, -1, 1, 1)).bfloat16()
     features.requires_grad_()
     exact = features.detach().float().requires_grad_()
-    statistics, reference = ChannelStatistics.apply(features), reference_statistics(exact)
+    statistics, reference = ChannelStatistics.apply(features, False), reference_statistics(exact)
     assert statistics[0].dtype == statistics[1].dtype == torch.float32
     torch.testing.assert_close(statistics, reference, atol=0.02, rtol=0.01)
     gradient, expected = gradient_of_both(features, statistics), gradient_of_both(exact, reference)
@@ -151,7 +172,7 @@ def test_loss_means_the_same_in_a_deeper_and_in_a_wider_teacher(copies: int) -> 
 def test_loss_and_gradient_stay_finite_for_dead_and_constant_channels() -> None:
     prior = batchnorm_prior([layer_with([0.0, 1.0], [0.0, 1.0])])
     features = torch.zeros(4, 2, 3, 3, requires_grad=True)
-    loss = batchnorm_loss(prior, torch.stack(ChannelStatistics.apply(features)))
+    loss = batchnorm_loss(prior, torch.stack(ChannelStatistics.apply(features, False)))
     loss.backward()
     assert math.isfinite(loss.item())
     assert features.grad is not None
@@ -164,7 +185,7 @@ def test_descending_the_loss_brings_the_statistics_of_the_layers_to_the_running_
     features = noise(16, 2, 4, 4).requires_grad_()
     optimizer = torch.optim.Adam([features], lr=0.1)
     for _ in range(150):
-        loss = batchnorm_loss(prior, torch.stack(ChannelStatistics.apply(features)))
+        loss = batchnorm_loss(prior, torch.stack(ChannelStatistics.apply(features, False)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -194,12 +215,12 @@ def test_each_forward_pass_records_the_inputs_of_the_layers() -> None:
     assert list(recorded) == layers
     for layer, features in zip(layers, inputs, strict=True):
         torch.testing.assert_close(recorded[layer][:2], reference_statistics(features))
-        torch.testing.assert_close(recorded[layer][2], variance_between_images(features))
+        torch.testing.assert_close(recorded[layer][2], reference_between(features))
     flat = flat_statistics(prior, recorded)
     assert flat.shape == (3, 8)
     torch.testing.assert_close(flat[0], torch.cat([reference_statistics(features)[0] for features in inputs]))
     torch.testing.assert_close(flat[1], torch.cat([reference_statistics(features)[1] for features in inputs]))
-    torch.testing.assert_close(flat[2], torch.cat([variance_between_images(features) for features in inputs]))
+    torch.testing.assert_close(flat[2], torch.cat([reference_between(features) for features in inputs]))
 
 
 def test_after_the_context_nothing_is_recorded() -> None:
@@ -305,7 +326,7 @@ def test_the_teachers_own_statistics_cost_nothing_however_far_apart_the_channels
 
 def test_statistics_of_bfloat16_features_are_not_rounded_to_bfloat16() -> None:
     features = (5 + 3 * torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))).bfloat16()
-    mean, variance = ChannelStatistics.apply(features)
+    mean, variance = ChannelStatistics.apply(features, False)
     expected_variance, expected_mean = torch.var_mean(features.float(), (0, 2, 3), correction=0)
     torch.testing.assert_close(mean, expected_mean, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(variance, expected_variance, rtol=1e-3, atol=1e-3)

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from engine.device import Compute
 from engine.images import normalization
-from engine.losses import BatchNormPrior, batchnorm_prior, variance_between_images
+from engine.losses import BatchNormPrior, ChannelStatistics, batchnorm_prior
 from engine.spread import spread_loss, spread_of_leaves
 
 CPU = Compute(torch.device("cpu"), None)
@@ -26,15 +26,6 @@ def spread(teacher: nn.Module, *, batch: int, compute: Compute = CPU) -> Tensor:
     return spread_of_leaves(teacher, prior, (1, 16, 16), CONSTANTS, batch=batch, compute=compute)
 
 
-@pytest.mark.parametrize("shape", [(6, 3), (5, 4, 7), (4, 3, 5, 6)], ids=str)
-def test_variance_between_images_is_that_of_their_means(shape: tuple[int, ...]) -> None:
-    features = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    expected = features.reshape(*shape[:2], -1).mean(2).var(0, correction=0)
-    torch.testing.assert_close(variance_between_images(features), expected)
-    assert variance_between_images(features.bfloat16()).dtype == torch.float32
-    assert variance_between_images(features[:1]).eq(0).all()
-
-
 def test_loss_by_hand() -> None:
     prior = prior_of([4.0, 4.0], [1.0])
     # deviations between images: 1/2 and 0 of layer 1's running ones, 3/10 of layer 2's
@@ -51,7 +42,7 @@ def test_images_that_are_all_the_same_can_be_pulled_apart() -> None:
     features = torch.zeros(4, 2, 3, 3)
     features[0] = 1e-4
     features.requires_grad_()
-    spread_loss(prior, variance_between_images(features), torch.tensor([0.5, 0.5])).backward()
+    spread_loss(prior, ChannelStatistics.apply(features, True)[2], torch.tensor([0.5, 0.5])).backward()
     assert features.grad is not None
     assert features.grad.isfinite().all()
     assert (features.grad[0] < 0).all()  # the one that differs is to differ more
@@ -71,7 +62,7 @@ def test_spread_of_leaves_is_a_share_of_each_layers_deviation_whatever_the_batch
     torch.testing.assert_close(small, large, atol=0.05, rtol=0)
     torch.testing.assert_close(spread(teacher, batch=500), large, atol=0.05, rtol=0)
     torch.testing.assert_close(spread(teacher, batch=128, compute=HALF), large, atol=0.01, rtol=0)
-    assert spread(teacher, batch=1).eq(0).all()  # one image lies apart from none
+    assert spread(teacher, batch=1).max() < 1e-6  # one image lies apart from none
 
 
 def test_the_teacher_is_left_as_it_was() -> None:
