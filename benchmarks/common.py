@@ -58,7 +58,9 @@ def unfinished(path: Path, source: dict[str, Any]) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Of the code that runs; empty where that is a copy without its history, or a machine without git."""
+    """Of the code that runs. Where that is a copy without its history, SSDKD_COMMIT says; else it is empty there."""
+    if "SSDKD_COMMIT" in os.environ:
+        return os.environ["SSDKD_COMMIT"]
     question = ["git", "rev-parse", "--short", "HEAD"]
     try:
         answer = subprocess.run(question, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)

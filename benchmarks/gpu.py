@@ -319,7 +319,6 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--buffer", nargs="+", type=int, help="samples: run the first pair with each of these")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--without-graphs", action="store_true", help="ours once more, every kernel launched anew")
-    parser.add_argument("--commit", help="of the code, where it is a copy without its history")
     parser.add_argument("--tiny", action="store_true", help="try everything in seconds, on any machine; means nothing")
     arguments = parser.parse_args(words)
     if arguments.pack:
@@ -331,7 +330,6 @@ def main(words: Sequence[str] | None = None) -> None:
     source = provenance(
         shlex.join(["python", "-m", "benchmarks.gpu", *without_paths(words or sys.argv[1:], arguments)])
     )
-    source["commit"] = arguments.commit or source["commit"]
     methods: dict[str, Method] = {"ssdkd": run_ssdkd}
     if arguments.without_graphs:
         methods["ssdkd_without_graphs"] = partial(run_ssdkd, cuda_graphs=False)

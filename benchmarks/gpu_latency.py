@@ -1,4 +1,4 @@
-"""Latency of students on a GPU: in PyTorch (bfloat16, a CUDA graph), in ONNX Runtime, and as TensorRT plans.
+"""Latency of students on a machine with a GPU: in PyTorch (bfloat16, a CUDA graph), ONNX Runtime, as TensorRT plans.
 
     python -m benchmarks.gpu_latency [--students wrn16_2 ...] [--pixels 32] [--out benchmarks/results/gpu_latency.json]
 
@@ -30,6 +30,7 @@ from exporters.to_tensorrt import build_plan, find_flavour
 BATCHES = (1, 64)
 STUDENTS = ("wrn16_2", "resnet20", "mobilenetv2")
 WARM_UP, REPLAYS = 20, 200
+PROVIDERS = {"GPU": "CUDAExecutionProvider", "CPU": "CPUExecutionProvider"}  # of ONNX Runtime
 
 
 def percentiles(taken_ms: list[float]) -> dict[str, float]:
@@ -60,19 +61,22 @@ def in_torch(module: nn.Module, batch: int, shape: tuple[int, int, int]) -> dict
     return percentiles([start.elapsed_time(end) for start, end in events])
 
 
-def in_onnxruntime(path: Path, batch: int, shape: tuple[int, int, int]) -> dict[str, float]:
-    """Milliseconds of a call with arrays on the host. Raises RuntimeError where ONNX Runtime has no GPU provider."""
+def in_onnxruntime(path: Path, provider: str, batch: int, shape: tuple[int, int, int]) -> dict[str, float]:
+    """Milliseconds of a call with arrays on the host. Raises RuntimeError where ONNX Runtime has no such provider.
+
+    On a CPU it takes as many threads as it likes.
+    """
     import onnxruntime
 
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        raise RuntimeError(f"onnxruntime {onnxruntime.__version__} has no CUDAExecutionProvider: onnxruntime-gpu has")
-    session = onnxruntime.InferenceSession(path, providers=["CUDAExecutionProvider"])
+    if provider not in onnxruntime.get_available_providers():
+        raise RuntimeError(f"onnxruntime {onnxruntime.__version__} has no {provider}: onnxruntime-gpu has")
+    session = onnxruntime.InferenceSession(path, providers=[provider])
     name = session.get_inputs()[0].name
 
     def run(images: Any) -> Any:
         return session.run(None, {name: images})[0]
 
-    runtime = Runtime("onnxruntime CUDA", path, shape, CLASSES, None, {}, run)
+    runtime = Runtime(f"onnxruntime {provider}", path, shape, CLASSES, None, {}, run)
     images = np.random.default_rng(0).standard_normal((batch, *shape), dtype=np.float32)
     (latency,) = bench_together([runtime], images)
     return {"p50": latency.p50_ms, "p90": latency.p90_ms, "p99": latency.p99_ms}
@@ -120,12 +124,18 @@ def main() -> None:
                     {"network": name, "batch": batch, "runtime": runtime, **found}
                     for runtime, found in (
                         ("torch, bfloat16, CUDA graph", tried(in_torch, student(name, arguments.pixels), batch, shape)),
-                        ("ONNX Runtime, float32", tried(in_onnxruntime, paths["fp32"], batch, shape)),
+                        *(
+                            (
+                                f"ONNX Runtime on the {processor}, float32",
+                                tried(in_onnxruntime, paths["fp32"], provider, batch, shape),
+                            )
+                            for processor, provider in PROVIDERS.items()
+                        ),
                         ("TensorRT, float32", tried(in_tensorrt, paths["fp32"], "fp32", batch)),
                         ("TensorRT, float16", tried(in_tensorrt, paths["fp16"], "fp16", batch)),
                     )
                 ]
-                print(*rows[-4:], sep="\n", flush=True)
+                print(*rows[-5:], sep="\n", flush=True)
                 save(arguments.out, {"kind": "gpu_latency", **source, "pixels": arguments.pixels, "rows": rows})
 
 
