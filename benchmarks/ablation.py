@@ -28,6 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without inherited layers": {"inherit": False},
     "without the spread": {"spread_weight": 0.0},
     "without feature matching": {"feature_weight": 0.0},
+    "without altered images": {"alter": False},
     "random noise instead of inversion": {"inversion": False},
 }
 

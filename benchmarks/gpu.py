@@ -103,7 +103,8 @@ def run_ssdkd(job: Job, **changed: Any) -> dict[str, Any]:
     """
     spec = job.teacher.spec
     sized = {"samples": job.samples, **job.size.settings, **changed}
-    settings = settings_for("full", image_shape=spec.input_shape, **sized)
+    largest_batch = job.compute.largest_batch
+    settings = settings_for("full", image_shape=spec.input_shape, largest_batch=largest_batch, **sized)
     state = begin(job.student, job.teacher, settings, seed=job.seed, compute=job.compute)
     if job.compute.device.type == "cuda":
         gc.collect()  # the graphs of the run before

@@ -80,8 +80,14 @@ def measure(case: Case, device: str) -> dict[str, Any]:
     """Median seconds of a round with a full buffer, seconds for each image that the student sees, peak megabytes."""
     torch.manual_seed(0)
     teacher, image_shape = random_network(case.teacher, case), (CHANNELS, case.pixels, case.pixels)
+    compute = choose_device(device)
     settings = settings_for(
-        "smoke", image_shape=image_shape, rounds=ROUNDS, warmup_rounds=UNTIMED - 1, samples=case.samples
+        "smoke",
+        image_shape=image_shape,
+        largest_batch=compute.largest_batch,
+        rounds=ROUNDS,
+        warmup_rounds=UNTIMED - 1,
+        samples=case.samples,
     )
     source = Source(
         teacher,
@@ -92,7 +98,7 @@ def measure(case: Case, device: str) -> dict[str, Any]:
         batchnorm_layers=tuple(batchnorm_layers(teacher)),
     )
     student = build_network(STUDENT, classes=case.classes, channels=CHANNELS, pixels=case.pixels)
-    state = start(source, student, settings=settings, compute=choose_device(device), seed=0)
+    state = start(source, student, settings=settings, compute=compute, seed=0)
     fill(state)
     clock = [0.0, *(metrics.seconds for metrics in distill(state))]
     seconds = statistics.median(after - before for before, after in list(pairwise(clock))[UNTIMED:])

@@ -45,8 +45,9 @@ VARIANTS: tuple[Changed, ...] = (
     {"feature_weight": 0.0},
     {"feature_weight": 3.0},
     {"feature_weight": 30.0},
-    {"feature_share": 0.25},
-    {"feature_share": 1.0},
+    {"looking_share": 0.25},
+    {"looking_share": 1.0},
+    {"alter": False},
     {"adversarial_weight": 0.0},
     {"adversarial_weight": 3.0},
     {"class_weight": 2.0},
@@ -64,7 +65,7 @@ LOGITS_ALONE = 0.78  # of those steps' cost: that of as many without maps, the t
 def of_equal_cost(changed: Changed, *, rounds: int, task: str) -> int:
     """How many rounds cost as much as `rounds` with the defaults."""
     images, steps = COST_OF_A_ROUND[task]
-    with_maps = changed.get("feature_share", 0.5) if changed.get("feature_weight", 1.0) else 0.0
+    with_maps = changed.get("looking_share", 0.5) if changed.get("feature_weight", 1.0) else 0.0
     steps *= LOGITS_ALONE + (1 - LOGITS_ALONE) * with_maps / 0.5
     cost = images * changed.get("inversion_steps", 10) / 10 + steps * changed.get("student_steps", 20) / 20
     return round(rounds / cost)

@@ -6,8 +6,9 @@
 The engine's step is `engine.distill.teach`: draw by priority, render a view, forward, weighted losses, backward, SGD,
 new priorities, weight average. There is NO forward pass of the teacher in it: its kept logits of the view are used. The
 teacher looks at the views of a sample when that enters the buffer (`teacher_forwards_per_draw` says how often that is
-for each image that the student sees, `ratio_to_bare_with_those` counts them in). In the first part of a run, where the
-pair shares stages, it does ask the teacher, for its logits and its maps: that step is timed, too. So there are two bare
+for each image that the student sees, `ratio_to_bare_with_those` counts them in). In the first part of a run it does ask
+the teacher, for its logits of images of which half are altered, and for its maps: that step is timed, too, where the
+pair shares stages. So there are two bare
 steps, on one batch that lies on the device: with the teacher's forward pass, as distillation usually has it, and
 without. Both do forward, the loss of the logits, backward, the same SGD, and nothing else. On a GPU the engine's step
 is a CUDA graph, the bare ones are not; it is timed without its graph, too. All run in the same precision, in short
@@ -169,8 +170,8 @@ def measure(name: str, batch: int, *, turns: int, turn_steps: int, compute: Comp
         "bare": bare_turn(pair, state, batch, turn_steps, asks_teacher=True),
         "bare_without_teacher": bare_turn(pair, state, batch, turn_steps, asks_teacher=False),
     }
-    taught_maps = filled_state(pair, batch, turn_steps, compute, feature_share=1.0)
-    if taught_maps.stages:
+    taught_maps = filled_state(pair, batch, turn_steps, compute, looking_share=1.0)
+    if taught_maps.stages.pairs:
         steps["engine_with_maps"] = lambda: teach(taught_maps, LATE)
     if compute.device.type == "cuda":
         plain = filled_state(pair, batch, turn_steps, compute, cuda_graphs=False)
@@ -180,10 +181,12 @@ def measure(name: str, batch: int, *, turns: int, turn_steps: int, compute: Comp
     medians = {step: statistics.median(values) for step, values in step_ms.items()}
     if profile:
         print(breakdown(steps["engine"], compute.device))
-    usual = settings_for("full", image_shape=pair.image_shape)
+    usual = settings_for("full", image_shape=pair.image_shape, largest_batch=compute.largest_batch)
     forwards = state.buffer.logits.shape[1] * usual.inversion_batch / (usual.student_steps * batch)
     teacher_ms = medians["bare"] - medians["bare_without_teacher"]
-    with_maps = {"ratio_with_maps_to_bare": medians["engine_with_maps"] / medians["bare"]} if taught_maps.stages else {}
+    with_maps = (
+        {"ratio_with_maps_to_bare": medians["engine_with_maps"] / medians["bare"]} if taught_maps.stages.pairs else {}
+    )
     return {
         "pair": name,
         "batch": batch,

@@ -23,7 +23,7 @@ from benchmarks.tables_of_accuracy import (
     results_table,
     settings_table,
 )
-from benchmarks.tables_of_cost import growth_table, int8_speed_table, steps_table
+from benchmarks.tables_of_cost import growth_table, int8_speed_table, latency_table, steps_table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,6 +51,7 @@ PAGES = (
     Page("docs/benchmarks.md", "settings", ("settings",), settings_table),
     Page("docs/benchmarks.md", "growth", ("growth",), growth_table),
     Page("docs/benchmarks.md", "gpu", ("gpu",), gpu_table),
+    Page("docs/benchmarks.md", "gpu-latency", ("gpu_latency",), latency_table),
 )
 
 

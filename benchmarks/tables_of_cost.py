@@ -15,6 +15,7 @@ STEPS_HEAD = (
     "with maps, of the bare step's",
 )
 STEP_RATIOS = ("ratio_to_bare", "ratio_to_bare_with_those", "ratio_to_bare_without_teacher", "ratio_with_maps_to_bare")
+LATENCY_HEAD = ("network", "images", "runtime", "p50, ms", "p90", "p99")
 GROWTH_NAMES = {"samples": "buffer, samples", "classes": "classes", "pixels": "pixels a side", "teacher": "teacher"}
 GROWTH_HEAD = (
     "what varies",
@@ -82,4 +83,24 @@ def growth_table(results: Sequence[Result]) -> list[str]:
             for row in result["rows"]
         ]
         lines += [*markdown(GROWTH_HEAD, table), "", provenance(result), ""]
+    return lines[:-1]
+
+
+def latency_table(results: Sequence[Result]) -> list[str]:
+    """A row a network, batch and runtime, and why where there is none; the kind `gpu_latency`."""
+    lines: list[str] = []
+    for result in results:
+        table = [
+            (
+                row["network"],
+                str(row["batch"]),
+                row["runtime"],
+                *(f"{row['latency_ms'][part]:.2f}" for part in ("p50", "p90", "p99")),
+            )
+            for row in result["rows"]
+            if "latency_ms" in row
+        ]
+        reasons = {row["runtime"]: row["not_run"] for row in result["rows"] if "not_run" in row}
+        missing = [f"- Not run by us, {runtime}: {reason}." for runtime, reason in reasons.items()]
+        lines += [*markdown(LATENCY_HEAD, table), "", *missing, provenance(result), ""]
     return lines[:-1]

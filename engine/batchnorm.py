@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from engine.losses import batchnorm_loss, batchnorm_prior, flat_statistics, recorded_statistics
+from engine.channel_statistics import recorded_statistics
+from engine.losses import batchnorm_loss, batchnorm_prior, flat_statistics
 from engine.probing import NEVER_RUNS, is_batchnorm, noise
 from engine.shapes import Shape
 

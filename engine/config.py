@@ -8,6 +8,8 @@ from engine.errors import SSDKDError
 EFFORTS: dict[str, int] = {"smoke": 16, "quick": 150, "full": 1200}  # rounds
 LOWEST = {"warmup_rounds": 0, "shift": 0, "held_out": 2, "temperature": 0.01}  # else 1 for integers, 0 for the rest
 HIGHEST = 10**9  # of all: more is a slip
+USUAL_BATCH = 64  # images of a step
+ROUNDS_OF_A_BUFFER = 8  # that fill it at least: a batch that took its place whole would make it another one
 BATCH_PIXELS = 128 * 64 * 64  # a batch has no more pixels than this, unless so few images are below the smallest batch
 
 
@@ -20,7 +22,7 @@ class DistillationSettings:
     held_out: int = 1024  # newest synthetic samples that are never trained on
     warmup_rounds: int = 10  # rounds of inversion before the student takes its first step
 
-    inversion_batch: int = 64  # samples a round
+    inversion_batch: int = USUAL_BATCH  # samples a round
     inversion_steps: int = 10  # K
     generator_width: int = 16  # channels at full resolution
     generator_latent: int = 256
@@ -34,14 +36,15 @@ class DistillationSettings:
     gamma: float = 1.0  # exponent of the difficulty-aware part of phi
     beta: float = 0.4  # exponent of the importance weights
 
-    student_batch: int = 64
+    student_batch: int = USUAL_BATCH
     student_steps: int = 20  # a round
     student_rate: float = 0.1  # peak; SGD with Nesterov momentum; a half cosine to 0
     student_momentum: float = 0.9
     student_decay: float = 5e-4
     temperature: float = 4.0
     feature_weight: float = 10.0  # of the maps at the end of each shared stage (engine.features); 0: logits alone
-    feature_share: float = 0.5  # of the run, in which that weight falls to 0
+    looking_share: float = 0.5  # of the run, in which the teacher looks on at each step, and that weight falls to 0
+    alter: bool = True  # every second image of a step is altered while the teacher looks on (engine.alteration)
     inherit: bool = True  # begin with the layers that the student shares with the teacher; off: all of it afresh
     inherited_rate: float = 0.05  # peak of the learning rate of those layers
     average_decay: float = 0.99  # of the weight average that is kept, per step
@@ -59,10 +62,13 @@ class DistillationSettings:
     inversion: bool = True  # off: the samples are random noise
 
 
-def settings_for(effort: str, *, image_shape: tuple[int, int, int], **overrides: Any) -> DistillationSettings:
+def settings_for(
+    effort: str, *, image_shape: tuple[int, int, int], largest_batch: int = USUAL_BATCH, **overrides: Any
+) -> DistillationSettings:
     """The settings of an effort for images of (C, H, W), with what the user set put over them.
 
     Large images shrink both batches with their area, to no less than 16: up to 181 pixels a side memory stays level.
+    Where `largest_batch` is above the usual one, a round makes an eighth of the buffer at most.
 
     Raises:
         SSDKDError: unknown effort or setting, or a value of another type.
@@ -79,9 +85,13 @@ def settings_for(effort: str, *, image_shape: tuple[int, int, int], **overrides:
                 f"distillation setting '{name}' is {value!r}: expected {types[name].__name__}",
                 "correct the config file",
             )
-    batch, rounds = batch_for(image_shape), EFFORTS[effort]
+    rounds, samples = EFFORTS[effort], overrides.get("samples", DistillationSettings.samples)
+    batch = batch_for(image_shape, largest_batch)
     sized = DistillationSettings(
-        rounds=rounds, inversion_batch=batch, student_batch=batch, warmup_rounds=min(10, max(1, rounds // 4))
+        rounds=rounds,
+        inversion_batch=min(batch, max(batch_for(image_shape), samples // ROUNDS_OF_A_BUFFER)),
+        student_batch=batch,
+        warmup_rounds=min(10, max(1, rounds // 4)),
     )
     settings = replace(sized, **overrides)
     _check_ranges(settings)
@@ -89,10 +99,10 @@ def settings_for(effort: str, *, image_shape: tuple[int, int, int], **overrides:
     return replace(settings, **floats)
 
 
-def batch_for(image_shape: tuple[int, int, int]) -> int:
-    """Images of (C, H, W) a step: 64 of small ones, fewer of large ones, never fewer than 16."""
+def batch_for(image_shape: tuple[int, int, int], largest: int = USUAL_BATCH) -> int:
+    """Images of (C, H, W) a step: `largest` of small ones, fewer of large ones, never fewer than 16."""
     _, height, width = image_shape
-    return max(16, min(DistillationSettings.inversion_batch, BATCH_PIXELS // (height * width)))
+    return max(16, min(largest, BATCH_PIXELS // (height * width)))
 
 
 def _check_ranges(settings: DistillationSettings) -> None:

@@ -19,7 +19,7 @@ from engine.images import random_views, render, to_input
 from engine.inversion import InversionLosses, invert
 from engine.losses import modulation
 from engine.replay import ReplayBuffer
-from engine.state import State
+from engine.state import State, looks_on
 from engine.teaching import averaged_tensors, learning_parameters, rate_factor, update_average
 
 HELD_OUT_SHARES = 8, 32  # one new image in so many is held out: until there are enough, and then
@@ -103,11 +103,6 @@ def is_taught(state: State, progress: float) -> bool:
     return state.round >= state.settings.warmup_rounds or (by_clock and progress >= LONGEST_WARMUP)
 
 
-def compares_maps(state: State, progress: float) -> bool:
-    """Whether the student is shown its teacher's maps now: in the first part of a run, where they share stages."""
-    return state.stages is not None and progress < state.settings.feature_share
-
-
 def choose_targets(state: State) -> Tensor:
     """The class that each new image shall show, int64 [inversion_batch]: the buffer's rare classes first."""
     if not state.settings.diversity:
@@ -154,13 +149,13 @@ def held_out_number(state: State, number: int) -> int:
 def remember(state: State, images: Tensor, progress: float) -> None:
     """Put new images in the place of the least valuable samples; the first few are held out from training.
 
-    The teacher looks at the views of an image here, once, and what it says is kept beside them. While the student is
-    shown its maps it looks at the image alone: it will be asked at each step.
+    The teacher looks at the views of an image here, once, and what it says is kept beside them. While it looks on as
+    the student learns, it is shown the image alone: it will be asked at each step.
     """
     shift = round(state.settings.shift * min(images.shape[1:3]) / 32)
     views = random_views(len(images), state.settings.views, shift, state.rng)
     views[:, 0] = 0  # the image itself
-    looks = 1 if compares_maps(state, progress) else state.settings.views
+    looks = 1 if looks_on(state, progress) else state.settings.views
     logits = teacher_logits(state, images, views[:, :looks])
     classes, confidences = state.task.predict(logits[:, 0])
     held_out = held_out_number(state, len(images))
@@ -201,8 +196,9 @@ def kept_values(state: State, buffer: ReplayBuffer) -> Tensor:
 def teach(state: State, progress: float) -> Tensor:
     """The student's steps of one round on samples drawn by priority.
 
-    The weight of the maps falls to 0 in the first part of the run: they lead a student that knows little, and would
-    keep one that cannot follow them from the logits. What the teacher says on the way is kept, and is enough later.
+    In the first part of the run the teacher looks on: images are altered, and where stages are shared their maps are
+    compared, with a weight that falls to 0: they lead a student that knows little, and would keep one that cannot
+    follow them from the logits. What the teacher says on the way of images as they are is kept, and is enough later.
 
     Returns:
         their losses, of the logits and of the maps, float32 [student_steps, 2].
@@ -210,22 +206,23 @@ def teach(state: State, progress: float) -> Tensor:
     settings, buffer, batch = state.settings, state.buffer, state.batch
     for group in state.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * rate_factor(progress)
-    with_maps = compares_maps(state, progress)
-    if with_maps:
-        batch.feature_weight.fill_(settings.feature_weight * (1 - progress / settings.feature_share))
+    asks = looks_on(state, progress)
+    plain = slice(1, None, 2) if asks and settings.alter else slice(None)  # of a batch
+    if asks:
+        batch.feature_weight.fill_(settings.feature_weight * (1 - progress / settings.looking_share))
     parameters = learning_parameters(state.student)
     averaged, learning = averaged_tensors(state.average), averaged_tensors(state.student)
     state.student.train()
     losses = torch.zeros(settings.student_steps, 2, device=state.rng.device)
     for step in range(settings.student_steps):
-        draw(state, any_view=with_maps)
-        (*both, divergences, teacher_logits), gradients = state.gradients[with_maps]()
+        draw(state, any_view=asks)
+        (*both, divergences, teacher_logits), gradients = state.gradients[asks]()
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         state.optimizer.step()
-        replay.update(buffer, batch.slots, divergences, batch.weights)
-        if with_maps:
-            replay.remember_logits(buffer, batch.slots, batch.views, teacher_logits)
+        replay.update(buffer, batch.slots[plain], divergences[plain], batch.weights[plain])
+        if asks:
+            replay.remember_logits(buffer, batch.slots[plain], batch.views[plain], teacher_logits[plain])
         update_average(averaged, learning, settings.average_decay, state.steps)
         state.steps += 1
         state.images_seen += len(batch.slots)
@@ -234,13 +231,14 @@ def teach(state: State, progress: float) -> Tensor:
 
 
 def draw(state: State, *, any_view: bool) -> None:
-    """Fill the batch: slots by priority, their importance weights, one view of each, any or a seen one."""
+    """Fill the batch: slots by priority, their importance weights, one view of each, any or a seen one, and numbers."""
     settings, batch, rng = state.settings, state.batch, state.rng
     slots, weights = replay.sample(
         state.buffer, settings.student_batch, beta=settings.beta, prioritized=settings.priority, rng=rng
     )
     batch.slots.copy_(slots)
     batch.weights.copy_(weights)
+    batch.numbers.normal_(generator=rng)
     if any_view:
         batch.views.random_(settings.views, generator=rng)
     else:

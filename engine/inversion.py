@@ -15,19 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.channel_statistics import frozen_batchnorm, recorded_statistics
 from engine.config import DistillationSettings
 from engine.device import Compute
 from engine.generator import Generator
 from engine.images import Normalization, normalization, normalize, to_bytes
-from engine.losses import (
-    BatchNormPrior,
-    batchnorm_loss,
-    batchnorm_prior,
-    flat_statistics,
-    image_prior_loss,
-    modulation,
-    recorded_statistics,
-)
+from engine.losses import BatchNormPrior, batchnorm_loss, batchnorm_prior, flat_statistics, image_prior_loss, modulation
 from engine.modes import evaluating
 from engine.recording import Outputs, Recorded, laid_out_as
 from engine.source import Source
@@ -182,7 +175,12 @@ def losses_and_gradients(problem: Problem, *, asks_student: bool) -> Outputs:
     fast, latent, prior, settings = problem.fast_generator, problem.latent, problem.prior, problem.settings
     task, student = problem.task, problem.student if asks_student else None
     layers, is_spread = prior.layers if prior else (), problem.spread is not None
-    with recorded_statistics(layers, between=is_spread) as recorded, problem.compute.autocast():
+    freezes = problem.compute.freezes_batchnorm
+    with (
+        recorded_statistics(layers, between=is_spread, frozen=freezes) as recorded,
+        frozen_batchnorm(student if freezes else None),
+        problem.compute.autocast(),
+    ):
         inputs = normalize(fast(latent), problem.normalization)
         teacher_logits = problem.teacher(inputs)
         student_logits = teacher_logits if student is None else student(inputs)

@@ -3,57 +3,15 @@
 docs/method.md lists each beside its function.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine.hooks import removing
-
-Statistics = dict[nn.Module, tuple[Tensor, ...]]  # layer -> what is known of its input, [C] each
+from engine.channel_statistics import ChannelStatistics, Statistics
 
 VARIANCE_FLOOR = 1e-3  # relative to a layer's mean running variance: keeps dead channels from dominating
-
-
-class ChannelStatistics(torch.autograd.Function):
-    """Mean and biased variance of a feature map per channel, and how much of it lies between images, with a gradient.
-
-    PyTorch's fused BatchNorm kernel computes the first two in one pass, an order of magnitude faster on a CPU than
-    `var_mean` over three axes (docs/experiments.md); it has no derivative of its own, so it is written here. All
-    three have one gradient, which is one pass too.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, between: bool) -> tuple[Tensor, ...]:
-        """[B, C, ...] to mean and variance and, with `between`, the biased variance of the images' own means; [C]."""
-        # Float32 running statistics, unused (momentum 0): without them those of bfloat16 features come out in bfloat16.
-        dtype = torch.promote_types(features.dtype, torch.float32)
-        running_mean, running_variance = torch.zeros(2, features.shape[1], dtype=dtype, device=features.device)
-        mean, variance = torch.batch_norm_update_stats(features, running_mean, running_variance, 0.0)
-        if not between:
-            ctx.save_for_backward(features, mean)
-            return mean.float(), variance.float()
-        places = tuple(range(2, features.dim()))
-        apart = (features.mean(places, dtype=dtype) if places else features.to(dtype)) - mean  # [B, C]
-        ctx.save_for_backward(features, mean, apart)
-        return mean.float(), variance.float(), apart.square().mean(0).float()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """d mean / dx = 1 / n;  d variance / dx = 2 (x - mean) / n;  d between / dx = 2 (image's mean - mean) / n."""
-        features, mean, *apart = ctx.saved_tensors
-        mean_gradient, variance_gradient, *between_gradient = gradients
-        count = features.numel() // features.shape[1]
-        places = (1,) * (features.dim() - 2)
-        slope = 2 / count * variance_gradient
-        offset = (mean_gradient / count - slope * mean).expand(1, -1)
-        if apart:
-            offset = offset + 2 / count * between_gradient[0] * apart[0]
-        offset, slope = (values.to(features.dtype).view(*values.shape, *places) for values in (offset, slope))
-        return torch.addcmul(offset, features, slope), None
 
 
 @dataclass(frozen=True)
@@ -75,21 +33,6 @@ def batchnorm_prior(layers: Sequence[nn.Module]) -> BatchNormPrior:
     floor = torch.cat(floors)
     weights = [torch.full_like(mean, 1 / (len(layers) * len(mean))) for mean in means]
     return BatchNormPrior(tuple(layers), torch.cat(means), torch.cat(variances) + floor, floor, torch.cat(weights))
-
-
-@contextlib.contextmanager
-def recorded_statistics(layers: Sequence[nn.Module], *, between: bool = False) -> Iterator[Statistics]:
-    """Within the context each forward pass fills the dict with mean and variance of every layer's input per channel.
-
-    With `between` the biased variance of the images' own means is the third.
-    """
-    recorded: Statistics = {}
-
-    def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        recorded[layer] = ChannelStatistics.apply(inputs[0], between)
-
-    with removing([layer.register_forward_pre_hook(record) for layer in layers]):
-        yield recorded
 
 
 def flat_statistics(prior: BatchNormPrior, recorded: Statistics) -> Tensor:

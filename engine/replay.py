@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-EPSILON = 1e-3  # relative to the mean discrepancy: no sample is ever unreachable (Schaul et al. 2016, section 3.3)
+EPSILON = 1.0  # of the mean discrepancy: half of the draws are uniform, so that what was learned is not forgotten (log)
 
 
 @dataclass
@@ -101,7 +101,7 @@ def add(
     buffer.classes[slots] = classes
     buffer.confidences[slots] = confidences
     buffer.discrepancies[slots] = highest
-    buffer.weights[slots] = 1.0
+    buffer.weights.index_fill_(0, slots, 1.0)
     buffer.born[slots] = torch.arange(buffer.added, buffer.added + len(slots), device=slots.device)
     buffer.added += len(slots)
 
@@ -138,7 +138,7 @@ def draw_seen_views(buffer: ReplayBuffer, slots: Tensor, rng: torch.Generator) -
 def remember_logits(buffer: ReplayBuffer, slots: Tensor, views: Tensor, logits: Tensor) -> None:
     """Keep what the teacher says now, float32 [B, K], of one view of each of `slots`; both int64 [B]."""
     buffer.logits[slots, views] = logits
-    buffer.seen[slots, views] = True
+    buffer.seen[slots, views] = torch.ones_like(slots, dtype=torch.bool)  # a number would have to be sent to the GPU
 
 
 def update(buffer: ReplayBuffer, slots: Tensor, divergences: Tensor, weights: Tensor) -> None:

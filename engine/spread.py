@@ -9,10 +9,11 @@ own means of each channel are to differ at least as much as those of dead leaves
 import torch
 from torch import Tensor, nn
 
+from engine.channel_statistics import recorded_statistics
 from engine.device import Compute
 from engine.images import Normalization, to_input
 from engine.leaves import dead_leaves
-from engine.losses import BatchNormPrior, flat_statistics, recorded_statistics
+from engine.losses import BatchNormPrior, flat_statistics
 from engine.shapes import Shape
 
 IMAGES = 128  # that the spread is taken from, in whole batches

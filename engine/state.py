@@ -29,11 +29,11 @@ class State:
     teacher: nn.Module
     student: nn.Module
     inherited: frozenset[str]  # names of the student's parameters that began as the teacher's
-    stages: Stages | None  # where it is taught the teacher's maps
+    stages: Stages  # where it is taught the teacher's maps, if anywhere
     average: nn.Module  # the weight average of the student: the one that is kept
     optimizer: torch.optim.Optimizer
     batch: Batch  # what the student is shown now
-    gradients: Mapping[bool, Recorded]  # whether maps are compared -> what `loss_and_gradients` gives
+    gradients: Mapping[bool, Recorded]  # whether the teacher looks on -> what `loss_and_gradients` gives
     inverter: Inverter
     buffer: ReplayBuffer
     held_out: ReplayBuffer  # the newest samples that the student never learns from
@@ -72,9 +72,9 @@ def start(
     student.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     inverter = new_inverter(source, student, settings=settings, compute=compute)
     capacity = settings.samples if settings.replay else settings.rounds * settings.inversion_batch
-    stages = shared_stages(student, teacher, image_shape) if settings.feature_weight else None
+    stages = shared_stages(student, teacher, image_shape) if settings.feature_weight else Stages(teacher, ())
     empty = partial(replay.empty_buffer, image_shape=image_shape, classes=task.classes, device=device)
-    buffer, batch = empty(capacity, views=settings.views), empty_batch(settings.student_batch, device)
+    buffer, batch = empty(capacity, views=settings.views), empty_batch(settings.student_batch, image_shape[0], device)
     step = partial(
         loss_and_gradients,
         student,
@@ -82,6 +82,7 @@ def start(
         buffer,
         task=task,
         normalization=inverter.problem.normalization,
+        alters=settings.alter,
         temperature=settings.temperature,
         compute=compute,
     )
@@ -110,8 +111,16 @@ def start(
     )
 
 
+def looks_on(state: State, progress: float) -> bool:
+    """Whether the teacher looks at what the student is shown at each step: in the first part of a run, for its maps and
+    for altered images.
+    """
+    settings = state.settings
+    return (settings.alter or bool(state.stages.pairs)) and progress < settings.looking_share
+
+
 def recordings(state: State) -> dict[str, Recorded]:
     """Each step that a GPU can record, by name."""
     inner, gradients = state.inverter.inner_step, state.gradients
     steps = {"inversion in the warm-up": inner[False], "inversion": inner[True], "teaching": gradients[False]}
-    return {**steps, "teaching with maps": gradients[True]} if state.stages else steps
+    return {**steps, "teaching with the teacher": gradients[True]} if looks_on(state, 0.0) else steps

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from engine.alteration import alter, numbers_for
 from engine.config import DistillationSettings
 from engine.device import Compute
 from engine.features import Stages, compared, teacher_maps
@@ -22,13 +23,15 @@ class Batch:
     slots: Tensor  # int64 [B], of the buffer
     views: Tensor  # int64 [B], which of a sample's augmentations
     weights: Tensor  # float32 [B], importance weights
+    numbers: Tensor  # float32 [ceil(B / 2), N], how every second image is altered (engine.alteration)
     feature_weight: Tensor  # scalar, of the maps at the end of each shared stage
 
 
-def empty_batch(number: int, device: torch.device) -> Batch:
+def empty_batch(number: int, channels: int, device: torch.device) -> Batch:
     """A batch of `number` samples, still to be drawn."""
     slots, views = torch.zeros(2, number, dtype=torch.int64, device=device)
-    return Batch(slots, views, torch.ones(number, device=device), torch.zeros((), device=device))
+    numbers = numbers_for(number, channels, device)
+    return Batch(slots, views, torch.ones(number, device=device), numbers, torch.zeros((), device=device))
 
 
 def learning_parameters(student: nn.Module) -> list[nn.Parameter]:
@@ -61,20 +64,24 @@ def loss_and_gradients(
     task: Classification,
     normalization: Normalization,
     stages: Stages | None,
+    alters: bool,
     temperature: float,
     compute: Compute,
 ) -> Outputs:
     """The weighted losses of the logits and of the stages' maps, and the gradients of their sum.
 
-    With `stages` the teacher looks at the views now; without, its kept logits are used and the second loss is 0. Behind
-    the two losses stand each sample's divergence [B] and the teacher's logits [B, K]. There is a gradient for each of
-    `learning_parameters`; that of a parameter without a part in the losses is zero.
+    With `stages` the teacher looks at the views now, of which every second is altered if `alters`; without, its kept
+    logits are used. Where no map is compared the second loss is 0. Behind the two losses stand each sample's divergence
+    [B] and the teacher's logits [B, K]. There is a gradient for each of `learning_parameters`; that of a parameter
+    without a part in the losses is zero.
     """
     slots, weights = batch.slots, batch.weights
     inputs = to_input(render(buffer.images, slots, buffer.views[slots, batch.views]), normalization)
+    if stages is not None and alters:
+        inputs = alter(inputs, batch.numbers)
     with compute.autocast():
         if stages is None:
-            teacher_logits, errors = buffer.logits[slots, batch.views], [torch.zeros_like(weights)]
+            teacher_logits, errors = buffer.logits[slots, batch.views], []
             student_logits = student(inputs)
         else:
             teacher_logits, maps = teacher_maps(stages, inputs)
@@ -82,7 +89,7 @@ def loss_and_gradients(
                 student_logits = student(inputs)
     weights = weights / weights.mean()
     divergences = task.discrepancy(teacher_logits, student_logits, temperature)
-    loss, feature_loss = (weights * divergences).mean(), (weights * torch.stack(errors).sum(0)).mean()
+    loss, feature_loss = (weights * divergences).mean(), (weights * sum(errors, torch.zeros_like(weights))).mean()
     parameters = learning_parameters(student)
     total = loss + batch.feature_weight * feature_loss
     gradients = torch.autograd.grad(total, parameters, materialize_grads=True)

@@ -168,7 +168,7 @@ def describe_distillation(state: State, *, held_out_samples: int, seed: int) -> 
         seed=seed,
         class_histogram=tuple(class_histogram(state)),
         settings=dataclasses.asdict(state.settings),
-        matched_stages=len(state.stages.pairs) if state.stages else 0,
+        matched_stages=len(state.stages.pairs),
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from engine.config import DistillationSettings, settings_for
-from engine.device import choose_device
+from engine.device import Compute, choose_device
 from engine.errors import SSDKDError
 from engine.inheritance import inherit
 from engine.state import State
@@ -87,7 +87,7 @@ def compress(options: Options, *, command: str) -> Finished:
         replacing.recover(folder)
         replacing.check_free(folder, options.overwrite)
         teacher = load(options)
-        settings = settings_of(options, ablations, teacher)
+        settings = settings_of(options, ablations, teacher, compute)
         student, inherited = build(options, teacher, settings, target)
         doubts = [*size_warnings(student, teacher), *profile_warnings(target.profile.name)]
         warnings = [*teacher.spec.warnings, *console.warn_all(doubts)]
@@ -148,14 +148,21 @@ def compress(options: Options, *, command: str) -> Finished:
     return Finished(folder, report)
 
 
-def settings_of(options: Options, ablations: Mapping[str, Any], teacher: Teacher) -> DistillationSettings:
+def settings_of(
+    options: Options, ablations: Mapping[str, Any], teacher: Teacher, compute: Compute
+) -> DistillationSettings:
     """The settings of the effort; those of the [distillation] table win over it, and options of their own over both."""
     typed: dict[str, Any] = {}
     if options.samples:
         typed["samples"] = options.samples
     if options.batch_size:
         typed |= {"student_batch": options.batch_size, "inversion_batch": options.batch_size}
-    settings = settings_for(options.effort, image_shape=teacher.spec.input_shape, **{**ablations, **typed})
+    settings = settings_for(
+        options.effort,
+        image_shape=teacher.spec.input_shape,
+        largest_batch=compute.largest_batch,
+        **{**ablations, **typed},
+    )
     if settings.inversion_batch < SMALLEST_BATCH:  # of each batch an eighth is held out, for the proof
         raise SSDKDError(
             f"inversion_batch is {settings.inversion_batch}: expected {SMALLEST_BATCH} or more",

@@ -46,7 +46,7 @@ def test_the_clock_stands_still_while_the_student_is_scored(monkeypatch: pytest.
         ({"student_steps": 40}, 38),
         ({"inversion_steps": 5}, 76),
         ({"feature_weight": 0.0}, 54),
-        ({"feature_share": 1.0}, 47),
+        ({"looking_share": 1.0}, 47),
     ],
 )
 def test_what_costs_more_a_round_has_fewer_of_them(changed: dict[str, float], rounds: int) -> None:

@@ -175,11 +175,27 @@ def project(root: Path, *results: dict[str, object]) -> Path:
     (root / "docs" / "benchmarks.md").write_text(
         "".join(
             f"<!-- {marker} --><!-- /{marker} -->\n"
-            for marker in ("race", "steps", "buffer", "settings", "growth", "gpu")
+            for marker in ("race", "steps", "buffer", "settings", "growth", "gpu", "gpu-latency")
         )
     )
     (root / "docs" / "method.md").write_text("<!-- ablation --><!-- /ablation -->\nafter\n")
     return root
+
+
+def test_latencies_are_shown_and_what_was_not_run_says_why() -> None:
+    about = {"kind": "gpu_latency", "command": "python -m benchmarks.gpu_latency", **ABOUT}
+    rows = [
+        {"network": "net", "batch": 64, "runtime": "torch", "latency_ms": {"p50": 0.5, "p90": 0.625, "p99": 2.0}},
+        *({"network": name, "batch": 1, "runtime": "TensorRT", "not_run": "it is not installed"} for name in "ab"),
+    ]
+    lines = tables.latency_table([{**about, "rows": rows}])
+    assert lines[2:5] == [
+        "| net | 64 | torch | 0.50 | 0.62 | 2.00 |",
+        "",
+        "- Not run by us, TensorRT: it is not installed.",
+    ]
+    assert "gpu_latency" in lines[5]
+    assert len(lines) == 6
 
 
 def test_results_are_means_and_deviations_over_the_seeds(tmp_path: Path) -> None:

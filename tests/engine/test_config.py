@@ -44,6 +44,26 @@ def test_batches_shrink_with_the_area_of_large_images(image_shape: tuple[int, in
     assert (settings.inversion_batch, settings.student_batch) == (batch, batch)
 
 
+@pytest.mark.parametrize(
+    ("image_shape", "samples", "batches"),
+    [
+        ((3, 32, 32), 5000, (256, 256)),
+        ((3, 32, 32), 1000, (125, 256)),
+        ((3, 32, 32), 200, (64, 256)),
+        ((3, 64, 64), 5000, (128, 128)),
+        ((3, 96, 96), 5000, (56, 56)),
+        ((3, 224, 224), 5000, (16, 16)),
+    ],
+)
+def test_where_batches_may_be_larger_only_small_images_make_them_so(
+    image_shape: tuple[int, int, int], samples: int, batches: tuple[int, int]
+) -> None:
+    settings = settings_for("full", image_shape=image_shape, largest_batch=256, samples=samples)
+    assert (settings.inversion_batch, settings.student_batch) == batches
+    typed = settings_for("full", image_shape=image_shape, largest_batch=256, inversion_batch=20, student_batch=30)
+    assert (typed.inversion_batch, typed.student_batch) == (20, 30)
+
+
 def test_overrides_win_over_effort_and_size() -> None:
     settings = settings_for(
         "smoke", image_shape=(3, 224, 224), rounds=77, student_batch=100, gamma=2, beta=0.5, priority=False

@@ -155,8 +155,8 @@ def test_class_balance_is_that_of_the_buffer(finished: tuple[State, list[RoundMe
     assert metrics[-1].class_balance == pytest.approx(min(histogram) / max(histogram))
 
 
-def test_the_buffer_holds_what_the_teacher_says(finished: tuple[State, list[RoundMetrics]]) -> None:
-    state, _ = finished
+def test_the_buffer_holds_what_the_teacher_says() -> None:
+    state, _ = finish(alter=False)
     for buffer in (state.buffer, state.held_out):
         filled = torch.arange(buffer.size)
         for view in range(buffer.views.shape[1]):
@@ -173,7 +173,7 @@ def test_the_buffer_holds_what_the_teacher_says(finished: tuple[State, list[Roun
 
 
 def test_a_student_with_shorter_stages_learns_their_maps() -> None:
-    state, metrics = finish(teacher=network(0, depth=14), rounds=8, feature_share=1.0)
+    state, metrics = finish(teacher=network(0, depth=14), rounds=8, looking_share=1.0)
     losses = [item.feature_loss for item in metrics]
     assert math.isnan(losses[0])
     assert 0 < losses[-1] < 0.9 * losses[1]
@@ -182,7 +182,7 @@ def test_a_student_with_shorter_stages_learns_their_maps() -> None:
 
 
 def test_after_the_maps_the_teacher_s_kept_logits_are_enough() -> None:
-    state = begin(teacher=network(0, depth=14), rounds=8, feature_share=0.5)
+    state = begin(teacher=network(0, depth=14), rounds=8, looking_share=0.5)
     asked: list[int] = []
     state.teacher.register_forward_hook(lambda _, inputs, output: asked.append(len(output)))
     per_round, losses = [], []
@@ -205,9 +205,36 @@ def test_after_the_maps_the_teacher_s_kept_logits_are_enough() -> None:
 
 
 def test_without_the_weight_or_the_stages_no_map_is_compared(finished: tuple[State, list[RoundMetrics]]) -> None:
-    for state, metrics in (finished, finish(teacher=network(0, depth=14), feature_weight=0.0)):
-        assert state.buffer.seen.all()
+    for _, metrics in (finished, finish(teacher=network(0, depth=14), feature_weight=0.0)):
         assert [item.feature_loss for item in metrics[1:]] == [0.0, 0.0, 0.0]
+
+
+def test_without_maps_and_altered_images_the_teacher_never_looks_on() -> None:
+    state, _ = finish(alter=False)
+    assert state.buffer.seen.all()
+    assert not state.batch.numbers.equal(torch.zeros_like(state.batch.numbers))  # drawn all the same: one order for all
+
+
+def test_only_images_as_they_are_count_for_priorities_and_are_remembered() -> None:
+    state = begin(rounds=8, looking_share=1.0, student_steps=1)
+    rounds = distill(state)
+    next(rounds)  # the warm-up
+    buffer = state.buffer
+    for _ in range(3):
+        before = buffer.discrepancies.clone(), buffer.logits.clone(), buffer.born.clone()
+        next(rounds)
+        batch, old = state.batch, buffer.born == before[2]  # those that this round did not replace
+        plain = set(batch.slots[1::2].tolist())
+        moved = ((buffer.discrepancies != before[0]) & old).nonzero().flatten().tolist()
+        known = ((buffer.logits != before[1]).flatten(1).any(1) & old).nonzero().flatten().tolist()
+        assert set(moved) <= plain
+        assert set(known) <= plain
+        assert plain & {*moved} or not plain & {*old.nonzero().flatten().tolist()}
+    slots = batch.slots[1::2]
+    inputs = to_input(render(buffer.images, slots, buffer.views[slots, batch.views[1::2]]), state.normalization)
+    with torch.no_grad():
+        expected = state.teacher(inputs)
+    torch.testing.assert_close(buffer.logits[slots, batch.views[1::2]], expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("at_once", [3, 50, 1000])

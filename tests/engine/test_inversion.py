@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from engine.batchnorm import batchnorm_layers
+from engine.channel_statistics import recorded_statistics
 from engine.config import DistillationSettings
 from engine.device import Compute
 from engine.generator import Generator
 from engine.images import normalization, to_input
 from engine.inversion import InversionLosses, Inverter, invert, new_inverter, sample_weights
-from engine.losses import batchnorm_loss, batchnorm_prior, flat_statistics, recorded_statistics
+from engine.losses import batchnorm_loss, batchnorm_prior, flat_statistics
 from engine.source import Source
 from engine.task import Classification
 from engine.zoo import resnet_cifar

@@ -4,15 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.losses import (
-    ChannelStatistics,
-    batchnorm_loss,
-    batchnorm_prior,
-    flat_statistics,
-    image_prior_loss,
-    modulation,
-    recorded_statistics,
-)
+from engine.channel_statistics import ChannelStatistics, frozen_batchnorm, recorded_statistics
+from engine.losses import batchnorm_loss, batchnorm_prior, flat_statistics, image_prior_loss, modulation
+from engine.zoo import resnet_cifar
 
 SHAPES = [(6, 3), (5, 4, 7), (4, 3, 5, 6), (3, 2, 3, 4, 5)]
 
@@ -253,6 +247,59 @@ def test_gradients_flow_from_the_recorded_statistics_to_the_images() -> None:
     batchnorm_loss(batchnorm_prior(layers), flat_statistics(batchnorm_prior(layers), recorded)).backward()
     assert images.grad is not None
     assert images.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_frozen_layers_give_what_the_usual_ones_give(between: bool) -> None:
+    torch.manual_seed(0)
+    module = resnet_cifar(5, 3, depth=8, width=4).train()
+    with torch.no_grad():
+        for _ in range(3):
+            module(noise(16, 3, 8, 8) + 0.5)
+    module = module.double().eval()
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
+    watched, prior = layers[::2], batchnorm_prior(layers[::2])  # the others are frozen with the rest of the network
+    images = noise(4, 3, 8, 8).double().contiguous(memory_format=torch.channels_last).requires_grad_()
+    found = []
+    for frozen in (False, True):
+        with (
+            recorded_statistics(watched, between=between, frozen=frozen) as recorded,
+            frozen_batchnorm(module if frozen else None),
+        ):
+            logits = module(images)
+        statistics = flat_statistics(prior, recorded)
+        loss = statistics.sin().sum() + logits.square().sum()
+        found.append((logits, statistics, *torch.autograd.grad(loss, images)))
+    for usual, own in zip(*found, strict=True):
+        torch.testing.assert_close(own, usual)
+    assert found[1][2].stride() == images.stride()
+    assert all("forward" not in vars(layer) for layer in layers)
+
+
+def test_frozen_layers_have_no_gradient_by_their_own_weights_and_others_stay_as_they_are() -> None:
+    class Own(nn.BatchNorm2d):
+        pass
+
+    replaced = nn.BatchNorm2d(3)
+    replaced.forward = lambda features: features + 1  # type: ignore[method-assign]
+    network = nn.Sequential(nn.BatchNorm2d(3), Own(3), replaced, nn.BatchNorm2d(3, affine=False)).eval()
+    training = nn.BatchNorm2d(3)
+    images = noise(2, 3, 4, 4).requires_grad_()
+    with frozen_batchnorm(network), frozen_batchnorm(training):
+        out = training(network(images))
+    first, own, _, _ = network
+    gradients = torch.autograd.grad(
+        out.square().sum(), [images, own.weight, training.weight, first.weight], allow_unused=True
+    )
+    assert [gradient is not None for gradient in gradients] == [True, True, True, False]
+    assert replaced.forward(images).equal(images + 1)
+
+
+def test_layers_are_thawed_after_an_exception() -> None:
+    network = nn.Sequential(nn.BatchNorm2d(3)).eval()
+    with pytest.raises(RuntimeError), frozen_batchnorm(network):
+        network(noise(2, 4, 4, 4))
+    assert "forward" not in vars(network[0])
 
 
 # The prior without BatchNorm

@@ -14,8 +14,9 @@ from torch import nn
 from torchvision import models
 
 from engine.batchnorm import batchnorm_layers
+from engine.channel_statistics import recorded_statistics
 from engine.errors import SSDKDError
-from engine.losses import batchnorm_loss, batchnorm_prior, flat_statistics, recorded_statistics
+from engine.losses import batchnorm_loss, batchnorm_prior, flat_statistics
 from engine.probing import Logits
 from engine.students import STUDENTS
 from engine.teacher import NO_BATCHNORM, load_teacher

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine import replay
+from engine.alteration import alter
 from engine.config import DistillationSettings
 from engine.device import Compute
 from engine.features import Stages, compared, shared_stages, teacher_maps
@@ -47,7 +48,7 @@ def drawn() -> tuple[ReplayBuffer, Batch]:
     views = torch.randint(2, (32, 2, 3), generator=rng)
     logits, classes = torch.randn(32, 2, CLASSES, generator=rng), torch.randint(CLASSES, (32,), generator=rng)
     replay.add(buffer, torch.arange(32), images, views, logits, classes, torch.rand(32, generator=rng))
-    batch = empty_batch(8, CPU)
+    batch = empty_batch(8, 1, CPU)
     batch.slots.copy_(torch.arange(3, 11))
     batch.views.copy_(torch.arange(8) % 2)
     batch.weights.copy_(torch.linspace(0.2, 3.0, 8))
@@ -55,7 +56,9 @@ def drawn() -> tuple[ReplayBuffer, Batch]:
     return buffer, batch
 
 
-def outputs(network: nn.Module, drawn: tuple[ReplayBuffer, Batch], stages: Stages | None = None) -> Outputs:
+def outputs(
+    network: nn.Module, drawn: tuple[ReplayBuffer, Batch], stages: Stages | None = None, *, alters: bool = False
+) -> Outputs:
     buffer, batch = drawn
     return loss_and_gradients(
         network,
@@ -64,6 +67,7 @@ def outputs(network: nn.Module, drawn: tuple[ReplayBuffer, Batch], stages: Stage
         task=Classification(CLASSES),
         normalization=CONSTANTS,
         stages=stages,
+        alters=alters,
         temperature=4.0,
         compute=Compute(CPU, None),
     )
@@ -92,7 +96,7 @@ def test_with_stages_the_teacher_sees_the_view_and_its_maps_are_learned_too(
     buffer, batch = drawn
     network, teacher = resnet_cifar(CLASSES, 1, depth=8, width=4), resnet_cifar(CLASSES, 1, depth=14, width=4).eval()
     stages = shared_stages(network, teacher, (1, 12, 12))
-    assert stages is not None
+    assert stages.pairs
     (loss, feature_loss, _, said), gradients = outputs(network, drawn, stages)
     inputs = to_input(render(buffer.images, batch.slots, buffer.views[batch.slots, batch.views]), CONSTANTS)
     logits, maps = teacher_maps(stages, inputs)
@@ -106,6 +110,26 @@ def test_with_stages_the_teacher_sees_the_view_and_its_maps_are_learned_too(
     torch.testing.assert_close(said, logits)
     for parameter, gradient in zip(learning_parameters(network), gradients, strict=True):
         torch.testing.assert_close(gradient, parameter.grad)
+
+
+def test_with_a_teacher_that_looks_on_every_second_image_is_altered_for_both(
+    drawn: tuple[ReplayBuffer, Batch],
+) -> None:
+    buffer, batch = drawn
+    batch.numbers.normal_(generator=torch.Generator().manual_seed(1))
+    network, teacher = student(), resnet_cifar(CLASSES, 1, depth=8, width=4).eval()
+    (loss, feature_loss, divergences, said), _ = outputs(network, drawn, Stages(teacher, ()), alters=True)
+    plain = to_input(render(buffer.images, batch.slots, buffer.views[batch.slots, batch.views]), CONSTANTS)
+    inputs = alter(plain, batch.numbers)
+    assert torch.equal(inputs[1::2], plain[1::2])
+    with torch.no_grad():
+        torch.testing.assert_close(said, teacher(inputs))
+        each = Classification(CLASSES).discrepancy(teacher(inputs), network(inputs), 4.0)
+    torch.testing.assert_close(divergences, each)
+    torch.testing.assert_close(loss, (batch.weights * each).sum() / batch.weights.sum())
+    assert feature_loss == 0
+    known = outputs(network, drawn, None, alters=True).losses[3]  # nobody looks on: nothing is altered
+    assert torch.equal(known, buffer.logits[batch.slots, batch.views])
 
 
 def test_a_fused_step_moves_a_student_as_the_plain_one_does(drawn: tuple[ReplayBuffer, Batch]) -> None:

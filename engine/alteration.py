@@ -1,0 +1,50 @@
+"""Images changed beyond what a shift and a flip do, for steps in which the teacher looks at what the student is shown.
+
+What it says of an image is right whatever was done to that, so that a few synthetic images can stand for many: a
+student that is matched to a function learns the more, the more of its domain it is shown (Beyer et al. 2022, "Knowledge
+distillation: A good teacher is patient and consistent").
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROTATION, ZOOM = 0.2, 0.2  # deviations: radians, and of the logarithm
+GAIN, BRIGHTNESS, TINT = (
+    0.25,
+    0.3,
+    0.15,
+)  # deviations: of the logarithm of the contrast, and in units of a network's input
+COMMON = 5  # numbers of an image but for its tint
+
+
+def numbers_for(batch: int, channels: int, device: torch.device) -> Tensor:
+    """Memory for what `alter` takes of a batch: to be filled with standard normal numbers, [ceil(B / 2), 5 + C]."""
+    return torch.zeros(-(-batch // 2), COMMON + channels, device=device)
+
+
+def alter(inputs: Tensor, numbers: Tensor) -> Tensor:
+    """A batch of which every second image, from the first on, is another one.
+
+    It is turned, zoomed, and changed in contrast, brightness and tint; then it is blended with an image that stays as
+    it is, in any proportion (mixup: Zhang et al. 2018).
+
+    Args:
+        inputs: of a network, float32 [B, C, H, W].
+        numbers: `numbers_for`.
+
+    Returns:
+        float32 [B, C, H, W], in the memory layout of `inputs`.
+    """
+    rotation, zoom, gain, brightness, share = numbers[:, :COMMON].unbind(1)
+    angle, scale = ROTATION * rotation, (ZOOM * zoom).exp()
+    along, across, still = scale * angle.cos(), scale * angle.sin(), torch.zeros_like(scale)
+    turned = torch.stack((along, -across, still, across, along, still), 1).unflatten(1, (2, 3))  # [B / 2, 2, 3]
+    places = F.affine_grid(turned, list(inputs[::2].shape), align_corners=False)
+    seen = F.grid_sample(inputs[::2], places, padding_mode="reflection", align_corners=False)
+    offset = BRIGHTNESS * brightness[:, None] + TINT * numbers[:, COMMON:]  # [B / 2, C]
+    seen = seen * (GAIN * gain).exp()[:, None, None, None] + offset[:, :, None, None]
+    share = torch.special.ndtr(share)[:, None, None, None]  # uniform in 0...1
+    altered = inputs.clone()
+    altered[::2] = torch.lerp(inputs.flip(0)[::2], seen, share)
+    return altered
