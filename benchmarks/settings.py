@@ -20,6 +20,7 @@ import torch
 from benchmarks.common import RESULTS, provenance, save, unfinished
 from benchmarks.cpu import CIFAR_STUDENT
 from benchmarks.race import DEMO, PLAIN, Task, run_rounds, scorer
+from engine.config import DistillationSettings
 from engine.distill import averaged_student
 
 Changed = Mapping[str, Any]
@@ -57,18 +58,24 @@ VARIANTS: tuple[Changed, ...] = (
     {"generator_width": 32},
 )
 SHARES = ({"student_steps": 10}, {"student_steps": 40}, {"inversion_steps": 5}, {"inversion_steps": 20})
-# Shares of the images and of the student's steps, half of them with the teacher's maps: one thread of a slow EPYC.
+# Shares of the images and of the student's steps in what a round costs, the teacher looking on in half of the steps:
+# one thread of a slow EPYC.
 COST_OF_A_ROUND = {"demo": (0.68, 0.32), "cifar": (0.5, 0.5)}
-LOGITS_ALONE = 0.78  # of those steps' cost: that of as many without maps, the teacher's looks at eight views counted in
+ALONE = 0.78  # of those steps' cost: that of as many without the teacher, its looks at eight views counted in
+
+
+def cost_of(changed: Changed, task: str) -> float:
+    """What a round costs with these settings; 1 where the teacher looks on in half of the steps."""
+    images, steps = COST_OF_A_ROUND[task]
+    settings = replace(DistillationSettings(), **changed)
+    looking = settings.looking_share if settings.alter or settings.feature_weight else 0.0
+    steps *= ALONE + (1 - ALONE) * looking / 0.5
+    return images * settings.inversion_steps / 10 + steps * settings.student_steps / 20
 
 
 def of_equal_cost(changed: Changed, *, rounds: int, task: str) -> int:
     """How many rounds cost as much as `rounds` with the defaults."""
-    images, steps = COST_OF_A_ROUND[task]
-    with_maps = changed.get("looking_share", 0.5) if changed.get("feature_weight", 1.0) else 0.0
-    steps *= LOGITS_ALONE + (1 - LOGITS_ALONE) * with_maps / 0.5
-    cost = images * changed.get("inversion_steps", 10) / 10 + steps * changed.get("student_steps", 20) / 20
-    return round(rounds / cost)
+    return round(rounds * cost_of({}, task) / cost_of(changed, task))
 
 
 def run(task: Task, *, rounds: int, seed: int, changed: Changed) -> dict[str, Any]:

@@ -42,6 +42,7 @@ PAGES = (
     Page("README.md", "results", ("demo", "cifar"), results_table),
     Page("README.md", "int8", ("int8",), int8_summary),
     Page("README.md", "race", ("race",), race_table),
+    Page("README.md", "gpu", ("gpu",), gpu_table),
     Page("docs/method.md", "ablation", ("ablation",), ablation_table),
     Page("docs/quantization.md", "int8", ("int8",), int8_table),
     Page("docs/quantization.md", "int8-speed", ("int8_speed",), int8_speed_table),

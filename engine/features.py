@@ -78,7 +78,7 @@ def shared_stages(student: nn.Module, teacher: nn.Module, image_shape: tuple[int
 
 @torch.no_grad()
 def teacher_maps(stages: Stages, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The teacher's logits [B, K], and its map at the end of each stage as `seen` gives it, float32 [B, C, H, W]."""
+    """The teacher's logits [B, K], and its map at the end of each stage as it is compared, float32 [B, C, H, W]."""
     maps: dict[nn.Module, Tensor] = {}
 
     def keep(stage: nn.Module, _inputs: object, output: Tensor) -> None:

@@ -45,7 +45,9 @@ def test_the_clock_stands_still_while_the_student_is_scored(monkeypatch: pytest.
         ({"gamma": 2.0}, 50),
         ({"student_steps": 40}, 38),
         ({"inversion_steps": 5}, 76),
-        ({"feature_weight": 0.0}, 54),
+        ({"feature_weight": 0.0}, 50),
+        ({"alter": False}, 50),
+        ({"feature_weight": 0.0, "alter": False}, 54),
         ({"looking_share": 1.0}, 47),
     ],
 )

@@ -167,7 +167,7 @@ def project(root: Path, *results: dict[str, object]) -> Path:
         (root / "benchmarks" / "results" / f"{9 - index}.json").write_text(json.dumps(result))
     (root / "README.md").write_text(
         "before\n<!-- results -->\nan old table\n<!-- /results -->\nafter\n"
-        "<!-- int8 --><!-- /int8 -->\n<!-- race --><!-- /race -->\n"
+        "<!-- int8 --><!-- /int8 -->\n<!-- race --><!-- /race -->\n<!-- gpu --><!-- /gpu -->\n"
     )
     (root / "docs" / "quantization.md").write_text(
         "<!-- int8 --><!-- /int8 -->\n<!-- int8-speed --><!-- /int8-speed -->\n"
