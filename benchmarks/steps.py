@@ -32,7 +32,7 @@ from torch import nn
 
 from benchmarks.common import RESULTS, provenance, save
 from benchmarks.growth import fill
-from engine.config import settings_for
+from engine.config import USUAL_BATCH, settings_for
 from engine.device import Compute, choose_device
 from engine.distill import teach
 from engine.inheritance import inherit
@@ -181,7 +181,8 @@ def measure(name: str, batch: int, *, turns: int, turn_steps: int, compute: Comp
     medians = {step: statistics.median(values) for step, values in step_ms.items()}
     if profile:
         print(breakdown(steps["engine"], compute.device))
-    usual = settings_for("full", image_shape=pair.image_shape, largest_batch=compute.largest_batch)
+    largest_batch = min(compute.largest_batch, max(batch, USUAL_BATCH))
+    usual = settings_for("full", image_shape=pair.image_shape, largest_batch=largest_batch)
     forwards = state.buffer.logits.shape[1] * usual.inversion_batch / (usual.student_steps * batch)
     teacher_ms = medians["bare"] - medians["bare_without_teacher"]
     with_maps = (

@@ -9,12 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROTATION, ZOOM = 0.2, 0.2  # deviations: radians, and of the logarithm
-GAIN, BRIGHTNESS, TINT = (
-    0.25,
-    0.3,
-    0.15,
-)  # deviations: of the logarithm of the contrast, and in units of a network's input
+# Deviations: radians; of the logarithms of size and contrast; of brightness and tint, in those of a channel.
+ROTATION, ZOOM, GAIN, BRIGHTNESS, TINT = 0.2, 0.2, 0.25, 0.3, 0.15
 COMMON = 5  # numbers of an image but for its tint
 
 
@@ -26,25 +22,28 @@ def numbers_for(batch: int, channels: int, device: torch.device) -> Tensor:
 def alter(inputs: Tensor, numbers: Tensor) -> Tensor:
     """A batch of which every second image, from the first on, is another one.
 
-    It is turned, zoomed, and changed in contrast, brightness and tint; then it is blended with an image that stays as
-    it is, in any proportion (mixup: Zhang et al. 2018).
+    It is turned, zoomed, and changed in contrast, brightness and tint; then it is blended with the next image, which
+    stays as it is, in any proportion (mixup: Zhang et al. 2018).
 
     Args:
-        inputs: of a network, float32 [B, C, H, W].
+        inputs: of a network, float32 [B, C, H, W], B of 2 or more.
         numbers: `numbers_for`.
 
     Returns:
         float32 [B, C, H, W], in the memory layout of `inputs`.
     """
+    height, width = inputs.shape[2:]
     rotation, zoom, gain, brightness, share = numbers[:, :COMMON].unbind(1)
     angle, scale = ROTATION * rotation, (ZOOM * zoom).exp()
     along, across, still = scale * angle.cos(), scale * angle.sin(), torch.zeros_like(scale)
-    turned = torch.stack((along, -across, still, across, along, still), 1).unflatten(1, (2, 3))  # [B / 2, 2, 3]
-    places = F.affine_grid(turned, list(inputs[::2].shape), align_corners=False)
+    rows = along, -across * height / width, still, across * width / height, along, still
+    places = F.affine_grid(torch.stack(rows, 1).unflatten(1, (2, 3)), list(inputs[::2].shape), align_corners=False)
     seen = F.grid_sample(inputs[::2], places, padding_mode="reflection", align_corners=False)
-    offset = BRIGHTNESS * brightness[:, None] + TINT * numbers[:, COMMON:]  # [B / 2, C]
-    seen = seen * (GAIN * gain).exp()[:, None, None, None] + offset[:, :, None, None]
-    share = torch.special.ndtr(share)[:, None, None, None]  # uniform in 0...1
+    deviation, mean = torch.std_mean(inputs, (0, 2, 3), keepdim=True)
+    offset = (BRIGHTNESS * brightness[:, None] + TINT * numbers[:, COMMON:])[:, :, None, None] * deviation
+    seen = mean + (seen - mean) * (GAIN * gain).exp()[:, None, None, None] + offset
+    plain = inputs[1::2]
+    partners = torch.cat((plain, plain[:1]))[: len(seen)]
     altered = inputs.clone()
-    altered[::2] = torch.lerp(inputs.flip(0)[::2], seen, share)
+    altered[::2] = torch.lerp(partners, seen, torch.special.ndtr(share)[:, None, None, None])  # uniform in 0...1
     return altered

@@ -107,8 +107,8 @@ def recorded_statistics(
     def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         recorded[layer] = ChannelStatistics.apply(inputs[0], between)
 
-    def run(layer: BatchNorm, scale: Tensor, features: Tensor) -> Tensor:
-        normalized, *statistics = WatchedBatchNorm.apply(features, layer, scale, True, between)
+    def run(layer: BatchNorm, scale: Tensor, input: Tensor) -> Tensor:
+        normalized, *statistics = WatchedBatchNorm.apply(input, layer, scale, True, between)
         recorded[layer] = tuple(statistics)
         return normalized
 
@@ -122,8 +122,8 @@ def recorded_statistics(
 def frozen_batchnorm(network: nn.Module | None) -> Iterator[None]:
     """Within the context the BatchNorm layers of a network in eval mode have a gradient by their input alone."""
 
-    def run(layer: BatchNorm, scale: Tensor, features: Tensor) -> Tensor:
-        (normalized,) = WatchedBatchNorm.apply(features, layer, scale, False, False)
+    def run(layer: BatchNorm, scale: Tensor, input: Tensor) -> Tensor:
+        (normalized,) = WatchedBatchNorm.apply(input, layer, scale, False, False)
         return normalized
 
     with _in_place_of(_plain(network.modules()) if network else [], run):
@@ -132,7 +132,7 @@ def frozen_batchnorm(network: nn.Module | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _in_place_of(layers: Sequence[BatchNorm], run: Callable[[BatchNorm, Tensor, Tensor], Tensor]) -> Iterator[None]:
-    """Within the context `run(layer, scale, features)` is the forward pass of these layers."""
+    """Within the context `run(layer, scale, input)` is the forward pass of these layers."""
     for layer, scale in zip(layers, _scales(layers), strict=True):
         layer.forward = partial(run, layer, scale)  # type: ignore[method-assign]
     try:
@@ -146,7 +146,7 @@ def _plain(layers: Iterable[nn.Module]) -> list[BatchNorm]:
     """Those that are PyTorch's own BatchNorm layers in eval mode, with weights, whose forward nobody has replaced."""
     return [
         layer
-        for layer in layers
+        for layer in dict.fromkeys(layers)
         if type(layer) in get_args(BatchNorm)
         and isinstance(layer, BatchNorm)
         and not layer.training

@@ -6,10 +6,17 @@ from typing import Any
 from engine.errors import SSDKDError
 
 EFFORTS: dict[str, int] = {"smoke": 16, "quick": 150, "full": 1200}  # rounds
-LOWEST = {"warmup_rounds": 0, "shift": 0, "held_out": 2, "temperature": 0.01}  # else 1 for integers, 0 for the rest
-HIGHEST = 10**9  # of all: more is a slip
+LOWEST = {
+    "student_batch": 2,
+    "warmup_rounds": 0,
+    "shift": 0,
+    "held_out": 2,
+    "temperature": 0.01,
+}  # else 1 for integers, 0 for the rest
+HIGHEST = 10**9  # of all but shares of the run: more is a slip
+SHARES = ("looking_share",)  # of the run: 1 at most
 USUAL_BATCH = 64  # images of a step
-ROUNDS_OF_A_BUFFER = 8  # that fill it at least: a batch that took its place whole would make it another one
+ROUNDS_OF_A_BUFFER = 8  # that fill it, where batches are larger than usual: it is not to be another one each round
 BATCH_PIXELS = 128 * 64 * 64  # a batch has no more pixels than this, unless so few images are below the smallest batch
 
 
@@ -68,7 +75,7 @@ def settings_for(
     """The settings of an effort for images of (C, H, W), with what the user set put over them.
 
     Large images shrink both batches with their area, to no less than 16: up to 181 pixels a side memory stays level.
-    Where `largest_batch` is above the usual one, a round makes an eighth of the buffer at most.
+    Where `largest_batch` is above the usual one, a round makes an eighth of the buffer at most, or the usual batch.
 
     Raises:
         SSDKDError: unknown effort or setting, or a value of another type.
@@ -108,9 +115,10 @@ def batch_for(image_shape: tuple[int, int, int], largest: int = USUAL_BATCH) -> 
 def _check_ranges(settings: DistillationSettings) -> None:
     for name, value in vars(settings).items():
         lowest = LOWEST.get(name, 1 if isinstance(value, int) else 0)
-        if not lowest <= value <= HIGHEST and not isinstance(value, bool):
+        highest = 1 if name in SHARES else HIGHEST
+        if not lowest <= value <= highest and not isinstance(value, bool):
             raise SSDKDError(
-                f"distillation setting '{name}' is {value}: expected {lowest} or more, {HIGHEST:,} at most",
+                f"distillation setting '{name}' is {value}: expected {lowest} or more, {highest:,} at most",
                 "correct that value",
             )
     if settings.warmup_rounds >= settings.rounds:

@@ -7,9 +7,8 @@ import torch
 
 from engine.errors import SSDKDError
 
-NATIVE_BFLOAT16 = (
-    8  # first compute capability (Ampere) that multiplies bfloat16; older GPUs emulate it, slower than float32
-)
+# First compute capability (Ampere) that multiplies bfloat16; older GPUs emulate it, slower than float32.
+NATIVE_BFLOAT16 = 8
 LARGEST_BATCHES = {"cpu": 64, "cuda": 256}
 BATCHES_AT_ONCE = 8  # of a GPU in a forward pass that keeps no gradients; not measured
 

@@ -236,13 +236,14 @@ def draw(state: State, *, any_view: bool) -> None:
     slots, weights = replay.sample(
         state.buffer, settings.student_batch, beta=settings.beta, prioritized=settings.priority, rng=rng
     )
-    batch.slots.copy_(slots)
-    batch.weights.copy_(weights)
+    order = torch.randperm(len(slots), generator=rng, device=rng.device)  # sampled in order: else a slot had its place
+    batch.slots.copy_(slots[order])
+    batch.weights.copy_(weights[order])
     batch.numbers.normal_(generator=rng)
     if any_view:
         batch.views.random_(settings.views, generator=rng)
     else:
-        batch.views.copy_(replay.draw_seen_views(state.buffer, slots, rng))
+        batch.views.copy_(replay.draw_seen_views(state.buffer, batch.slots, rng))
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from engine.hooks import removing
 from engine.modes import evaluating
-from engine.probing import network_inside, noise
+from engine.probing import is_batchnorm, network_inside, noise
 
 SMALLEST_VARIANCE = 1e-6
 MAP_DIMENSIONS = 4  # [B, C, H, W]
@@ -34,7 +34,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Stages:
-    """A teacher, and the stages whose maps are compared."""
+    """A teacher that looks on as its student learns, and the stages whose maps are compared, if any."""
 
     teacher: nn.Module
     pairs: tuple[Pair, ...]
@@ -142,13 +142,20 @@ def _maps(network: nn.Module, stages: list[nn.Module], images: Tensor) -> dict[n
 
 
 def _growing(student: nn.Module, names: list[str], images: Tensor) -> set[str]:
-    """The stages, by name, whose map is another one when all convolutions have twice their weights, as it learns."""
-    copied = copy.deepcopy(student).train()
+    """The stages, by name, whose map is another one when all convolutions have twice their weights.
+
+    BatchNorm layers take the batch's statistics, as while the student learns; nothing is dropped.
+    """
+    copied = copy.deepcopy(student).eval()
+    for layer in copied.modules():
+        if is_batchnorm(layer):
+            layer.train()
     stages = {name: copied.get_submodule(name) for name in names}
     before = _maps(copied, [*stages.values()], images)
     for layer in copied.modules():
         if isinstance(layer, nn.Conv2d):
-            layer.weight.data *= 2
+            for name, parameter in layer.named_parameters():  # of what a parametrization computes the weight from, too
+                parameter.data *= 1 if name.endswith("bias") else 2
     after = _maps(copied, [*stages.values()], images)
     apart = {stage: (after[stage] - maps).norm() / maps.norm() for stage, maps in before.items()}
     return {name for name, stage in stages.items() if float(apart.get(stage, 0.0)) > GROWTH}

@@ -142,7 +142,7 @@ def remember_logits(buffer: ReplayBuffer, slots: Tensor, views: Tensor, logits: 
 
 
 def update(buffer: ReplayBuffer, slots: Tensor, divergences: Tensor, weights: Tensor) -> None:
-    """delta(x) = w_(i-1)(x) KL(T(x) || S(x)) for the samples just drawn, which then remember this draw's weights.
+    """delta(x) = w_(i-1)(x) KL(T(x) || S(x)) for samples that were drawn, which then remember that draw's weights.
 
     Args:
         buffer: changed in place.

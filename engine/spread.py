@@ -16,7 +16,7 @@ from engine.leaves import dead_leaves
 from engine.losses import BatchNormPrior, flat_statistics
 from engine.shapes import Shape
 
-IMAGES = 128  # that the spread is taken from, in whole batches
+IMAGES = 128  # that the spread is taken from, in whole batches: 256 on a GPU
 LEAST = 1e-6  # of a running variance: the root of nothing has no gradient
 
 

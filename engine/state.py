@@ -29,7 +29,7 @@ class State:
     teacher: nn.Module
     student: nn.Module
     inherited: frozenset[str]  # names of the student's parameters that began as the teacher's
-    stages: Stages  # where it is taught the teacher's maps, if anywhere
+    stages: Stages  # the teacher that looks on, and where its maps are taught, if anywhere
     average: nn.Module  # the weight average of the student: the one that is kept
     optimizer: torch.optim.Optimizer
     batch: Batch  # what the student is shown now
@@ -123,4 +123,4 @@ def recordings(state: State) -> dict[str, Recorded]:
     """Each step that a GPU can record, by name."""
     inner, gradients = state.inverter.inner_step, state.gradients
     steps = {"inversion in the warm-up": inner[False], "inversion": inner[True], "teaching": gradients[False]}
-    return {**steps, "teaching with the teacher": gradients[True]} if looks_on(state, 0.0) else steps
+    return {**steps, "teaching while the teacher looks on": gradients[True]} if looks_on(state, 0.0) else steps

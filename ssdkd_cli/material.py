@@ -87,7 +87,7 @@ def from_teacher(
 def inverted(teacher: Teacher, *, compute: Compute, seed: int) -> runs.Samples:
     """Synthetic samples of a teacher that is not distilled, half of them to calibrate on and half to prove on."""
     spec = teacher.spec
-    settings = settings_for("full", image_shape=spec.input_shape)
+    settings = settings_for("full", image_shape=spec.input_shape)  # the usual batch on a GPU too: others were not tried
     number = 2 * min(
         SYNTHETIC_SAMPLES, max(settings.inversion_batch, SYNTHETIC_PIXELS // math.prod(spec.input_shape[1:]))
     )

@@ -155,15 +155,19 @@ def test_class_balance_is_that_of_the_buffer(finished: tuple[State, list[RoundMe
     assert metrics[-1].class_balance == pytest.approx(min(histogram) / max(histogram))
 
 
-def test_the_buffer_holds_what_the_teacher_says() -> None:
-    state, _ = finish(alter=False)
+@pytest.mark.parametrize("alter", [True, False])
+def test_the_buffer_holds_what_the_teacher_says(alter: bool) -> None:
+    state, _ = finish(alter=alter)
     for buffer in (state.buffer, state.held_out):
         filled = torch.arange(buffer.size)
         for view in range(buffer.views.shape[1]):
             seen = render(buffer.images, filled, buffer.views[filled, view])
             with torch.no_grad():
                 logits = state.teacher(to_input(seen, state.normalization))
-            torch.testing.assert_close(buffer.logits[filled, view], logits, atol=1e-4, rtol=1e-4)
+            known = buffer.seen[filled, view]
+            assert known.any()
+            assert known.all() or alter
+            torch.testing.assert_close(buffer.logits[filled, view][known], logits[known], atol=1e-4, rtol=1e-4)
         classes, confidences = state.task.predict(buffer.logits[filled, 0])
         assert torch.equal(buffer.classes[filled], classes)
         torch.testing.assert_close(buffer.confidences[filled], confidences)
@@ -207,6 +211,27 @@ def test_after_the_maps_the_teacher_s_kept_logits_are_enough() -> None:
 def test_without_the_weight_or_the_stages_no_map_is_compared(finished: tuple[State, list[RoundMetrics]]) -> None:
     for _, metrics in (finished, finish(teacher=network(0, depth=14), feature_weight=0.0)):
         assert [item.feature_loss for item in metrics[1:]] == [0.0, 0.0, 0.0]
+
+
+def test_no_slot_has_a_place_of_its_own_in_a_batch() -> None:
+    state = begin()
+    for _ in distill(state):
+        pass
+    assert state.buffer.size == state.buffer.capacity
+    plain, drawn = torch.zeros(2, state.buffer.size)
+    for _ in range(400):
+        loop.draw(state, any_view=True)
+        drawn += batch_counts(state.batch.slots, state.buffer.size)
+        plain += batch_counts(state.batch.slots[1::2], state.buffer.size)
+    often = drawn >= 50
+    assert often.sum() > 20
+    shares = plain[often] / drawn[often]
+    assert shares.min() > 0.25
+    assert shares.max() < 0.75
+
+
+def batch_counts(slots: Tensor, size: int) -> Tensor:
+    return torch.bincount(slots, minlength=size).float()
 
 
 def test_without_maps_and_altered_images_the_teacher_never_looks_on() -> None:

@@ -159,6 +159,29 @@ def test_maps_grow_where_no_batchnorm_ends_the_stage(teacher: str, student: str,
     assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
 
 
+class Dropping(nn.Module):
+    """A network that forgets some of each image while it learns."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+        self.stage = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)) for _ in range(blocks)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.stage(self.dropout(images)).mean((2, 3))
+        return logits
+
+
+def test_what_a_student_drops_is_no_growth() -> None:
+    assert [pair.grows for pair in shared_stages(Dropping(1), Dropping(2), SHAPE).pairs] == [False]
+
+
+def test_a_map_grows_with_weights_that_are_computed_from_others() -> None:
+    student = Staged(1)
+    nn.utils.parametrizations.weight_norm(student.stage[0])
+    assert [pair.grows for pair in shared_stages(student, Staged(2), SHAPE).pairs] == [True]
+
+
 def test_maps_that_do_not_grow_miss_a_share_of_the_variance() -> None:
     student, teacher = build_network("resnet8", classes=4, channels=3, pixels=16), ZOO["resnet14"](4, 3).eval()
     stages = shared_stages(student, teacher, SHAPE)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from engine import channel_statistics
 from engine.batchnorm import batchnorm_layers
 from engine.channel_statistics import recorded_statistics
 from engine.config import DistillationSettings
@@ -125,6 +126,29 @@ def test_images_come_nearer_to_the_teachers_statistics(teacher: nn.Module, stude
     many, _, _ = run(teacher, student, inversion_steps=20, adversarial_weight=0.0)
     assert distance(many) < 0.6 * distance(few)
     assert distance(many) < 0.3 * distance(noise)
+
+
+@pytest.mark.parametrize("changed", [{}, {"adversarial_weight": 0.0}, {"spread_weight": 0.0}])
+def test_a_device_that_freezes_batchnorm_makes_the_same_images(
+    changed: dict[str, Any], teacher: nn.Module, student: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = run(teacher, student, **changed)
+    asked: list[nn.Module] = []
+    original = channel_statistics.WatchedBatchNorm.forward
+
+    def noted(ctx: Any, features: Tensor, layer: Any, *rest: Any) -> Any:
+        asked.append(layer)
+        return original(ctx, features, layer, *rest)
+
+    monkeypatch.setattr(Compute, "freezes_batchnorm", True)
+    monkeypatch.setattr(channel_statistics.WatchedBatchNorm, "forward", staticmethod(noted))
+    images, losses, _ = run(teacher, student, **changed)
+    frozen = {layer for network in (teacher, student) for layer in network.modules() if layer in set(asked)}
+    expected = (teacher, student) if changed.get("adversarial_weight", 1.0) else (teacher,)
+    assert frozen == {layer for network in expected for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)}
+    for own, theirs in zip(dataclasses.astuple(losses), dataclasses.astuple(usual[1]), strict=True):
+        torch.testing.assert_close(own, theirs, rtol=1e-2, atol=1e-4)
+    assert (images.int() - usual[0].int()).abs().float().mean() < 1
 
 
 def test_the_spread_term_makes_images_differ(teacher: nn.Module, student: nn.Module) -> None:
