@@ -165,10 +165,10 @@ def state_of_two_samples() -> Any:
         task=Classification(2),
         hurried=False,
         round=150,
-        settings=types.SimpleNamespace(rounds=150),
+        settings=types.SimpleNamespace(rounds=150, alter=False, looking_share=0.5),
         inverter=types.SimpleNamespace(inner_step={False: called, True: called}),
         gradients={False: types.SimpleNamespace(refusal=None)},
-        stages=None,
+        stages=types.SimpleNamespace(pairs=()),
     )
 
 
