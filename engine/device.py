@@ -33,12 +33,12 @@ class Compute:
 
     @property
     def freezes_batchnorm(self) -> bool:
-        """Whether BatchNorm layers in eval mode are worth a gradient of our own: on a CPU it costs 3 to 5 % more."""
+        """Whether BatchNorm layers in eval mode are worth a gradient of our own: a CPU takes up to a tenth longer."""
         return self.device.type == "cuda"
 
     @property
     def largest_batch(self) -> int:
-        """Images of a step that teaches or inverts: on an H200 256 take less than twice as long as 64."""
+        """Images of a step that teaches or inverts: on an H200 256 take about twice as long as 64."""
         return LARGEST_BATCHES[self.device.type]
 
     def at_once(self, batch: int) -> int:

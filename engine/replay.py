@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-EPSILON = 1.0  # of the mean discrepancy: half of the draws are uniform, so that what was learned is not forgotten (log)
+EPSILON = 1.0  # of the mean discrepancy: half of the draws are uniform: what was learned is drawn again (log)
 
 
 @dataclass
