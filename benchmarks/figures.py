@@ -73,7 +73,8 @@ def mean_curve(curves: Sequence[Curve]) -> tuple[NDArray[np.float64], NDArray[np
     """Seconds, from the latest first point to the latest end, and the mean of the curves there, each to its own end."""
     first, last = max(curve[0][0] for curve in curves), max(curve[-1][0] for curve in curves)
     seconds = np.linspace(first, last, GRID)
-    return seconds, np.mean([np.interp(seconds, *zip(*curve, strict=True)) for curve in curves], axis=0)
+    columns = (np.array(curve).T for curve in curves)
+    return seconds, np.mean([np.interp(seconds, *column) for column in columns], axis=0)
 
 
 def buffer(result: Result, figure: Figure) -> None:

@@ -45,7 +45,7 @@ def subject_of(source: Path, seed: int) -> Subject:
 
 
 def logits_of(model: onnx.ModelProto, inputs: Inputs) -> NDArray[np.float32]:
-    batch = inference_batch(tuple(inputs.shape[1:]))  # type: ignore[arg-type]
+    batch = inference_batch(tuple(inputs.shape[1:]))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         onnx.save(model, path)

@@ -16,9 +16,6 @@ import importlib.util
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,164 +25,32 @@ import onnx
 import onnxruntime
 import torch
 from numpy.typing import NDArray
-from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-from torch import nn
 
 from benchmarks.common import RESULTS, provenance, save
+from benchmarks.quantizer_recipes import (
+    BATCH,
+    PACKAGES,
+    RECIPES,
+    Network,
+    Recipe,
+    run_over,
+)
 from engine.processors import available_threads
 from engine.students import build_network
 from engine.teacher import load_teacher
 from exporters.bench import bench_together
 from exporters.evaluate import LabelledImages, load_labelled
 from exporters.quiet import quiet
-from exporters.runtimes import Shape, open_runtime, to_input
-from exporters.to_onnx import INPUT_NAME, OPSET, OUTPUT_NAME, write_onnx
+from exporters.runtimes import open_runtime, to_input
+from exporters.to_onnx import INPUT_NAME, OUTPUT_NAME, write_onnx
 from ssdkd_cli.compress import ASSETS, DEMO_TEACHER
 
-Inputs = NDArray[np.float32]  # [N, C, H, W], as the network takes them
 Classes = NDArray[np.int64]  # [N]
 
-BATCH = 32
 STUDENTS = ("mobilenetv2", "wrn16_2")
-MULTIPLIERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-ABSORBED = ("Relu", "Clip")  # into the scale of the convolution before them
-OPERATORS = (*MULTIPLIERS, *ABSORBED, "Add", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat")
-SYMMETRIC = {"ActivationSymmetric": True, "QuantizeBias": False}  # what TensorRT's parser takes
 WEIGHT_AT = {"QLinearConv": 3, "QGemm": 3, "Conv": 1, "FusedConv": 1, "Gemm": 1, "FusedGemm": 1, "MatMul": 1}
 INTEGER_KERNELS = ("QLinearConv", "QGemm")
 SCORES = "scores.json"
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network, its FP32 file, images to calibrate with and, where it is trained, others to score."""
-
-    name: str
-    module: nn.Module
-    path: Path
-    input_shape: Shape
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    pool: NDArray[np.uint8]  # [N, H, W, C]
-    scored: LabelledImages | None
-
-    def calibration(self, count: int, seed: int) -> Inputs:
-        """`count` images of the pool, drawn by `seed`."""
-        drawn = np.random.default_rng(seed).choice(len(self.pool), count, replace=False)
-        return to_input(self.pool[drawn], self.mean, self.std)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A way to write a network as INT8 to a file.
-
-    `everywhere`: for all networks, not only for the first. `seeds`: so many draws of the calibration images.
-    """
-
-    library: str
-    quantize: Callable[[Network, Inputs, Path], None]
-    everywhere: bool = True
-    images: int = 512
-    seeds: int = 1
-
-
-def with_onnxruntime(
-    network: Network,
-    inputs: Inputs,
-    path: Path,
-    *,
-    operators: tuple[str, ...] | None = OPERATORS,
-    activations: QuantType = QuantType.QUInt8,
-    method: CalibrationMethod = CalibrationMethod.MinMax,
-    per_channel: bool = True,
-    extra: Mapping[str, object] | None = None,
-) -> None:
-    """onnxruntime.quantization on the FP32 file; `operators` None: whatever it can."""
-    quantize_static(
-        network.path,
-        path,
-        _Batches(inputs),
-        quant_format=QuantFormat.QDQ,
-        op_types_to_quantize=operators and list(operators),
-        per_channel=per_channel,
-        activation_type=activations,
-        weight_type=QuantType.QInt8,
-        calibrate_method=method,
-        extra_options=dict(extra or {}),
-    )
-
-
-def with_torchao(network: Network, inputs: Inputs, path: Path) -> None:
-    """torchao's PT2E with the quantizer for x86, then torch's dynamo exporter."""
-    pt2e = importlib.import_module("torchao.quantization.pt2e.quantize_pt2e")
-    x86 = importlib.import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
-    example, batch = torch.zeros(2, *network.input_shape), torch.export.Dim("batch")
-    graph = torch.export.export(network.module.eval(), (example,), dynamic_shapes=({0: batch},)).module()
-    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
-    prepared = pt2e.prepare_pt2e(graph, quantizer)
-    _run(prepared, inputs)
-    program = torch.onnx.export(
-        pt2e.convert_pt2e(prepared),
-        (example,),
-        dynamo=True,
-        verbose=False,
-        opset_version=OPSET,
-        input_names=[INPUT_NAME],
-        output_names=[OUTPUT_NAME],
-        dynamic_shapes=({0: batch},),
-    )
-    assert program is not None
-    model = program.model_proto
-    for part in (model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
-        part.ClearField("metadata_props")  # lines of source code: half of a small file
-    path.write_bytes(model.SerializeToString())
-
-
-def with_modelopt(network: Network, inputs: Inputs, path: Path) -> None:
-    """NVIDIA's ModelOpt, its torch side, then torch's old exporter: the dynamo one stops at its quantizers.
-
-    BatchNorm is folded before: behind quantized weights no runtime can.
-    """
-    from torch.fx.experimental.optimization import fuse
-
-    mtq = importlib.import_module("modelopt.torch.quantization")
-    quantized = mtq.quantize(fuse(network.module.eval()), mtq.INT8_DEFAULT_CFG, partial(_run, inputs=inputs))
-    with torch.no_grad():
-        torch.onnx.export(
-            quantized,
-            (torch.zeros(2, *network.input_shape),),
-            path,
-            dynamo=False,
-            opset_version=OPSET,
-            input_names=[INPUT_NAME],
-            output_names=[OUTPUT_NAME],
-            dynamic_axes={INPUT_NAME: {0: "batch"}, OUTPUT_NAME: {0: "batch"}},
-        )
-
-
-ort = with_onnxruntime
-RECIPES: dict[str, Recipe] = {
-    "U8S8": Recipe("onnxruntime", ort, seeds=3),
-    "U8S8, every operator": Recipe("onnxruntime", partial(ort, operators=None)),
-    "U8S8, multipliers alone": Recipe("onnxruntime", partial(ort, operators=MULTIPLIERS)),
-    "U8S8, multipliers, Relu, Clip": Recipe("onnxruntime", partial(ort, operators=(*MULTIPLIERS, *ABSORBED))),
-    "U8S8, one scale a weight": Recipe("onnxruntime", partial(ort, per_channel=False)),
-    "S8S8 symmetric": Recipe("onnxruntime", partial(ort, activations=QuantType.QInt8, extra=SYMMETRIC), seeds=3),
-    "S8S8": Recipe("onnxruntime", partial(ort, activations=QuantType.QInt8), everywhere=False),
-    "U8S8, 128 images": Recipe("onnxruntime", ort, everywhere=False, images=128),
-    "U8S8, 2048 images": Recipe("onnxruntime", ort, everywhere=False, images=2048),
-    "U8S8, moving average": Recipe(
-        "onnxruntime", partial(ort, extra={"CalibMovingAverage": True}), everywhere=False, seeds=3
-    ),
-    "U8S8, entropy": Recipe("onnxruntime", partial(ort, method=CalibrationMethod.Entropy), everywhere=False),
-    "U8S8, percentile": Recipe("onnxruntime", partial(ort, method=CalibrationMethod.Percentile), everywhere=False),
-    "U8S8, symmetric ranges": Recipe(
-        "onnxruntime", partial(ort, extra={"CalibTensorRangeSymmetric": True}), everywhere=False
-    ),
-    "X86InductorQuantizer": Recipe("torchao", with_torchao),
-    "INT8_DEFAULT_CFG": Recipe("modelopt", with_modelopt),
-}
-PACKAGES = {"onnxruntime": "onnxruntime", "torchao": "torchao", "modelopt": "nvidia-modelopt"}
 
 
 def measure(networks: list[Network], folder: Path) -> list[dict[str, Any]]:
@@ -335,23 +200,6 @@ def _silent_options() -> Any:
     return options
 
 
-class _Batches:
-    """The images as ONNX Runtime's calibration reads them."""
-
-    def __init__(self, inputs: Inputs) -> None:
-        self.parts: Iterator[Inputs] = (inputs[start : start + BATCH] for start in range(0, len(inputs), BATCH))
-
-    def get_next(self) -> dict[str, Inputs] | None:
-        part = next(self.parts, None)
-        return None if part is None else {INPUT_NAME: part}
-
-
-def _run(module: Callable[[torch.Tensor], torch.Tensor], inputs: Inputs) -> None:
-    with torch.no_grad():
-        for start in range(0, len(inputs), BATCH):
-            module(torch.from_numpy(inputs[start : start + BATCH]))
-
-
 def collect(teacher: Path, training_images: Path, test_images: Path, folder: Path) -> list[Network]:
     """The networks of the comparison, each with its FP32 file in `folder`."""
     loaded = load_teacher(teacher)
@@ -372,7 +220,7 @@ def collect(teacher: Path, training_images: Path, test_images: Path, folder: Pat
     for name in STUDENTS:
         torch.manual_seed(0)
         student = build_network(name, classes=spec.classes, channels=shape[0], pixels=min(shape[1:])).train()
-        _run(student, to_input(pool[::100], *constants))  # BatchNorm needs some statistics
+        run_over(student, to_input(pool[::100], *constants))  # BatchNorm needs some statistics
         networks.append(Network(name, student.eval(), folder / f"{name}.onnx", shape, *constants, pool, None))
     for network in networks:
         write_onnx(network.module, network.path, input_shape=network.input_shape, metadata={})

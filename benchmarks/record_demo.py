@@ -75,14 +75,15 @@ def colour(name: str) -> str | None:
 def svg(frames: list[list[Text]], title: str) -> str:
     """The frames one after the other, again and again; where nothing moves, the last is seen."""
     seconds = FRAME_SECONDS * (len(frames) - 1) + LAST_SECONDS
-    pictures, rules = [], []
+    pictures, rules, box = [], [], ""
     for number, frame in enumerate(frames):
         console = Console(record=True, width=COLUMNS, file=Path(os.devnull).open("w"))  # noqa: SIM115
         for line in frame:
             console.print(line, no_wrap=True, crop=True)
         picture = console.export_svg(title=title, unique_id=f"frame{number}")
-        box = re.search(r'viewBox="([^"]+)"', picture)
-        assert box
+        found = re.search(r'viewBox="([^"]+)"', picture)
+        assert found
+        box = found[1]  # the same for all
         begin, end = 100 * FRAME_SECONDS * number / seconds, 100 * FRAME_SECONDS * (number + 1) / seconds
         is_last = number == len(frames) - 1
         visible = f"0%{{opacity:0}}{begin:.2f}%{{opacity:1}}" + ("" if is_last else f"{end:.2f}%{{opacity:0}}")
@@ -92,7 +93,7 @@ def svg(frames: list[list[Text]], title: str) -> str:
         )
         pictures.append(f'<g id="shot{number}">{picture}</g>')
     style = f"<style>{''.join(rules)}</style>"
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box[1]}">{style}{"".join(pictures)}</svg>\n'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">{style}{"".join(pictures)}</svg>\n'
 
 
 def main() -> None:

@@ -46,7 +46,7 @@ def metadata_for(
     values = {
         "input_shape": json.dumps(input_shape),
         "classes": str(classes),
-        "input_range": UNIT if embed_preprocessing else NORMALISED,
+        "input_range": input_range(embed_preprocessing=embed_preprocessing),
         "mean": json.dumps(mean),
         "std": json.dumps(std),
         "teacher_sha256": teacher_sha256,
@@ -55,6 +55,11 @@ def metadata_for(
     if class_names is not None:
         values["class_names"] = json.dumps(class_names, ensure_ascii=False)
     return {PREFIX + name: value for name, value in values.items()}
+
+
+def input_range(*, embed_preprocessing: bool) -> str:
+    """What a model file takes, in one word."""
+    return UNIT if embed_preprocessing else NORMALISED
 
 
 def describe(metadata: Mapping[str, str]) -> Description:

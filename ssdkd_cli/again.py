@@ -15,11 +15,12 @@ from exporters.precision import PRECISIONS
 from exporters.runtimes import OPENERS, open_runtime
 from exporters.to_tensorrt import check_builder
 from ssdkd_cli import console, runs
-from ssdkd_cli.artifacts import PLAN, artifact, file_name, file_names, make_files, score_file, timed_paths
+from ssdkd_cli.artifacts import artifact, file_name, file_names, make_files, score_file, timed_paths
 from ssdkd_cli.environment import profile_warnings
 from ssdkd_cli.gates import Limits, decide, recommend, runtime_format
 from ssdkd_cli.labels import chance_warnings, labelled_images, network_accuracy, read_classes
 from ssdkd_cli.material import NOISE_SAMPLES, Material, read_teacher, smooth_noise
+from ssdkd_cli.plans import PLAN
 from ssdkd_cli.report import Artifact, Gate, Percentiles, Report, problem_of, read_report
 from ssdkd_cli.report_page import write_report
 from ssdkd_cli.target import Target

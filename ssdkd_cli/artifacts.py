@@ -1,74 +1,47 @@
 """Files made from a network: written, proven, scored; for a whole run and for `export`."""
 
-import contextlib
 import hashlib
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
-import torch
 from torch import nn
 
 from engine.device import Compute
 from engine.errors import SSDKDError
-from engine.hashing import sha256_of
-from exporters import FORMATS
 from exporters.evaluate import LabelledImages, accuracy
 from exporters.files import write_atomically
-from exporters.metadata import describe, preprocessing_of
+from exporters.metadata import describe, input_range, preprocessing_of
 from exporters.precision import to_fp16, to_int8
 from exporters.runtimes import Runtime, open_runtime
-from exporters.tensorrt_sidecar import (
-    Sidecar,
-    check_precision,
-    check_sidecar,
-    precision_notes,
-    read_sidecar,
-    sidecar_path,
-)
 from exporters.to_onnx import to_onnx
 from exporters.to_tensorrt import build_plan, check_builder
-from exporters.verify import Verification, rejected_path, verify
+from exporters.verify import rejected_path
 from ssdkd_cli import console, runs
+from ssdkd_cli.plans import PLAN, drop_outdated, for_tensorrt
 from ssdkd_cli.precisions import (
     Graph,
     Integers,
-    Loss,
     Subject,
     agreement,
     float_graph,
     half_graph,
     integer_graph,
     loses_too_much,
-    loss_of,
     most_lost,
     predictions,
 )
+from ssdkd_cli.proving import Proven, accept, proof_of, unproven_place, with_loss
 from ssdkd_cli.report import Artifact
 from ssdkd_cli.target import Target
 from ssdkd_cli.timing import Timing
 from ssdkd_cli.words import size
 
 TRIAL_IMAGES = 4
-PROOF_SAMPLES = 256  # held-out samples that float files are proven on; INT8 files are on all
-NOT_RUN = "it cannot run on this machine"
-PLAN = FORMATS["trt"].suffix
-
-
-@dataclass(frozen=True)
-class Proven:
-    """A file that was written and compared with the network; it is called *.rejected where it failed."""
-
-    path: Path
-    format: str
-    runtime: str  # what is to run it
-    graph: Graph
-    verification: Verification
-    notes: tuple[str, ...] = ()
 
 
 def try_target(module: nn.Module, target: Target, input_shape: tuple[int, int, int]) -> None:
@@ -123,7 +96,7 @@ def make_files(subject: Subject, target: Target, folder: Path, *, compute: Compu
             continue
         proofs.append(proof)
         if "trt" in target.formats and precision in target.asked and proof.verification.verified:
-            proofs += _for_tensorrt(proof, subject, target)
+            proofs += for_tensorrt(proof, subject, target)
         drop_outdated(proof.path)
     return proofs
 
@@ -169,14 +142,14 @@ def _write_and_prove(graph: Graph, subject: Subject, folder: Path, *, is_asked: 
     Until it is proven it has another name: what is called model.onnx has always been run.
     """
     path = folder / file_name(graph.precision, ".onnx")
-    with _unproven(path) as unproven:
+    with unproven_place(path) as unproven:
         with console.stage("export", f"writing {path.name}") as done:
             write_atomically(unproven, graph.model.SerializeToString())
             done(f"{path}, {size(unproven.stat().st_size)}")
         with console.stage("proof", f"running {path.name} on held-out synthetic samples") as done:
-            found = _verified(subject, unproven, graph.precision)
+            found = proof_of(subject, unproven, graph.precision)
             if graph.precision == "int8" and found.verified:
-                found = _with_loss(found, graph.loss, len(subject.samples.held_out))
+                found = with_loss(found, graph.loss, len(subject.samples.held_out))
             found = replace(found, reason=found.reason.replace(unproven.name, path.name))
             done(found.reason, good=bool(found.verified))
         if not found.verified and not is_asked:
@@ -186,118 +159,6 @@ def _write_and_prove(graph: Graph, subject: Subject, folder: Path, *, is_asked: 
     if not found.verified:
         console.warn(f"the file is not proven to compute what the student computes: it was set aside as {path.name}")
     return Proven(path, "onnx", "onnxruntime", graph, found)
-
-
-def _with_loss(found: Verification, loss: Loss, samples: int) -> Verification:
-    """`found`, and a word on what an INT8 file loses against the teacher; where that is too much it is not verified."""
-    allowed = most_lost(samples)
-    if loss.points <= allowed:
-        return found
-    is_too_much = loses_too_much(loss, allowed)
-    verdict = "" if is_too_much else f"; on {samples} samples the difference may be chance"
-    said = f"it loses {loss.points:.2f} points of agreement with the teacher, {allowed:.2f} may be lost{verdict}"
-    return replace(found, verified=not is_too_much, reason=f"{said}; {found.reason}")
-
-
-@contextlib.contextmanager
-def _unproven(path: Path) -> Iterator[Path]:
-    """Where a file is until it is proven, beside its own place; what is still there at the end is deleted."""
-    beside = path.with_name(f".unproven-{path.name}")
-    try:
-        yield beside
-    finally:
-        for file in (beside, sidecar_path(beside)):
-            file.unlink(missing_ok=True)
-
-
-def accept(unproven: Path, path: Path) -> Path:
-    """Give a proven file its own name, over an earlier one, and drop the reject of that name."""
-    for file in (rejected_path(path), sidecar_path(rejected_path(path))):
-        file.unlink(missing_ok=True)
-    return unproven.replace(path)
-
-
-def drop_outdated(path: Path) -> None:
-    """Delete the plan and the build script that were made of another ONNX file than the one now at `path`.
-
-    A plan whose sidecar does not say what it was made of is not ours to delete: that is said.
-    """
-    plan = path.with_suffix(PLAN)
-    script = plan.with_name(f"build_{plan.name}.sh")
-    if plan.exists():
-        try:
-            sidecar = read_sidecar(plan)
-        except SSDKDError as error:
-            console.warn(f"{plan} may be of another network than {path.name}: {error.message}")
-        else:
-            if sidecar.onnx_sha256 != sha256_of(path):
-                plan.unlink()
-                sidecar_path(plan).unlink()
-    if script.exists() and sha256_of(path) not in script.read_text(encoding="utf-8"):
-        script.unlink()
-
-
-def _for_tensorrt(proof: Proven, subject: Subject, target: Target) -> list[Proven]:
-    """The TensorRT plan of a proven ONNX file; where the device builds it itself, the script that does."""
-    from exporters.jetson import write_build_script
-
-    precision, plan = proof.graph.precision, proof.path.with_suffix(PLAN)
-    if target.flavour is None:
-        script = write_build_script(
-            proof.path.parent,
-            proof.path,
-            precision=precision,
-            batches=target.batches,
-            workspace_mb=target.profile.workspace_mb,
-            plan_name=plan.name,
-        )
-        console.note(f"{script} builds {plan.name} of {proof.path.name} on the device; it needs no Python there")
-        return []
-    said = f"{target.flavour.label} {target.flavour.version}"
-    with _unproven(plan) as unproven, console.stage("tensorrt", f"building {plan.name} with {said}") as done:
-        sidecar = build_plan(
-            proof.path,
-            unproven,
-            precision=precision,
-            batches=target.batches,
-            workspace_mb=target.profile.workspace_mb,
-            timing_cache=plan.parent / runs.TIMING_CACHE,
-            flavour=target.flavour,
-        )
-        found = _verify_plan(unproven, proof, sidecar, subject)
-        found = replace(found, reason=found.reason.replace(unproven.name, plan.name))
-        if found.verified is False:
-            plan = rejected_path(plan)
-        sidecar_path(unproven).replace(sidecar_path(plan))
-        plan = unproven.replace(plan) if found.verified is False else accept(unproven, plan)
-        done(f"{plan}, {size(plan.stat().st_size)}; {found.reason}", good=found.verified)
-    return [Proven(plan, "trt", said, proof.graph, found, precision_notes(sidecar))]
-
-
-def _verify_plan(plan: Path, proof: Proven, sidecar: Sidecar, subject: Subject) -> Verification:
-    """A plan's precision and origin always, what it computes where there is a GPU that runs it.
-
-    TensorRT has just built it for the GPU that is there, if one is; TensorRT for RTX may not support that one.
-    """
-    problem = check_sidecar(plan, proof.path) or check_precision(sidecar)
-    if problem:
-        return Verification(False, problem, None, None)
-    try:
-        runtime = open_runtime(plan)
-    except SSDKDError as error:
-        if torch.cuda.is_available() and sidecar.flavour == "tensorrt":
-            return Verification(False, error.message, None, None)
-        return Verification(None, f"{NOT_RUN}: {error.message}; {proof.path.name}, its source, is verified", None, None)
-    found = _verified(subject, plan, proof.graph.precision)
-    if proof.graph.precision != "int8" or not found.verified:
-        return found
-    return _with_loss(found, loss_of(subject, predictions(subject, runtime.run)), len(subject.samples.held_out))
-
-
-def _verified(subject: Subject, path: Path, precision: str) -> Verification:
-    """A file run on held-out samples against the network."""
-    samples, card = subject.samples.held_out[: None if precision == "int8" else PROOF_SAMPLES], subject.card
-    return verify(subject.module, path, samples, mean=card.mean, std=card.std, precision=precision)
 
 
 def score_file(runtime: Runtime, labelled: LabelledImages) -> float:
@@ -341,6 +202,7 @@ def artifact(
         teacher_agreement=agreement(subject, predictions(subject, runtime.run)) if runtime else None,
         integer_share=100 * graph.integer_share,
         float_layers=graph.float_layers,
+        input_range=input_range(embed_preprocessing=subject.embed_preprocessing),
     )
 
 

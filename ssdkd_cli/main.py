@@ -13,7 +13,7 @@ import typer
 
 from engine.errors import SSDKDError
 from engine.processors import share_processors
-from ssdkd_cli import __version__, compress, console, profile_commands, stages
+from ssdkd_cli import __version__, compress, console, look_commands, profile_commands, run_commands
 from ssdkd_cli.boundary import KNOWN_ERROR, within_boundary
 from ssdkd_cli.outcome import Outcome
 
@@ -68,12 +68,12 @@ def ssdkd(
 
 GROUPS: dict[str, dict[str, Callable[..., Outcome]]] = {
     "Compress": {"compress": compress.compress, "demo": compress.demo},
-    "Look": {"inspect": stages.inspect, "students": stages.students, "doctor": stages.doctor},
+    "Look": {"inspect": look_commands.inspect, "students": look_commands.students, "doctor": look_commands.doctor},
     "Work with a finished run": {
-        "export": stages.export,
-        "eval": stages.evaluate,
-        "bench": stages.bench,
-        "report": stages.report,
+        "export": run_commands.export,
+        "eval": run_commands.evaluate,
+        "bench": run_commands.bench,
+        "report": run_commands.report,
     },
 }
 DEFAULTS: dict[str, dict[str, object]] = {"demo": compress.DEMO_DEFAULTS}

@@ -1,10 +1,13 @@
 """What a command answers: it is printed on stdout once the work is done, so that nothing else can stand there."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from ssdkd_cli import console
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,11 @@ class Outcome:
 def as_json(value: object) -> str:
     """Dataclasses, paths and tuples as indented JSON; NaN is no JSON and raises ValueError."""
     return json.dumps(value, indent=2, default=_plain, allow_nan=False, ensure_ascii=False)
+
+
+def printed(json: bool, value: object, show: Callable[[], None], exit_code: int = 0) -> Outcome:
+    """`value` as JSON where that was asked for, else what `show` prints."""
+    return Outcome(functools.partial(console.print_json, as_json(value)) if json else show, exit_code)
 
 
 def _plain(value: object) -> object:

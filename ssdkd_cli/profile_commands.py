@@ -10,7 +10,7 @@ import typer
 from ssdkd_cli import console
 from ssdkd_cli.boundary import within_boundary
 from ssdkd_cli.options import JSON
-from ssdkd_cli.outcome import Outcome, as_json
+from ssdkd_cli.outcome import Outcome, printed
 from ssdkd_cli.words import milliseconds
 
 NONE = "none"
@@ -31,8 +31,6 @@ def _list(json: bool) -> Outcome:
     from profiles import load_profile, profile_names
 
     found = [load_profile(name) for name in profile_names()]
-    if json:
-        return Outcome(functools.partial(console.print_json, as_json(found)))
     rows = [
         (
             profile.name,
@@ -47,7 +45,7 @@ def _list(json: bool) -> Outcome:
     ]
     head = ("profile", "runtime", "precision", "batches", "latency", "memory", "")
     caption = "batches: smallest/usual/largest; latency: budget of one image; sources: ssdkd profiles show NAME"
-    return Outcome(functools.partial(console.print_table, head, rows, right=(3, 4, 5), caption=caption))
+    return printed(json, found, functools.partial(console.print_table, head, rows, right=(3, 4, 5), caption=caption))
 
 
 def show(
@@ -65,12 +63,11 @@ def show(
     from profiles import load_profile
 
     found = load_profile(profile)
-    if json or (context.parent and context.parent.params["json"]):  # `profiles --json show NAME` means the same
-        return Outcome(functools.partial(console.print_json, as_json(found)))
+    json |= bool(context.parent and context.parent.params["json"])  # `profiles --json show NAME` means the same
     values = dataclasses.asdict(found)
     title, summary, sources = values.pop("name"), values.pop("summary"), values.pop("sources")
     facts = {key: _with_source(value, sources.get(key)) for key, value in _dotted(values).items()}
-    return Outcome(functools.partial(console.print_facts, f"{title}: {summary}", facts))
+    return printed(json, found, functools.partial(console.print_facts, f"{title}: {summary}", facts))
 
 
 def _dotted(values: Mapping[str, Any]) -> dict[str, Any]:

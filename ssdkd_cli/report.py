@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from engine.errors import SSDKDError
 from engine.hashing import sha256_of
+from exporters.metadata import NORMALISED
 from ssdkd_cli.runs import STUDENT
 from ssdkd_cli.words import escaped
 
@@ -111,7 +112,7 @@ class Artifact:
     """One exported file. `agreement` is with the float student; latency at batch 1, throughput at `batch`.
 
     `teacher_agreement` is with the teacher. `integer_share` is the percentage of multiply-accumulates in integers,
-    `float_layers` those of an INT8 file that stayed in float32.
+    `float_layers` those of an INT8 file that stayed in float32. `input_range` is what the file's own metadata says.
     """
 
     path: str
@@ -134,6 +135,7 @@ class Artifact:
     teacher_agreement: float | None = None
     integer_share: float = 0.0
     float_layers: tuple[str, ...] = ()
+    input_range: str = NORMALISED
 
 
 @dataclass(frozen=True, config=STRICT)

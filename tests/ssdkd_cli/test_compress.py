@@ -22,7 +22,19 @@ from engine.errors import NonFiniteLossError
 from engine.students import build_student
 from engine.teacher import load_teacher
 from exporters.verify import Verification
-from ssdkd_cli import artifacts, console, environment, files, labels, pipeline, replacing, runs, teaching, timing
+from ssdkd_cli import (
+    artifacts,
+    console,
+    environment,
+    files,
+    labels,
+    pipeline,
+    proving,
+    replacing,
+    runs,
+    teaching,
+    timing,
+)
 from ssdkd_cli.target import resolve_target
 
 
@@ -185,7 +197,7 @@ def test_a_file_that_fails_its_proof_is_set_aside(ssdkd: Any, shared: Path, tmp_
 
 
 def test_a_file_that_never_ran_has_no_numbers(ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(artifacts, "verify", lambda *_, **__: Verification(False, "cannot be opened", None, None))
+    monkeypatch.setattr(proving, "verify", lambda *_, **__: Verification(False, "cannot be opened", None, None))
     ran = ssdkd(*arguments(shared, tmp_path / "run", "--json"))
     assert ran.code == 3
     (artifact,) = ran.json["artifacts"]

@@ -24,7 +24,7 @@ from exporters.tensorrt_sidecar import (
     read_sidecar,
     write_sidecar,
 )
-from ssdkd_cli import artifacts
+from ssdkd_cli import proving
 from ssdkd_cli.report import read_report
 
 NORMALISED = ("--input", "1x16x16", "--mean", "0.5", "--std", "0.5")
@@ -67,7 +67,7 @@ def test_where_no_precision_is_asked_for_all_are_measured(ssdkd: Any, shared: Pa
 def test_a_precision_that_nobody_asked_for_may_fail(
     ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifacts, "most_lost", lambda _: -100.0)
+    monkeypatch.setattr(proving, "most_lost", lambda _: -100.0)
     ran = ssdkd(*arguments(shared, tmp_path / "run", "--json"))
     assert ran.code == 0, ran.err
     assert [item["precision"] for item in ran.json["artifacts"]] == ["fp32", "fp16"]
@@ -78,7 +78,7 @@ def test_a_precision_that_nobody_asked_for_may_fail(
 def test_a_precision_that_was_asked_for_may_not(
     ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifacts, "most_lost", lambda _: -100.0)
+    monkeypatch.setattr(proving, "most_lost", lambda _: -100.0)
     options = ("--precision", "int8", "--qat", "off", "--no-fallback", "--json")
     ran = ssdkd(*arguments(shared, tmp_path / "run", *options))
     assert ran.code == 3
@@ -389,17 +389,17 @@ def test_a_proven_file_stays_where_a_new_one_is_rejected(
 ) -> None:
     folder = Path(shutil.copytree(compressed, tmp_path / "run"))
     wanted = ("export", folder, "--precision", "int8", "--qat", "off", "--no-fallback")
-    monkeypatch.setattr(artifacts, "most_lost", lambda _: 100.0)
+    monkeypatch.setattr(proving, "most_lost", lambda _: 100.0)
     assert ssdkd(*wanted).code == 0
     proven, of_float = (folder / "model.int8.onnx").read_bytes(), (folder / "model.onnx").stat().st_mtime_ns
-    monkeypatch.setattr(artifacts, "most_lost", lambda _: -100.0)
+    monkeypatch.setattr(proving, "most_lost", lambda _: -100.0)
     assert ssdkd(*wanted, "--overwrite").code == 3
     assert (folder / "model.int8.onnx").read_bytes() == proven
     assert (folder / "model.onnx").stat().st_mtime_ns == of_float  # it was not asked for
     assert names_in(folder) == {"model.onnx", "model.int8.onnx", "model.int8.onnx.rejected"}
     known = {item.path: item.verified for item in read_report(folder).artifacts}
     assert known == {"model.onnx": True, "model.int8.onnx": True, "model.int8.onnx.rejected": False}
-    monkeypatch.setattr(artifacts, "most_lost", lambda _: 100.0)
+    monkeypatch.setattr(proving, "most_lost", lambda _: 100.0)
     assert ssdkd(*wanted, "--overwrite").code == 0
     assert names_in(folder) == {"model.onnx", "model.int8.onnx"}
     assert {item.path for item in read_report(folder).artifacts} == {"model.onnx", "model.int8.onnx"}

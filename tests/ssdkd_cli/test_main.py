@@ -82,7 +82,7 @@ def test_a_result_that_cannot_be_printed_names_no_option_of_another_command() ->
 
 def test_a_run_goes_on_where_nobody_reads_what_it_shows(tmp_path: Path) -> None:
     code = (
-        "import sys; from ssdkd_cli import console, main, stages\n"
+        "import sys; from ssdkd_cli import console, main\n"
         "def work(*_):\n"
         "    sys.stdin.read()\n"
         "    for _ in range(3): console.warn('x' * 100_000); print('a library', file=sys.stderr)\n"

@@ -1,8 +1,7 @@
-"""The commands beside `compress`: each reads, asks one stage, and hands back what to print."""
+"""The commands for a finished run, or for a single file: export, eval, bench, report."""
 
 import functools
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,9 +32,9 @@ from ssdkd_cli.options import (
     STD,
     TRUST_PICKLE,
 )
-from ssdkd_cli.outcome import Outcome, as_json
+from ssdkd_cli.outcome import Outcome, printed
 from ssdkd_cli.parsing import parse_path
-from ssdkd_cli.words import SOURCES, count, milliseconds, percent, shape, size
+from ssdkd_cli.words import milliseconds, percent, size
 
 if TYPE_CHECKING:
     from ssdkd_cli.report import Artifact
@@ -48,110 +47,12 @@ def _path(metavar: str, help: str) -> Any:
 MODEL = _path("MODEL", "The folder of a run, an .onnx file, or a TensorRT plan.")
 SCORED = _path("MODEL", "The folder of a run, an .onnx file, or a teacher's file.")
 RUN = _path("RUN", "The folder of a finished run.")
-TEACHER = _path("TEACHER", "The file of a trained network.")
 DATA = typer.Option(
     parser=parse_path,
     metavar="DIR",
     help="Labelled images: a folder a class, numbered alphabetically unless the class names are known, or an .npz.",
     rich_help_panel="Input",
 )
-NOTHING_SMALLER = (
-    "No student of `ssdkd students` has fewer parameters and fewer FLOPs than this teacher: quantize it as it is."
-)
-
-
-def inspect(
-    teacher: Annotated[Path, TEACHER],
-    arch: Annotated[str | None, ARCH] = None,
-    input: Annotated[Any, INPUT] = None,
-    mean: Annotated[Any, MEAN] = None,
-    std: Annotated[Any, STD] = None,
-    classes: Annotated[Any, CLASSES] = None,
-    trust_pickle: Annotated[bool, TRUST_PICKLE] = False,
-    json: Annotated[bool, JSON] = False,
-) -> Outcome:
-    """Show what is in a teacher's file, what is missing, and the compress command to type.
-
-    Example: [bold]ssdkd inspect teacher.pt[/bold]
-    """
-    from engine.inspection import inspect_teacher
-    from engine.teacher import load_teacher
-    from ssdkd_cli.labels import read_classes
-
-    number, names = read_classes(classes)
-    with console.stage("teacher", f"reading {teacher}") as done:
-        loaded = load_teacher(
-            teacher,
-            arch=arch,
-            input_shape=input,
-            mean=mean,
-            std=std,
-            classes=number,
-            class_names=names,
-            classes_file=classes if names else None,
-            trust_pickle=trust_pickle,
-            allow_nonfinite=True,
-        )
-        found = inspect_teacher(loaded)
-        done(loaded.spec.arch)
-    spec, images = found.spec, found.spec.preprocessing
-    facts = {
-        "format": spec.format,
-        "architecture": f"{spec.arch} ({spec.arch_evidence})",
-        "parameters": f"{spec.parameters:,}",
-        "FLOPs": f"{count(found.flops)}, one image",
-        "layers": ", ".join(f"{number} {kind}" for kind, number in found.layers.items()),
-        "BatchNorm": f"{spec.batchnorm_layers} usable layers",
-        "input": shape(spec.input_shape),
-        "mean, std": f"{list(images.mean)}, {list(images.std)} ({SOURCES[images.source]})",
-        "classes": f"{spec.classes}" + (f": {', '.join(spec.class_names[:10])}" if spec.class_names else ""),
-        "file": f"{size(spec.size_bytes)}, sha256 {spec.sha256}",
-    }
-    findings = [*spec.warnings, *found.findings, *([NOTHING_SMALLER] if found.student is None else [])]
-    closing = found.command or "ssdkd compress refuses such a teacher: take an earlier checkpoint of the training"
-    return _outcome(
-        json, found, functools.partial(console.print_facts, spec.path, facts, findings=findings, closing=closing)
-    )
-
-
-def students(json: Annotated[bool, JSON] = False) -> Outcome:
-    """List the students that ssdkd builds, with their sizes.
-
-    Any name of torchvision's or timm's works too, and your own code as package.module:function.
-
-    Example: [bold]ssdkd students[/bold]
-    """
-    import torch
-
-    from engine.students import STUDENTS, StudentEntry
-
-    def parameters(entry: StudentEntry, classes: int, pixels: int) -> int:
-        with torch.device("meta"):
-            return sum(parameter.numel() for parameter in entry.build(classes, 3, pixels).parameters())
-
-    found = [(name, parameters(entry, 10, 32), parameters(entry, 1000, 224), entry) for name, entry in STUDENTS.items()]
-    rows = [
-        {"name": name, "parameters_32px": small, "parameters_224px": large, "summary": entry.summary}
-        for name, small, large, entry in found
-    ]
-    table = [(name, count(small), count(large), entry.summary) for name, small, large, entry in found]
-    head, caption = (
-        ("student", "small", "large", ""),
-        "parameters: small for 32 px, 10 classes; large for 224 px, 1,000",
-    )
-    return _outcome(json, rows, functools.partial(console.print_table, head, table, right=(1, 2), caption=caption))
-
-
-def doctor(json: Annotated[bool, JSON] = False) -> Outcome:
-    """Say what this machine can do: processor, GPU, runtimes, versions.
-
-    Example: [bold]ssdkd doctor[/bold]
-    """
-    from ssdkd_cli.environment import doctor_facts, doctor_findings
-
-    facts, findings = doctor_facts(), doctor_findings()
-    text = functools.partial(console.print_facts, "this machine", facts, closing="\n  ".join(findings))
-    return _outcome(json, {**facts, "findings": findings}, text)
 
 
 def export(
@@ -270,7 +171,7 @@ def export(
     for gate in exported.gates:
         console.limit(gate_line(gate), gate.passed)
     failed = has_failed(exported.artifacts, exported.gates)
-    return _outcome(json, exported.artifacts, show, VERIFICATION_FAILED if failed else 0)
+    return printed(json, exported.artifacts, show, VERIFICATION_FAILED if failed else 0)
 
 
 def evaluate(
@@ -296,7 +197,7 @@ def evaluate(
         model, data, arch=arch, input_shape=input, mean=mean, std=std, classes=classes, trust_pickle=trust_pickle
     )
     rows = [(item.path, percent(item.accuracy), f"{item.images:,}") for item in scores]
-    return _outcome(
+    return printed(
         json, scores, functools.partial(console.print_table, ("model", "accuracy", "images"), rows, right=(1, 2))
     )
 
@@ -324,7 +225,7 @@ def bench(
     ]
     caption = f"{model}, latency at batch {timings[0].latency_batch}, {timings[0].runtime}"
     head = ("model", "p50", "p90", "p99", "images/s", "at batch")
-    return _outcome(
+    return printed(
         json, timings, functools.partial(console.print_table, head, rows, right=range(1, 6), caption=caption)
     )
 
@@ -356,10 +257,9 @@ def report(run: Annotated[Path, RUN], json: Annotated[bool, JSON] = False) -> Ou
 
 def _export_again(item: "Artifact", run: Path) -> str:
     """The command that makes a file of a run anew."""
+    from exporters.metadata import UNIT
+
     profile = ["--profile", item.profile] if item.profile else []
-    wanted = ["--export", item.format, "--precision", item.precision, *profile]
+    embedded = ["--embed-preprocessing"] if item.input_range == UNIT else []
+    wanted = ["--export", item.format, "--precision", item.precision, *profile, *embedded]
     return shlex.join(["ssdkd", "export", str(run), *wanted, "--overwrite"])
-
-
-def _outcome(json: bool, value: object, show: Callable[[], None], exit_code: int = 0) -> Outcome:
-    return Outcome(functools.partial(console.print_json, as_json(value)) if json else show, exit_code)

@@ -3,7 +3,6 @@ import json
 import os
 import shutil
 import sys
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from engine.teacher import load_teacher
 from ssdkd_cli import again, artifacts, files, report_page
-from ssdkd_cli.material import logits_of, smooth_noise
+from ssdkd_cli.material import logits_of
 from ssdkd_cli.report import Percentiles
 from ssdkd_cli.timing import Timing
 
@@ -44,37 +43,6 @@ def with_input(source: Path, path: Path, *sizes: int | str) -> Path:
         setattr(dimension, "dim_param" if isinstance(size, str) else "dim_value", size)
     onnx.save(model, path)
     return path
-
-
-def test_inspect_says_what_is_in_the_file(ssdkd: Any, shared: Path) -> None:
-    ran = ssdkd("inspect", shared / "teacher.pt", "--input", "1x16x16", "--json")
-    assert ran.code == 0, ran.err
-    assert (ran.json["spec"]["arch"], ran.json["spec"]["classes"]) == ("resnet8", 4)
-    assert ran.json["student"] is None  # the teacher is the smallest itself
-    assert ran.json["command"].startswith(f"ssdkd export {shared}/teacher.pt --precision int8 ")
-    shown = ssdkd("inspect", shared / "teacher.pt", "--input", "1x16x16")
-    assert ran.json["command"] in shown.out
-    assert "No student of `ssdkd students` has fewer parameters" in shown.out
-    named = ssdkd("inspect", shared / "teacher.pt", "--input", "1x16x16", "--classes", shared / "labels.txt", "--json")
-    assert named.json["command"] == f"{ran.json['command']} --classes {shared / 'labels.txt'}"
-    assert "resnet8" in shown.out
-
-
-def test_students_lists_their_sizes(ssdkd: Any) -> None:
-    rows = {row["name"]: row for row in ssdkd("students", "--json").json}
-    assert rows["resnet20"]["parameters_32px"] == 269_722
-    assert {"mobilenetv2", "shufflenetv2", "wrn16_1", "vgg8"} <= set(rows)
-    shown = ssdkd("students").out
-    assert all(name in shown for name in rows)
-
-
-def test_doctor_says_what_is_here(ssdkd: Any) -> None:
-    facts = ssdkd("doctor", "--json").json
-    assert facts["onnxruntime"]
-    assert "CPUExecutionProvider" in facts["onnxruntime_providers"]
-    assert {"torch", "cuda", "gpu", "cpu", "cpu_precision", "tensorrt", "tensorrt_rtx"} <= set(facts)
-    assert facts["findings"]
-    assert "PyTorch" in ssdkd("doctor").out or "torch" in ssdkd("doctor").out
 
 
 def test_eval_of_a_run_is_the_report_s_accuracy(ssdkd: Any, shared: Path, compressed: Path) -> None:
@@ -134,7 +102,8 @@ def test_a_file_that_is_gone_is_written_anew_by_what_is_proposed(ssdkd: Any, com
     (of_onnx,) = found["artifacts"]
     plan = {**of_onnx, "path": "model.fp16.engine", "format": "trt", "precision": "fp16"}
     of_device = {**of_onnx, "path": "model.int8.onnx", "precision": "int8", "profile": "x86-avx2"}
-    found["artifacts"] += [plan, of_device]
+    embedded = {**of_onnx, "path": "model.fp16.onnx", "precision": "fp16", "input_range": "0...1"}
+    found["artifacts"] += [plan, of_device, embedded]
     (run / "report.json").write_text(json.dumps(found))
     (run / "model.onnx").unlink()
     said = ssdkd("report", run).err
@@ -142,6 +111,7 @@ def test_a_file_that_is_gone_is_written_anew_by_what_is_proposed(ssdkd: Any, com
         "--export onnx --precision fp32",
         "--export trt --precision fp16",
         "--export onnx --precision int8 --profile x86-avx2",
+        "--export onnx --precision fp16 --embed-preprocessing",
     ):
         assert f"is gone; `ssdkd export '{run}' {wanted} --overwrite` writes it anew" in said
     assert ssdkd("export", run, "--export", "onnx", "--precision", "fp32", "--overwrite").code == 0
@@ -233,6 +203,7 @@ def test_export_into_the_run_updates_its_report(ssdkd: Any, shared: Path, run_fo
     assert ran.code == 0, ran.err
     report = json.loads((run_folder / "report.json").read_text())
     assert [item["notes"] for item in report["artifacts"]] == [["takes images in 0...1"]]
+    assert [item["input_range"] for item in report["artifacts"]] == ["0...1"]
     assert report["artifacts"] == ran.json
 
 
@@ -334,25 +305,6 @@ def test_a_student_that_was_tampered_with_is_refused(ssdkd: Any, shared: Path, r
     ran = ssdkd("eval", run_folder, "--data", shared / "test.npz")
     assert ran.code == 1
     assert "cannot be read as a student" in ran.err
-
-
-def test_smooth_noise_takes_little_more_memory_than_its_images() -> None:
-    tracemalloc.start()
-    images = smooth_noise(16, (3, 128, 128))
-    peak_bytes = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak_bytes < 6 * images.nbytes
-
-
-def test_smooth_noise_has_structure_and_is_always_the_same() -> None:
-    images = smooth_noise(8, (3, 20, 30))
-    assert images.shape == (8, 20, 30, 3)
-    assert images.dtype == np.uint8
-    assert np.array_equal(images, smooth_noise(8, (3, 20, 30)))
-    neighbours = np.abs(np.diff(images.astype(int), axis=2)).mean()
-    strangers = np.abs(images[:, :, :15].astype(int) - images[:, :, 15:].astype(int)).mean()
-    assert neighbours < 0.8 * strangers
-    assert images.reshape(8, -1).std(1).min() > 20
 
 
 def test_a_report_in_a_folder_that_cannot_be_written_is_shown(
