@@ -3,7 +3,7 @@
     python -m benchmarks.gpu DATA --pack FOLDER        (any machine: train.npz and test.npz, 57 MB, to carry along)
     python -m benchmarks.gpu DATA --out FOLDER [--pairs wrn40_2-wrn16_2 ...] [--seeds 3] [--minutes 8] [--device cuda]
     python -m benchmarks.gpu DATA --out FOLDER --rivals fast-5 nayer --fast-dfkd CHECKOUT --nayer CHECKOUT ...
-    python -m benchmarks.gpu DATA --out FOLDER --without-graphs                (ours once more, without CUDA graphs)
+    python -m benchmarks.gpu DATA --out FOLDER --changed cuda_graphs=false looking_share=1.0   (ours twice more)
     python -m benchmarks.gpu DATA --out FOLDER --buffer 500 2500 5000 10000      (the first pair, by size of the buffer)
 
 DATA holds train/ and test/, a folder a class, or what --pack made of them; the training images only make teachers that
@@ -17,15 +17,14 @@ FOLDER: teachers/NAME.pt, runs/PAIR-METHOD-SAMPLES-SEED.json, and gpu.json with 
 import argparse
 import copy
 import gc
-import json
 import shlex
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from torch import nn
 
 from benchmarks.common import provenance, save
 from benchmarks.gpu_data import load_split, pack
+from benchmarks.gpu_results import finished, merge, name_of
 from benchmarks.gpu_teachers import Schedule, open_teacher, percent_correct, train_and_save
 from benchmarks.peer_code import METHODS as PEERS
 from benchmarks.peers import run_peer
@@ -58,7 +58,6 @@ PAIRS = {
 }
 SAMPLES = 5000  # a tenth of the training images
 RUN_OVERHEAD_SECONDS = 15.0  # of a run: building, and looking at the test images afterwards
-SAME = ("seconds_limit", "rounds_limit", "tiny", "commit")  # what runs of one result share, beside GPU and torch
 
 
 @dataclass(frozen=True)
@@ -188,55 +187,6 @@ def run_seconds(minutes: float, runs: int, teacher_seconds: float) -> float:
     return (60 * minutes - teacher_seconds) / runs - RUN_OVERHEAD_SECONDS
 
 
-def name_of(pair: str, method: str, samples: int, seed: int) -> str:
-    """The file name of a run, without its suffix."""
-    return f"{pair}-{method}-{samples}-seed{seed}"
-
-
-def finished(out: Path, wanted: dict[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The runs called `names` that `out` holds. Stops where one was measured otherwise than `wanted`.
-
-    `wanted` holds SAME, and `machine` and `versions` of this run's provenance.
-    """
-    found = {}
-    for name in names:
-        path = out / "runs" / f"{name}.json"
-        if not path.exists():
-            continue
-        run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if run["failed"] is not None:
-            continue  # it may have lacked a package: it is tried again
-        other = [key for key in SAME if run.get(key) != wanted[key]]
-        other += ["gpu"] if run["machine"]["gpu"] != wanted["machine"]["gpu"] else []
-        other += ["torch"] if run["versions"]["torch"] != wanted["versions"]["torch"] else []
-        if other:
-            sys.exit(f"{path} is of another measurement (other {', '.join(other)}): delete it, or give another --out")
-        found[name] = run
-    return found
-
-
-def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each pair, method and number of samples: mean and standard deviation over its seeds, in percent."""
-    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
-    for run in runs:
-        if run["failed"] is None:
-            groups.setdefault((run["pair"], run["method"], run["samples"]), []).append(run)
-    rows = []
-    for (pair, method, samples), group in groups.items():
-        row: dict[str, Any] = {"pair": pair, "method": method, "samples": samples, "seeds": len(group)}
-        for key in ("teacher_accuracy", "student_accuracy", "ratio_percent", "seconds"):
-            values = [run[key] for run in group]
-            row |= {key: mean(values), f"{key}_deviation": stdev(values) if len(values) > 1 else None}
-        rows.append(row)
-    return rows
-
-
-def merge(out: Path, source: dict[str, Any]) -> None:
-    """Write gpu.json: every run in `out`, each with where it was measured, and their summary."""
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "runs").glob("*.json"))]
-    save(out / "gpu.json", {"kind": "gpu", **source, "summary": summary(runs), "runs": runs})
-
-
 def teacher_for(
     arch: str, data: Path, out: Path, test: LabelledImages, compute: Compute, schedule: Schedule
 ) -> tuple[Teacher, dict[str, Any]]:
@@ -319,7 +269,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--nayer", type=Path, help="a clone of tmtuan1307/NAYER")
     parser.add_argument("--buffer", nargs="+", type=int, help="samples: run the first pair with each of these")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--without-graphs", action="store_true", help="ours once more, every kernel launched anew")
+    parser.add_argument(
+        "--changed", nargs="+", default=[], metavar="SETTING=VALUE", help="ours once more with each of these"
+    )
     parser.add_argument("--tiny", action="store_true", help="try everything in seconds, on any machine; means nothing")
     arguments = parser.parse_args(words)
     if arguments.pack:
@@ -332,8 +284,12 @@ def main(words: Sequence[str] | None = None) -> None:
         shlex.join(["python", "-m", "benchmarks.gpu", *without_paths(words or sys.argv[1:], arguments)])
     )
     methods: dict[str, Method] = {"ssdkd": run_ssdkd}
-    if arguments.without_graphs:
-        methods["ssdkd_without_graphs"] = partial(run_ssdkd, cuda_graphs=False)
+    for changed in arguments.changed:
+        try:
+            methods[f"ssdkd_{changed}"] = partial(run_ssdkd, **tomllib.loads(changed))
+            settings_for("full", image_shape=(3, 32, 32), **tomllib.loads(changed))
+        except (tomllib.TOMLDecodeError, SSDKDError) as error:
+            parser.error(f"--changed {changed}: {error}")
     for name in arguments.rivals:
         checkout = arguments.nayer if name == "nayer" else arguments.fast_dfkd
         if not checkout:

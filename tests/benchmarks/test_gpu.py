@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,24 @@ def test_a_run_that_fails_is_written_down_and_the_others_go_on(
     assert failed["failed"] == "no student"
     assert other["failed"] is None
     assert other["ratio_percent"] == 100
+
+
+def test_ours_runs_once_more_with_each_changed_setting(data: Path, measured: Path, tmp_path: Path) -> None:
+    (tmp_path / "teachers").mkdir()
+    shutil.copy(measured / "teachers" / "wrn16_1.pt", tmp_path / "teachers")
+    runs = run(data, tmp_path, "--seeds", "1", "--changed", "alter=false", "beta=0.7")["runs"]
+    changed = {run["method"]: (run["settings"]["alter"], run["settings"]["beta"]) for run in runs}
+    assert changed == {"ssdkd": (True, 0.4), "ssdkd_alter=false": (False, 0.4), "ssdkd_beta=0.7": (True, 0.7)}
+
+
+@pytest.mark.parametrize("changed", ["alter", "alter=0", "colour=1"])
+def test_a_setting_that_does_not_exist_is_said_at_once(
+    data: Path, tmp_path: Path, changed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(data, tmp_path, "--changed", changed)
+    assert f"--changed {changed}: " in capsys.readouterr().err
+    assert not (tmp_path / "teachers").exists()
 
 
 def test_too_little_time_is_said_at_once(data: Path, tmp_path: Path) -> None:
