@@ -73,7 +73,9 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=32)
     parser.add_argument("--out", type=Path, default=RESULTS / "int8_speed.json")
     arguments = parser.parse_args()
-    source = provenance(f"python -m benchmarks.int8_speed --pixels {arguments.pixels}")
+    source = provenance(
+        f"python -m benchmarks.int8_speed {'--teacher FILE ' * len(arguments.teacher)}--pixels {arguments.pixels}"
+    )
     rows = []
     for path in arguments.teacher:
         teacher = load_teacher(path)

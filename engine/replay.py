@@ -18,11 +18,11 @@ class ReplayBuffer:
 
     images: Tensor  # uint8 [N, H, W, C]
     views: Tensor  # int64 [N, V, 3], the augmentations in which the student sees it; the first is the image itself
-    logits: Tensor  # float32 [N, V, K], the teacher's, of the views that it has seen: it looks at a view once
+    logits: Tensor  # float32 [N, V, K], the teacher's, of the views that it has seen; the latest, where it looks on
     seen: Tensor  # bool [N, V]; the first view always is
     classes: Tensor  # int64 [N], the class that the teacher predicts
     confidences: Tensor  # float32 [N], the teacher's confidence in it
-    discrepancies: Tensor  # float32 [N], delta: w_(i-1) KL(T || S) when the sample was last drawn
+    discrepancies: Tensor  # float32 [N], delta: w_(i-1) KL(T || S) when the sample was last drawn and not altered
     weights: Tensor  # float32 [N], w: the importance weight then
     born: Tensor  # int64 [N], serial number of the sample
     added: int = 0

@@ -2,7 +2,7 @@
 
 Students fit the size of the image. Up to SMALL_PIXELS their first layers keep its resolution (a "CIFAR stem"), so that
 32 px end in 4x4 positions or more (VGG: 1x1); above, they are the networks as published for ImageNet, or CIFAR networks
-behind a stem that divides by 4.
+behind a stem that divides by 4. VGGs are the same at every size.
 """
 
 import copy

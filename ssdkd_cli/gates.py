@@ -1,4 +1,4 @@
-"""Limits that the user set, judged on the files that came out, and the file that is recommended."""
+"""Limits that the user or a named profile set, judged on the files that came out, and the file that is recommended."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -70,7 +70,7 @@ SEED = typer.Option(
     min=0,
     max=2**63 - 1,
     metavar="N",
-    help="The same seed on a CPU gives the same student, bit for bit.",
+    help="Of all random numbers: on a CPU the same seed gives the same result, bit for bit.",
     rich_help_panel="Run",
 )
 EXPORT = typer.Option(
@@ -142,7 +142,11 @@ EMBED_PREPROCESSING = typer.Option(
     help="The exported file takes images in 0...1 and normalises them itself.",
     rich_help_panel="Result",
 )
-OVERWRITE = typer.Option("--overwrite", help="Replace what a run left in the output folder.", rich_help_panel="Result")
+OVERWRITE = typer.Option(
+    "--overwrite",
+    help="Replace what is there: an earlier run, or of an export the files of the same names.",
+    rich_help_panel="Result",
+)
 JSON = typer.Option(
     "--json", help="Print the result as JSON on stdout, and nothing else there.", rich_help_panel="Result"
 )
@@ -172,7 +176,9 @@ class Options:
     student_weights: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Start from these weights instead of random ones.", rich_help_panel="Student"
+            metavar="FILE",
+            help="Start from these weights instead of random and inherited ones.",
+            rich_help_panel="Student",
         ),
     ] = None
     arch: Annotated[str | None, ARCH] = None
@@ -195,7 +201,7 @@ class Options:
         typer.Option(
             min=1,
             metavar="N",
-            help=f"Synthetic samples that the student learns from. Default: {DistillationSettings.samples}.",
+            help=f"Synthetic samples that the student learns from; of compress {DistillationSettings.samples}.",
             rich_help_panel="Run",
         ),
     ] = None
@@ -245,7 +251,7 @@ class Options:
         typer.Option(
             parser=parse_path,
             metavar="DIR",
-            help="Folder of the run. Default: runs/<teacher>-<student>.",
+            help="Folder of the run; of compress runs/<teacher>-<student>.",
             rich_help_panel="Result",
         ),
     ] = None

@@ -148,7 +148,7 @@ class Recommendation:
 
 @dataclass(frozen=True, config=STRICT)
 class Gate:
-    """A limit that the user set, judged on one file; `value` is None where it could not be measured.
+    """A limit that the user or a named profile set, judged on one file; `value` is None where it could not be measured.
 
     `budget_of`: the profile that the limit comes from; None: it was typed.
     """

@@ -1,4 +1,4 @@
-"""A run's folder: what it is called, whether it may be written, and the student that can be taken out of it again."""
+"""A run's folder: what it is called, what is in it, and the student that can be taken out of it again."""
 
 import contextlib
 import dataclasses
