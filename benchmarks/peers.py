@@ -7,8 +7,9 @@ and nayer (Tran et al., CVPR 2024; https://github.com/tmtuan1307/NAYER) on CIFAR
 A checkout is a clone of that repository; no line of it is in ours. It needs `pip install kornia termcolor tqdm`.
 
 What is theirs: the generator, the synthesizer, its losses and its meta step; the pool of images on disk and its loader;
-the student's loss, SGD, rate and cosine; every number of their CIFAR-10 scripts (of Fast-DFKD's, those of the
-teacher's own pairs where it has some, else of WRN-40-2 to WRN-16-1, the nearest to our narrow networks). What the driver decides, for them where in doubt:
+the student's loss, SGD, rate and cosine; every number of their CIFAR-10 scripts (of Fast-DFKD's, those of the teacher's
+own pairs where it has some, else of WRN-40-2 to WRN-16-1, the nearest to our narrow networks). What the driver decides,
+for them where in doubt:
 
 - Their schedules count epochs: a batch of new images, then 400 student steps. On a CPU that would not leave the warm-up
   within minutes. Here a run has as many epochs as let synthesis take half of the time (`share`), no more than the
@@ -128,7 +129,7 @@ def run_peer(
     if method not in METHODS:
         raise SSDKDError(f"unknown method '{method}'", f"use one of {', '.join(METHODS)}")
     if method == "nayer" and (spec.input_shape, spec.classes) != CIFAR10:
-        raise SSDKDError("NAYER's label embeddings are of CIFAR-10: this is another task", "leave nayer out, or take CIFAR-10")
+        raise SSDKDError("NAYER's label embeddings are of CIFAR-10: this is another task", "leave nayer out")
     compute = choose_device(str(device))
     if float32:
         compute = replace(compute, autocast_dtype=None)

@@ -1,6 +1,6 @@
 """One distillation of ours: on a budget of seconds, looked at as it runs, or of rounds; the task and rivals are given.
 
-The clock is the engine's own: it runs from the engine's start to the last round and stands still while the student is scored.
+The clock is the engine's own: it runs from its start to the last round and stands still while the student is scored.
 """
 
 from collections.abc import Callable, Mapping
