@@ -20,6 +20,7 @@ from engine.torchscript import read_torchscript
 from engine.unwrap import State, Weights, metadata_beside, plain, refuse_unusual, strip_prefixes, unwrap
 
 ACCEPTED = "a PyTorch checkpoint, .safetensors, a torch.export program (.pt2), TorchScript or ONNX"
+MOST_UNPACKED_BYTES, MOST_UNPACKED_TIMES = 64_000_000, 10  # of an archive: torch itself compresses nothing
 
 # What people pass by mistake, by the first bytes: (offset, bytes, what it is, what to do).
 STRANGERS = (
@@ -122,10 +123,17 @@ def _zip_format(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
+            unpacked_bytes = sum(member.file_size for member in archive.infolist())
     except zipfile.BadZipFile as error:
         raise damaged(path, ValueError("the archive's table of contents at its end is missing")) from error
     except UNREADABLE_ARCHIVE as error:
         raise damaged(path, error) from error
+    if unpacked_bytes > max(MOST_UNPACKED_BYTES, MOST_UNPACKED_TIMES * path.stat().st_size):
+        raise SSDKDError(
+            f"{path.name} would unpack to {unpacked_bytes:,} bytes from {path.stat().st_size:,}: expected weights, "
+            "which no archive makes so much smaller",
+            "save the network's weights with torch.save(model.state_dict(), 'network.pt') and give that file",
+        )
     members = {name.partition("/")[2] or name for name in names}
     if "constants.pkl" in members or any(name.startswith("code/") for name in members):
         return "torchscript"

@@ -17,6 +17,7 @@ NORMALIZE_KEYS = ("normalize", "normalization", "normalisation", "norm", "prepro
 CLASS_KEYS = ("class_names", "classes", "labels", "label_names", "categories", "names")
 INDEX_KEYS = ("idx_to_class", "id2label", "index_to_class", "class_to_idx", "label2id")
 PIXELS = range(8, 1025)
+LARGEST = 1e9  # no size and no constant of a normalisation is larger
 
 
 def architecture_in(metadata: Metadata) -> str | None:
@@ -80,12 +81,10 @@ def class_names_in(metadata: Metadata, classes: int) -> tuple[str, ...] | None:
 
 
 def _numbers(value: object) -> list[float] | None:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return [float(value)]
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        numbers = [float(item) for item in value if isinstance(item, int | float)]
-        return numbers if len(numbers) == len(value) and numbers else None
-    return None
+    """A number, or a sequence of nothing else, as finite floats."""
+    items = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    numbers = [float(item) for item in items if isinstance(item, int | float) and abs(item) < LARGEST]  # no NaN either
+    return None if isinstance(value, bool) or not numbers or len(numbers) != len(items) else numbers
 
 
 def _names(value: object) -> tuple[str, ...] | None:

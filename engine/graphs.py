@@ -137,12 +137,18 @@ def check_graph(graph: Graph, shape: Shape, name: str) -> None:
     batch = graph.batch or 2
     images = noise(shape, 2 * batch)
     try:
-        expected = torch.cat([graph.reference(part) for part in torch.split(images, batch)])
+        parts = [graph.reference(part) for part in torch.split(images, batch)]
     except FORWARD_ERRORS as error:
         raise SSDKDError(
             f"{name} does not run on images of {words(shape)}: {first_line(error)}",
             "give the size that it was exported for with --input CxHxW",
         ) from error
+    if not isinstance(parts[0], Tensor):
+        raise SSDKDError(
+            f"{name} gives a {type(parts[0]).__name__}: expected one tensor, the logits",
+            "export a network that returns its logits alone, or give the checkpoint that it was exported from",
+        )
+    expected = torch.cat(parts)
     if not same_logits(graph.module, graph, shape) or not _has_gradient(graph.module, images[:batch]):
         raise SSDKDError(
             f"{name} cannot be run with gradients: its operations are not all plain ones on float numbers",

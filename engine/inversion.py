@@ -231,4 +231,4 @@ def sample_weights(
         diversity=settings.diversity,
         difficulty=settings.difficulty,
     )
-    return phi / phi.mean().clamp_min(1e-12)
+    return phi / phi.mean().clamp_min(torch.finfo(phi.dtype).tiny)

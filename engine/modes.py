@@ -8,13 +8,12 @@ from torch import nn
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module | None) -> Iterator[None]:
-    """Within the context the module, if there is one, is in eval mode; then all of it in the mode it had itself."""
-    if module is None:
-        yield
-        return
-    was_training = module.training
-    module.eval()
+    """Within the context the module, if there is one, is in eval mode; then each part in the mode it had itself."""
+    training = [part for part in module.modules() if part.training] if module else []
+    for part in training:
+        part.training = False
     try:
         yield
     finally:
-        module.train(was_training)
+        for part in training:
+            part.training = True

@@ -19,8 +19,10 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from engine.errors import NonFiniteLossError
+from engine.hooks import removing
 from engine.images import Normalization, to_input
 from engine.task import Classification
+from engine.teaching import rate_factor
 
 STEPS = 300  # of the quantization-aware distillation
 RATE = 1e-4  # Adam, falling to 0 as a half cosine: the weights are to move by parts of a grid step
@@ -56,8 +58,12 @@ class RoundedWeight(nn.Module):
 
 
 def quantized_layers(module: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
-    """The layers that will compute in integers, by name: convolutions and linear layers."""
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
+    """The layers that will compute in integers, by name: convolutions and linear layers.
+
+    Without those whose weight is computed from others (spectral or weight norm): it cannot be rounded or trained here.
+    """
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
+    return {name: layer for name, layer in layers.items() if "weight" in layer._parameters}
 
 
 def observed_ranges(module: nn.Module, images: Tensor, *, normalization: Normalization, batch: int) -> Ranges:
@@ -185,7 +191,7 @@ def quantization_aware(
         optimizer = torch.optim.Adam(module.parameters(), lr=RATE)
         for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+                group["lr"] = RATE * rate_factor(step / steps)
             drawn = torch.randint(len(images), (batch,), generator=rng, device=rng.device)
             logits = module(to_input(images[drawn], normalization))
             loss = task.discrepancy(target_logits[drawn], logits, temperature).mean()
@@ -232,8 +238,5 @@ def _hooked(layers: Mapping[str, nn.Module], look: Look) -> Iterator[None]:
         layer.register_forward_pre_hook(lambda _, inputs, name=name: look(name, inputs[0]))
         for name, layer in layers.items()
     ]
-    try:
+    with removing(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -158,7 +158,7 @@ def _refuse_nonfinite(state: Mapping[str, object], path: Path) -> None:
     broken = [
         name
         for name, value in state.items()
-        if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all()
+        if isinstance(value, Tensor) and value.is_floating_point() and not value.float().isfinite().all()
     ]
     if broken:
         raise SSDKDError(
@@ -178,13 +178,16 @@ def _input_shape(
     from_file = input_shape_in(metadata, channels)
     if from_file:
         return from_file, []
-    timm_size = _timm_config(module).get("input_size")
-    if isinstance(timm_size, tuple) and len(timm_size) == 3:
-        return (channels, timm_size[1], timm_size[2]), []
+    config, is_own = _timm_config(module)
+    timm_size = config.get("input_size")
     side = pixels or FALLBACK_PIXELS
     if channels == 1 and side == FALLBACK_PIXELS:
         side = GREY_PIXELS
     shape = (channels, side, side)
+    if isinstance(timm_size, tuple) and len(timm_size) == 3:
+        shape = (channels, timm_size[1], timm_size[2])
+        if is_own:
+            return shape, []
     return shape, [
         f"The image size is not in the file: {words(shape)} is assumed; say it with --input if it is another."
     ]
@@ -197,7 +200,10 @@ def _preprocessing(
     module: nn.Module,
     channels: int,
 ) -> tuple[Preprocessing, list[str]]:
-    """Each of mean and std from its flag, else both from the file, timm or ImageNet, with a warning for the last."""
+    """Each of mean and std from its flag, else both from the file, timm or ImageNet.
+
+    With a warning for the last, and for timm's where the network has other classes than timm's weights.
+    """
     for flag, values in (("--mean", mean), ("--std", std)):
         if values is not None and len(values) != channels:
             raise SSDKDError(
@@ -206,26 +212,33 @@ def _preprocessing(
             )
     if mean is not None and std is not None:
         return Preprocessing(mean, std, "flag"), []
-    config = _timm_config(module)
+    config, is_own = _timm_config(module)
+    of_timm = normalisation_in(config, channels)
     usual = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
     sources = {
         "file": normalisation_in(metadata, channels),
-        "timm": normalisation_in(config, channels),
+        "timm": of_timm,
         "default": usual,
     }
     source, found = next((source, found) for source, found in sources.items() if found)
-    assumed = "ImageNet's" if channels == 3 else "0.5"
+    assumed = "those of timm's own weights, of other classes," if of_timm else "ImageNet's" if channels == 3 else "0.5"
     warnings = [
         f"The mean and std of the training images are not in the file: {assumed} are assumed; "
         "say them with --mean and --std if they are others."
     ]
-    return Preprocessing(mean or found[0], std or found[1], source), warnings if source == "default" else []
+    is_assumed = source == "default" or (source == "timm" and not is_own)
+    return Preprocessing(mean or found[0], std or found[1], source), warnings if is_assumed else []
 
 
-def _timm_config(module: nn.Module) -> Metadata:
-    """timm's own record of how a network was trained (mean, std, input_size)."""
+def _timm_config(module: nn.Module) -> tuple[Metadata, bool]:
+    """timm's record of how its own weights of a network were trained (mean, std, input_size).
+
+    And whether that can be this training: with other classes it was another one.
+    """
     config = getattr(module, "default_cfg", None)
-    return config if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        return {}, False
+    return config, config.get("num_classes") == getattr(module, "num_classes", None)
 
 
 def _check_classes(found: int, stated: int | None, names: tuple[str, ...] | None) -> None:

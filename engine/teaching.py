@@ -103,8 +103,12 @@ def rate_factor(progress: float) -> float:
 
 
 def averaged_tensors(network: nn.Module) -> list[Tensor]:
-    """What a weight average averages: the floating-point parameters and buffers, BatchNorm statistics among them."""
-    return [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
+    """What a weight average averages: the floating-point parameters and buffers, BatchNorm statistics among them.
+
+    Each once, where layers share one.
+    """
+    named = (*network.named_parameters(), *network.named_buffers())
+    return [tensor.detach() for _, tensor in named if tensor.is_floating_point()]
 
 
 @torch.no_grad()

@@ -7,11 +7,13 @@ weights are raw numbers or pass the weights-only reader, every operation is one 
 every name a name; guards and the exporter's notes are left out.
 """
 
+import ast
 import io
 import json
 import keyword
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,6 +48,8 @@ FORMULA = re.compile(
     r"(?:Symbol\('[suz]\d++'(?:, \w++=(?:True|False))*\)|[suz]\d++|\d++|int_oo|oo|[\s+\-*/(),<>=&|~]"
     r"|Integer|Rational|Add|Mul|Pow|Max|Min|Mod|PythonMod|FloorDiv|CeilDiv|CleanDiv|evaluate=False)*"
 )
+LONGEST_FORMULA, MOST_POWERS = 2000, 4
+SMALL_POWER = re.compile(r"-?\d|Integer\(-?\d\)")
 # Layers of a network are named freely, but these names end between the quotes of Python source.
 LAYER = re.compile(r'(?!__|.*\.__)[^"\\\x00-\x1f\x7f]*')
 PAYLOAD = re.compile(r"(weight|tensor)_\w+")
@@ -184,6 +188,24 @@ def _is_name(text: str) -> bool:
     return not text or (text.isidentifier() and not keyword.iskeyword(text))
 
 
+def _is_formula(text: str) -> bool:
+    """Whether it is arithmetic on sizes that ends soon: sympy would work out any power of any power."""
+    if len(text) > LONGEST_FORMULA or not FORMULA.fullmatch(text):
+        return False
+    try:
+        parts = list(ast.walk(ast.parse(text, mode="eval")))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    numbers = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, int)]
+    powers = [part for part in parts if isinstance(part, ast.Call) and ast.unparse(part.func) == "Pow"]
+    return (
+        max(map(abs, numbers), default=0) <= sys.maxsize
+        and not any(isinstance(part, ast.Pow | ast.LShift | ast.RShift) for part in parts)
+        and len(powers) <= MOST_POWERS
+        and all(len(power.args) == 2 and SMALL_POWER.fullmatch(ast.unparse(power.args[1])) for power in powers)
+    )
+
+
 def _is_structure(text: str) -> bool:
     """Whether it is pytree's notation of nested tuples, lists and dictionaries; others import what they name."""
     try:
@@ -210,7 +232,7 @@ def _is_anything(_text: str) -> bool:
 # stand and writes texts as Python literals.
 STRINGS: dict[str, tuple[str, Callable[[str], object]]] = {
     "target": ("operation", _is_operation),
-    "expr_str": ("expression", FORMULA.fullmatch),
+    "expr_str": ("expression", _is_formula),
     **dict.fromkeys(("name", "as_name", "forward_arg_names"), ("name", _is_name)),
     **dict.fromkeys(("parameter_name", "buffer_name", "tensor_constant_name", "fqn"), ("name", LAYER.fullmatch)),
     **dict.fromkeys(("in_spec", "out_spec"), ("structure", _is_structure)),

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from engine.errors import SSDKDError
 from engine.graphs import Graph, loosen_device, restore_batchnorm
 from engine.probing import FORWARD_ERRORS, TRIED_PIXELS, noise
 from engine.safe_archive import FILE_OPERATIONS, needs_trust, packed, read_members, without_folder
@@ -180,7 +181,13 @@ def _as_operations(graph: Any, example: Tensor) -> fx.GraphModule:
     # Per value: what stands for it in the new graph, and what it is for the example.
     symbols: dict[str, Any] = {}
     values: dict[str, Any] = {}
-    _self, images = graph.inputs()
+    _self, *inputs = graph.inputs()
+    if len(inputs) != 1:
+        raise SSDKDError(
+            f"the TorchScript network takes {len(inputs)} inputs: expected one, a batch of images",
+            "trace a network that takes the images alone, or give the checkpoint that it was made from",
+        )
+    (images,) = inputs
     symbols[images.debugName()], values[images.debugName()] = written.placeholder("images"), example
 
     def define(name: str, symbol: Any, value: Any) -> None:

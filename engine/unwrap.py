@@ -104,6 +104,8 @@ def _unusual_kind(value: Tensor) -> str | None:
         return "a shape without numbers, on the meta device"
     if value.is_nested:
         return "nested"
+    if value.is_quantized:
+        return "quantized"
     if value.layout != torch.strided:
         return str(value.layout).removeprefix("torch.").replace("_", " ")  # "sparse coo"
     return f"complex ({str(value.dtype).removeprefix('torch.')})" if value.is_complex() else None
@@ -144,7 +146,7 @@ def plain(value: object) -> object:
     if isinstance(value, str) and value[:1] in "[{":
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
     return value
 

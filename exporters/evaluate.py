@@ -29,17 +29,21 @@ NPY_MAGIC = b"\x93NUMPY"
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images uint8 [N, H, W, C] with their classes int64 [N] and, for each class, its name."""
+    """Images uint8 [N, H, W, C] with their classes int64 [N] and, for each class, its name.
+
+    `doubt` is a sentence where the model's class names were known and the folders have others.
+    """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     class_names: tuple[str, ...]
+    doubt: str | None = None
 
     @property
     def sha256(self) -> str:
         """Of the images and labels, as hexadecimal digits."""
-        digest = hashlib.sha256(self.images.tobytes())
-        digest.update(self.labels.tobytes())
+        digest = hashlib.sha256(np.ascontiguousarray(self.images).data)
+        digest.update(np.ascontiguousarray(self.labels).data)
         return digest.hexdigest()
 
 
@@ -137,7 +141,9 @@ def _load_folder(
     with warnings.catch_warnings(), ThreadPoolExecutor(available_threads()) as pool:
         warnings.simplefilter("ignore")  # Pillow warns of odd EXIF blocks and palettes
         deque(pool.map(read, range(len(files))), maxlen=0)  # raises what a thread raised
-    return LabelledImages(images, np.asarray(labels, dtype=np.int64), ordered_names)
+    return LabelledImages(
+        images, np.asarray(labels, dtype=np.int64), ordered_names, _doubt(path, names, ordered_names, class_names)
+    )
 
 
 def _number_classes(
@@ -164,6 +170,18 @@ def _number_classes(
             "name each folder after its class: " + ", ".join(class_names[:5]),
         )
     return known, class_names
+
+
+def _doubt(
+    path: Path, names: tuple[str, ...], ordered_names: tuple[str, ...], class_names: tuple[str, ...] | None
+) -> str | None:
+    if class_names is None or ordered_names == class_names:
+        return None
+    first, known = (", ".join(found[:3]) for found in (names, class_names))
+    return (
+        f"{path} is numbered in alphabetical order ({first}, ...): its folders do not carry the names of the model's "
+        f"classes ({known}, ...)"
+    )
 
 
 def _plain(name: str) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from engine.errors import SSDKDError
+from engine.errors import SSDKDError, first_line
 from exporters.metadata import ssdkd_version
 from exporters.quiet import quiet
 
@@ -67,7 +67,7 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
             onnx.checker.check_model(converted, full_check=True)
     except Exception as error:  # the converter and the checker raise what they like
         raise SSDKDError(
-            f"the network cannot be converted to float16: {_one_line(error)}", "use --precision fp32"
+            f"the network cannot be converted to float16: {first_line(error)}", "use --precision fp32"
         ) from error
     return _signed(converted, model)
 
@@ -122,7 +122,7 @@ def to_int8(
                 onnx.checker.check_model(onnx.load(target), full_check=True)
         except Exception as error:  # the quantizer and the checker raise what they like
             raise SSDKDError(
-                f"the network cannot be quantized to INT8: {_one_line(error)}", "use --precision fp16 or fp32"
+                f"the network cannot be quantized to INT8: {first_line(error)}", "use --precision fp16 or fp32"
             ) from error
         quantized = onnx.load(target)
     return _signed(quantized, model)
@@ -131,7 +131,8 @@ def to_int8(
 def layer_names(model: onnx.ModelProto) -> dict[str, str]:
     """Node name -> layer name, of each node that multiplies and accumulates with weights: its weight's name.
 
-    They are the module's own (`layer1.0.conv1`), since the exporter keeps the names of parameters.
+    They are the module's own (`layer1.0.conv1`) where the exporter keeps the names of parameters: of a weight that it
+    transposes, as some linear layers' of a transformer, it does not.
     """
     weights = {tensor.name for tensor in model.graph.initializer}
     return {
@@ -238,8 +239,3 @@ def _signed(made: onnx.ModelProto, source: onnx.ModelProto) -> onnx.ModelProto:
     made.metadata_props.extend(source.metadata_props)
     made.producer_name, made.producer_version = "ssdkd", ssdkd_version()
     return made
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

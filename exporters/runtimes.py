@@ -65,19 +65,14 @@ def predictor(module: "nn.Module") -> Predict:
     """
     import torch
 
+    from engine.modes import evaluating
+
     first = next(module.parameters(), None)
     device = torch.device("cpu") if first is None else first.device
 
     def run(images: NDArray[np.float32]) -> NDArray[np.float32]:
-        training = [child for child in module.modules() if child.training]
-        if training:
-            module.eval()
-        try:
-            with torch.no_grad():
-                logits = module(torch.from_numpy(images).to(device))
-        finally:
-            for child in training:
-                child.training = True
+        with evaluating(module), torch.no_grad():
+            logits = module(torch.from_numpy(images).to(device))
         return np.asarray(logits.float().cpu().numpy(), dtype=np.float32)
 
     return run
@@ -99,9 +94,9 @@ def inference_batch(input_shape: Shape) -> int:
 def _open_onnx(path: Path, input_shape: Shape | None) -> Runtime:
     import onnxruntime
 
-    session = _onnx_session(path)
-    fixed_batch, shape = _onnx_input(path, session.get_inputs(), input_shape)
-    input_name, output = session.get_inputs()[0].name, session.get_outputs()[0]
+    session, inputs, output, metadata = _onnx_session(path)
+    fixed_batch, shape = _onnx_input(path, inputs, input_shape)
+    input_name = inputs[0].name
     if output.type not in ONNX_FLOATS:
         raise SSDKDError(
             f"{path}: expected float logits [batch, classes], found {output.name} {output.type}",
@@ -147,13 +142,13 @@ def _open_onnx(path: Path, input_shape: Shape | None) -> Runtime:
         input_shape=shape,
         classes=classes,
         fixed_batch=fixed_batch,
-        metadata=dict(session.get_modelmeta().custom_metadata_map),
+        metadata=metadata,
         run=run,
     )
 
 
-def _onnx_session(path: Path) -> Any:
-    """Return ONNX Runtime's session for a file, silent but for exceptions."""
+def _onnx_session(path: Path) -> tuple[Any, Sequence[Any], Any, dict[str, str]]:
+    """Return ONNX Runtime's session for a file, silent but for exceptions; its inputs, first output and metadata."""
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(ONLY_FATAL)
@@ -161,7 +156,12 @@ def _onnx_session(path: Path) -> Any:
     options.log_severity_level = ONLY_FATAL
     options.intra_op_num_threads = available_threads()  # or ONNX Runtime pins threads to cores a container may lack
     try:
-        return onnxruntime.InferenceSession(path, options, providers=[ONNX_PROVIDER])
+        session = onnxruntime.InferenceSession(path, options, providers=[ONNX_PROVIDER])
+        metadata = dict(session.get_modelmeta().custom_metadata_map)
+        inputs, output = session.get_inputs(), session.get_outputs()[0]
+        for value in (*inputs, output):
+            _ = value.name, value.shape  # their texts are decoded now, and may be damaged
+        return session, inputs, output, metadata
     except _onnx_errors() as error:
         raise SSDKDError(
             f"{path} cannot be opened by ONNX Runtime: {_plain_reason(error)}",
@@ -193,7 +193,7 @@ def _onnx_errors() -> tuple[type[Exception], ...]:
     """ONNX Runtime's exceptions, which share no base class."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    return tuple(getattr(state, name) for name in ONNX_ERRORS)
+    return (*(getattr(state, name) for name in ONNX_ERRORS), UnicodeDecodeError)  # a damaged name
 
 
 def _plain_reason(error: BaseException) -> str:

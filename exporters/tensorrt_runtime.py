@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import SSDKDError
+from engine.errors import SSDKDError, first_line
 from exporters.bench import Latency
 from exporters.runtimes import Runtime
 from exporters.tensorrt_sidecar import Sidecar, check_sidecar, read_sidecar
@@ -201,8 +201,11 @@ def _captured(plan: _Plan, context: Any, stream: "torch.cuda.Stream") -> "torch.
     import torch
 
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        _enqueue(plan, context, stream)
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            _enqueue(plan, context, stream)
+    except RuntimeError as error:  # of the end of the capture, which hides what began it
+        raise SSDKDError(f"{plan.path} cannot be captured on {plan.name}: {first_line(error)}", AGAIN) from error
     return graph
 
 

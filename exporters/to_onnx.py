@@ -8,7 +8,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from engine.errors import SSDKDError
+from engine.errors import SSDKDError, first_line
 from exporters.files import write_atomically
 from exporters.metadata import ssdkd_version
 from exporters.quiet import quiet
@@ -133,5 +133,4 @@ def _root_cause(error: BaseException) -> str:
     """Return the first line of the exception that started the chain: the others are the exporter's advice."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return first_line(error)

@@ -9,7 +9,7 @@ from typing import Any
 from engine.device import Compute
 from engine.errors import SSDKDError
 from exporters import FORMATS
-from exporters.evaluate import LabelledImages, accuracy, check_labelled, load_labelled
+from exporters.evaluate import LabelledImages, accuracy, check_labelled
 from exporters.metadata import describe, preprocessing_of
 from exporters.precision import PRECISIONS
 from exporters.runtimes import OPENERS, open_runtime
@@ -18,7 +18,7 @@ from ssdkd_cli import console, runs
 from ssdkd_cli.artifacts import artifact, file_name, file_names, make_files, score_file, timed_paths
 from ssdkd_cli.environment import profile_warnings
 from ssdkd_cli.gates import Limits, decide, recommend, runtime_format
-from ssdkd_cli.labels import chance_warnings, labelled_images, network_accuracy, read_classes
+from ssdkd_cli.labels import chance_warnings, labelled_images, network_accuracy, numbered_images, read_classes
 from ssdkd_cli.material import NOISE_SAMPLES, Material, read_teacher, smooth_noise
 from ssdkd_cli.plans import PLAN
 from ssdkd_cli.report import Artifact, Gate, Percentiles, Report, problem_of, read_report
@@ -252,9 +252,7 @@ def evaluate(
             raise SSDKDError(f"--classes says {number}, but {model} has {runtime.classes} outputs", "correct --classes")
         said = describe(runtime.metadata)
         mean, std = preprocessing_of(said, channels=runtime.input_shape[0], mean=mean, std=std)
-        labelled = load_labelled(
-            data, input_shape=runtime.input_shape, classes=runtime.classes, class_names=names or said.class_names
-        )
+        labelled = numbered_images(data, runtime.input_shape, runtime.classes, names or said.class_names)
         value = accuracy(runtime.run, labelled, mean=mean, std=std, batch=runtime.fixed_batch)
     console.warn_all(chance_warnings(value, len(labelled.class_names)))
     return [Score(str(model), value, len(labelled.labels))]

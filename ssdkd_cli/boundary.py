@@ -48,6 +48,7 @@ OUT_OF_MEMORY = (
     "out of memory",
     "failed to map segment",
     "Cannot allocate memory",
+    "ALLOC_FAILED",
 )
 ENDING = ("SIGTERM", "SIGHUP")  # what `docker stop`, a batch system and a closed terminal send; Windows has one of them
 

@@ -58,6 +58,11 @@ def apply_config(context: typer.Context, path: Path | None) -> Path | None:
             f"--config {path} names a teacher; the demo has its own",
             f"ssdkd compress --config {path}, or delete 'teacher' from the file",
         )
+    if values.get("trust_pickle"):
+        raise SSDKDError(
+            f"--config {path} has trust-pickle: a file cannot give leave to run what is in another file",
+            "delete it there, and type --trust-pickle if you trust the teacher's file",
+        )
     options = {str(option.name): option for option in context.command.params if option.name not in ("config", "help")}
     where = f"--config {path}, table [compress]"
     check_keys(values, options, where)

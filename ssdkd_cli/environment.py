@@ -79,7 +79,7 @@ def doctor_facts() -> dict[str, str]:
         "gpu": "; ".join(gpu_names()) or "none that PyTorch can use",
         "cuda": torch.version.cuda or "PyTorch was built without it",
     }
-    facts |= {name: importlib.metadata.version(name) for name in PACKAGES}
+    facts |= {package: _version_of(package) for package in PACKAGES}
     facts["onnxruntime_providers"] = ", ".join(onnxruntime.get_available_providers())
     facts |= {package: _import_of(package) for package in FLAVOURS}
     return facts
@@ -106,6 +106,13 @@ def doctor_findings() -> list[str]:
     if torch.cuda.is_available():
         findings.append("measures ONNX files on the CPU, TensorRT plans on the GPU")
     return findings
+
+
+def _version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # another distribution may have brought it, as onnxruntime-gpu does
+        return _import_of(package)
 
 
 def _import_of(package: str) -> str:

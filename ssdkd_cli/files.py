@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -10,6 +11,9 @@ from pathlib import Path
 
 from engine.errors import SSDKDError
 from exporters.files import check_utf8, write_atomically
+
+# Files that were not proven, were not whole, and the teacher's own ONNX file, which is timed.
+LEFT_BEHIND = re.compile(r"\.unproven-model\..+|\..+\.\d+\.part|\.teacher-\w+")
 
 
 def write_text(path: Path, content: str) -> None:
@@ -48,12 +52,20 @@ def new_folder(folder: Path) -> Iterator[None]:
     try:
         check_writable(folder)
         with locked(folder):
+            _sweep(folder)
             yield
     except BaseException:
         with contextlib.suppress(OSError):  # it holds something
             for path in new:
                 path.rmdir()
         raise
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what a process that was killed was still writing into `folder`."""
+    for path in folder.iterdir():
+        if LEFT_BEHIND.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Limits that the user or a named profile set, judged on the files that came out, and the file that is recommended."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ from ssdkd_cli.words import compared, times
 
 if TYPE_CHECKING:
     from ssdkd_cli.target import Target
+
+ROUNDING = 1e-9  # of a difference of two percentages, which is not to fail a limit that it meets
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ def judge(limits: Limits, artifact: Artifact, teacher_accuracy: float | None) ->
         if limit is None or (artifact.verified is None and name != "max_size_mb"):
             continue
         value = rule.measure(artifact, teacher_accuracy)
-        passed = value is not None and (value <= limit if rule.is_most else value >= limit)
+        beyond = math.inf if value is None else value - limit if rule.is_most else limit - value
+        passed = beyond <= ROUNDING
         budget_of = limits.budget_of if name == "max_latency_ms" else None
         gates.append(Gate(name, limit, value, passed, artifact.path, budget_of))
     return gates

@@ -259,8 +259,9 @@ class Options:
     json: Annotated[bool, JSON] = False
 
 
-# Where a run goes and how it is shown says nothing of what it does: config.toml leaves it out.
-NOT_IN_CONFIG = ("config", "out", "overwrite", "json")
+# Where a run goes and how it is shown says nothing of what it does: config.toml leaves it out. Trust is to be
+# typed each time.
+NOT_IN_CONFIG = ("config", "out", "overwrite", "json", "trust_pickle")
 
 
 def as_typed(options: Options) -> dict[str, object]:

@@ -94,6 +94,7 @@ def compress(options: Options, *, command: str) -> Finished:
         check_space(folder, needed_bytes(teacher, student, settings))
         card = runs.teacher_card(teacher.spec, options.student)
         labelled, teacher_accuracy = read_labelled(options.eval_data, teacher, card, compute.device)
+        warnings += [labelled.doubt] if labelled and labelled.doubt else []  # which was said
         warnings += console.warn_all(chance_warnings(teacher_accuracy, teacher.spec.classes))
         with keeping_student(folder):
             write_text(folder / runs.CONFIG, write_config(as_typed(options), ablations, dataclasses.asdict(settings)))

@@ -268,12 +268,15 @@ def with_float_layers(subject: Subject, module: nn.Module, graph: Graph, integer
     """As few of the most sensitive layers left in float32 as bring the loss down, doubling their number."""
     copied, constants, batch = on_device(module, subject, integers)
     few = calibration_images(subject, integers.compute, CALIBRATION_IMAGES)
-    ranges: Ranges = observed_ranges(copied, few, normalization=constants, batch=batch)
-    moved = sensitivities(copied, few[:SENSITIVITY_IMAGES], ranges, integers.grid, normalization=constants, batch=batch)
     exported = float_graph(subject, module)
     known = set(layer_names(exported).values())  # a layer whose weight the exporter renamed cannot be left out by name
-    worst = [name for name in moved if graph_names(subject, (name,))[0] in known]
-    number = 1
+    ranges: Ranges = observed_ranges(copied, few, normalization=constants, batch=batch)
+    named = {name: limits for name, limits in ranges.items() if graph_names(subject, (name,))[0] in known}
+    if unnamed := len(ranges) - len(named):
+        said = f"{unnamed} of {len(ranges)} layers have other names in the graph and cannot be left in float32"
+        graph = replace(graph, notes=(*graph.notes, said))
+    moved = sensitivities(copied, few[:SENSITIVITY_IMAGES], named, integers.grid, normalization=constants, batch=batch)
+    worst, number = list(moved), 1
     while number <= len(worst):
         layers = tuple(worst[:number])
         said = f"{number} layer{'s' * (number > 1)} left in float32 ({', '.join(layers)})"

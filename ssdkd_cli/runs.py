@@ -278,7 +278,7 @@ def read_samples(folder: Path) -> Samples:
         if not np.isfinite(logits).all():
             raise ValueError("the teacher's logits hold NaN or infinity")
         return samples
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
         raise SSDKDError(
             f"{folder / SAMPLES} cannot be read: {error or 'it is empty'}",
             "an export is proven on these samples: run `ssdkd compress` again",

@@ -245,6 +245,7 @@ def test_an_archive_behind_a_pickle_is_not_looked_at(tmp_path):
     assert_same(read_checkpoint(tmp_path / "teacher.pt").weights.state)
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # deprecated, and still in files
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("name", ["0.weight", "3.bias"])
 @pytest.mark.parametrize(
@@ -253,6 +254,7 @@ def test_an_archive_behind_a_pickle_is_not_looked_at(tmp_path):
         (lambda value: value.to("meta"), "a shape without numbers, on the meta device"),
         (lambda value: value.to_sparse(), "sparse coo"),
         (lambda value: value.to(torch.complex64), r"complex \(complex64\)"),
+        (lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8), "quantized"),
     ],
 )
 def test_tensors_that_are_no_dense_real_numbers(tmp_path, change, what, name, wrapped):
@@ -270,12 +272,26 @@ def test_complex_safetensors(tmp_path):
         read_checkpoint(tmp_path / "teacher.st")
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_a_tensor_beside_the_network_may_be_anything(tmp_path):
     content = {"state_dict": weights(), "mask": torch.ones(3).to_sparse(), "shape": torch.empty(3, device="meta")}
+    content["scales"] = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
+    content["notes"] = "[" * 200_000
     torch.save(content, tmp_path / "teacher.pt")
     found = read_checkpoint(tmp_path / "teacher.pt").weights
     assert_same(found.state)
-    assert (found.metadata["mask"], found.metadata["shape"]) == (None, None)
+    assert (found.metadata["mask"], found.metadata["shape"], found.metadata["scales"]) == (None, None, None)
+    assert found.metadata["notes"] == "[" * 200_000
+
+
+def test_an_archive_that_would_fill_the_memory_is_refused(tmp_path):
+    torch.save(weights(), tmp_path / "teacher.pt")
+    with zipfile.ZipFile(tmp_path / "teacher.pt", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("teacher/data/bomb", bytes(65_000_000))
+    with pytest.raises(
+        SSDKDError, match=r"teacher\.pt would unpack to 65,\d+,\d+ bytes from \d+,?\d+: expected weights"
+    ):
+        read_checkpoint(tmp_path / "teacher.pt")
 
 
 def test_missing_files_and_folders(tmp_path):

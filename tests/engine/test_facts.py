@@ -19,6 +19,9 @@ from engine.unwrap import metadata_beside
         ({"resolution": "high"}, None),
         ({"resolution": True}, None),
         ({"img_size": 100_000}, None),
+        ({"img_size": float("nan")}, None),
+        ({"img_size": float("inf")}, None),
+        ({"img_size": 10**400}, None),
         ({}, None),
     ],
 )
@@ -36,6 +39,9 @@ def test_input_shape(metadata, shape):
         ({"mean": [0.5], "std": [0.25]}, None),  # one channel, the network takes three
         ({"mean": [0.5] * 3}, None),
         ({"mean": [0.5] * 3, "std": [0.0] * 3}, None),
+        ({"mean": [float("nan")] * 3, "std": [0.5] * 3}, None),
+        ({"mean": [0.5] * 3, "std": [float("inf")] * 3}, None),
+        ({"mean": [0.5, "0.5", 0.5], "std": [0.5] * 3}, None),
         ({"mean": "ImageNet", "std": "ImageNet"}, None),
     ],
 )

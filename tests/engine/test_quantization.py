@@ -1,5 +1,7 @@
 import copy
 import math
+import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -205,3 +207,20 @@ def test_the_layer_that_loses_most_comes_first(network: Network, images: Tensor)
     assert next(iter(moved)) == "depthwise"
     assert list(moved.values()) == sorted(moved.values(), reverse=True)
     assert set(moved) == {"first", "depthwise", "head"}
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm, nn.utils.weight_norm]
+)
+def test_a_weight_that_is_computed_from_others_stays_as_it_is(network: Network, images: Tensor, norm: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the last one is deprecated
+        norm(network.first)
+    network.eval()
+    ranges = observed_ranges(network, images, normalization=CONSTANTS, batch=32)
+    before = network(to_input(images, CONSTANTS))
+    assert list(ranges) == ["depthwise", "head"]
+    with fake_quantized(network, ranges, ASYMMETRIC):
+        rounded = network(to_input(images, CONSTANTS))
+    assert not torch.equal(rounded, before)
+    assert torch.equal(network(to_input(images, CONSTANTS)), before)

@@ -337,6 +337,9 @@ def test_timm_brings_its_own_preprocessing(tmp_path):
     assert spec.preprocessing.source == "timm"
     assert spec.preprocessing.mean == (0.5, 0.5, 0.5)
     assert spec.input_shape == (3, 224, 224)
+    size, constants = spec.warnings  # timm's weights have 1,000 classes, this network 4: it was trained otherwise
+    assert "3x224x224 is assumed" in size
+    assert "those of timm's own weights, of other classes, are assumed" in constants
 
 
 def test_a_file_called_after_a_network_of_timms_is_compared_with_those(tmp_path):

@@ -14,7 +14,15 @@ from engine.images import normalization, render, to_input
 from engine.recording import Outputs
 from engine.replay import ReplayBuffer
 from engine.task import Classification
-from engine.teaching import Batch, empty_batch, learning_parameters, loss_and_gradients, new_optimizer
+from engine.teaching import (
+    Batch,
+    averaged_tensors,
+    empty_batch,
+    learning_parameters,
+    loss_and_gradients,
+    new_optimizer,
+    update_average,
+)
 from engine.zoo import resnet_cifar
 
 CPU = torch.device("cpu")
@@ -161,3 +169,19 @@ def test_a_parameter_without_a_part_in_the_logits_has_a_gradient_of_zero(drawn: 
     gradients = outputs(network, drawn).gradients
     assert len(gradients) == len(list(network.parameters())) - 1
     assert any(torch.equal(gradient, torch.zeros(3)) for gradient in gradients)
+
+
+def test_what_layers_share_is_averaged_once() -> None:
+    student = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    student[1].weight = student[0].weight
+    average = copy.deepcopy(student)
+    with torch.no_grad():
+        student[0].weight += 1
+    before = average[0].weight.detach().clone()
+    update_average(averaged_tensors(average), averaged_tensors(student), decay=0.9, steps=99)
+    torch.testing.assert_close(average[0].weight - before, torch.full((2, 2), 0.1))
+
+
+def test_batchnorm_statistics_are_averaged_and_counts_are_not() -> None:
+    layer = nn.BatchNorm1d(3)
+    assert [tuple(tensor.shape) for tensor in averaged_tensors(layer)] == [(3,)] * 4  # weight, bias, mean, variance

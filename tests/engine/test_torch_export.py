@@ -10,7 +10,7 @@ from torch import nn
 
 from engine.errors import SSDKDError
 from engine.graphs import GraphBatchNorm, check_graph, same_logits
-from engine.torch_export import read_export
+from engine.torch_export import _is_formula, read_export
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -223,6 +223,11 @@ def with_pickled_weights(content):
         ("models/model.json", lambda _: with_operation("torch.os.system"), r"operation torch\.os\.system"),
         ("models/model.json", lambda _: with_operation("torch.ops.aten.from_file.default"), "operation .*from_file"),
         ("models/model.json", lambda _: with_expression("__import__('os').getcwd()"), "expression .*__import__"),
+        ("models/model.json", lambda _: with_expression("9**9**9**9"), r"expression 9\*\*9"),
+        ("models/model.json", lambda _: with_expression(f"1 << {'9' * 9}"), "expression 1 <<"),
+        ("models/model.json", lambda _: with_expression("9" * 5000), "expression 9999"),
+        ("models/model.json", lambda _: with_expression("Pow(9, Pow(9, Integer(9)))"), "expression Pow"),
+        ("models/model.json", lambda _: with_expression("Pow(9, Integer(99))"), "expression Pow"),
         ("models/model.json", lambda _: with_operation("torch.ops.aten.__class__.mro"), "operation .*__class__"),
         ("model_weights_config.json", lambda _: with_pickled_weights, "pickled weights"),
         ("models/model.json", lambda marker: with_texts("x", f"x={making(marker)}"), "the name x=getattr"),
@@ -316,3 +321,18 @@ def test_two_inputs_are_refused(tmp_path):
         torch.export.save(torch.export.export(Two(), (IMAGES, IMAGES)), tmp_path / "a.pt2")
     with pytest.raises(SSDKDError, match="takes 2 inputs"):
         read_export(tmp_path / "a.pt2", trust_pickle=False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "s0",
+        "Symbol('s77', positive=True, integer=True)",
+        "Mul(Integer(2), Pow(Symbol('s0', integer=True), Integer(2)))",
+        "Add(Pow(Symbol('s0', integer=True), Integer(-1)), Integer(1000000))",
+        "Max(1, s0 // 2 + 3)",
+        "int_oo",
+    ],
+)
+def test_sizes_that_torch_writes_are_formulas(text):
+    assert _is_formula(text)

@@ -247,3 +247,14 @@ def test_the_archive_may_come_with_extra_files(tmp_path):
         torch.jit.save(torch.jit.script(Awkward().eval()), file, _extra_files={"config.txt": "{}"})
     (tmp_path / "a.pt").write_bytes(file.getvalue())
     assert "head.weight" in read_torchscript(tmp_path / "a.pt")[0]
+
+
+class TakesTwo(nn.Module):
+    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
+        return (images * mask).mean((2, 3))
+
+
+def test_a_network_of_two_inputs(tmp_path):
+    path = save(tmp_path / "a.pt", lambda: torch.jit.script(TakesTwo().eval()))
+    with pytest.raises(SSDKDError, match="takes 2 inputs: expected one"):
+        read_torchscript(path, (3, 8, 8))

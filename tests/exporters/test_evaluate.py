@@ -55,6 +55,8 @@ def test_folders_follow_the_names_of_the_model(class_names: tuple[str, ...], lab
     folders(tmp_path, "pear", "apple", "Fig")
     labelled = load_labelled(tmp_path, input_shape=GREY, classes=3, class_names=class_names)
     assert labelled.labels.tolist() == labels
+    is_doubtful = "is numbered in alphabetical order (Fig, apple, pear, ...): " in (labelled.doubt or "")
+    assert is_doubtful == (class_names[0] == "n01")
 
 
 def test_names_that_no_folder_can_have(tmp_path: Path) -> None:

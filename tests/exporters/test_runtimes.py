@@ -223,3 +223,10 @@ def test_a_model_file_is_used_without_torch() -> None:
     modules = ["exporters", "exporters.metadata", "exporters.runtimes", "exporters.bench", "exporters.evaluate"]
     code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules or 'onnxruntime' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_damaged_name_is_a_known_error(exported: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.onnx"
+    damaged.write_bytes(exported.read_bytes().replace(b"images", b"\xff\xff\xff\xff\xff\xff"))
+    with pytest.raises(SSDKDError, match="cannot be opened by ONNX Runtime"):
+        open_runtime(damaged)

@@ -12,9 +12,14 @@ from ssdkd_cli.boundary import exit_code_of, uninterrupted, within_boundary
 from ssdkd_cli.outcome import Outcome
 
 
-def test_out_of_memory_advises_nothing_that_a_command_may_lack(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")]
+)
+def test_out_of_memory_advises_nothing_that_a_command_may_lack(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail() -> None:
-        raise MemoryError
+        raise error
 
     assert exit_code_of(fail) == 1  # type: ignore[arg-type]
     said = capsys.readouterr().err

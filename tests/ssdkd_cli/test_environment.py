@@ -1,11 +1,13 @@
+import importlib.metadata
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 
 from engine import processors
 from ssdkd_cli import environment
-from ssdkd_cli.environment import _import_of, cpu_name, cpu_profile, doctor_findings, profile_warnings
+from ssdkd_cli.environment import _import_of, cpu_name, cpu_profile, doctor_facts, doctor_findings, profile_warnings
 
 
 def test_cores_are_those_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,3 +57,15 @@ def test_onnx_files_are_measured_on_the_cpu_where_there_is_a_gpu_too(monkeypatch
 def test_a_machine_that_does_not_say_fits_no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "CPU_INFO", tmp_path / "gone")
     assert cpu_profile() is None
+
+
+def test_a_package_under_another_name_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "onnxruntime":  # where onnxruntime-gpu brought it
+            raise importlib.metadata.PackageNotFoundError(name)
+        return known(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert doctor_facts()["onnxruntime"] == onnxruntime.__version__

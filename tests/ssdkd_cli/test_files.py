@@ -42,3 +42,14 @@ def test_a_broken_link_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("gone")
     with pytest.raises(SSDKDError, match="link cannot be made"):
         files.check_writable(tmp_path / "link")
+
+
+def test_what_a_killed_process_left_is_swept_away(tmp_path: Path) -> None:
+    left = (".unproven-model.fp16.onnx", ".unproven-model.engine.json", ".report.json.4711.part")
+    others = (".hidden", ".unproven", "a.part", "model.onnx", "report.json")
+    for name in (*left, *others):
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".teacher-ab12_x").mkdir()
+    (tmp_path / ".teacher-ab12_x" / "teacher.onnx").write_text("x")
+    with files.new_folder(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)

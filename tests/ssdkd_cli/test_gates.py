@@ -78,6 +78,13 @@ def test_what_was_not_measured_has_not_passed(limits: Limits, changed: dict[str,
     assert (gate.value, gate.passed) == (None, False)
 
 
+def test_a_difference_that_is_rounded_meets_its_limit() -> None:
+    accuracy, of_teacher = 63.4, 64.4
+    assert of_teacher - accuracy > 1  # by the last bit
+    (gate,) = judge(Limits(max_drop=1.0), artifact("model.onnx", accuracy=accuracy), teacher_accuracy=of_teacher)
+    assert gate.passed
+
+
 def test_no_limit_no_gate() -> None:
     assert judge(Limits(), SLOW, teacher_accuracy=None) == []
 

@@ -48,6 +48,8 @@ def test_classes_are_a_number_or_a_file(tmp_path: Path) -> None:
     labels = tmp_path / "labels.txt"
     labels.write_text("apple\r\n\nT-shirt/top \n", encoding="utf-8")
     assert read_classes(labels) == (2, ("apple", "T-shirt/top"))
+    labels.write_text("apple\nbee\n", encoding="utf-8-sig")  # as Windows writes it
+    assert read_classes(labels) == (2, ("apple", "bee"))
     for content in (b"one", b"a\na\n", b"\xff\xfe\x00"):
         labels.write_bytes(content)
         with pytest.raises(SSDKDError, match="--classes"):
@@ -109,7 +111,6 @@ def test_config_toml_is_read_as_it_was_written(tmp_path: Path) -> None:
         "input": "3x32x32",
         "mean": [0.5, 0.25, 0.125],
         "classes": 10,
-        "trust-pickle": False,
         "effort": "smoke",
         "time-limit": "5400s",
         "device": "auto",
@@ -158,6 +159,14 @@ def test_brackets_in_a_config_are_not_needed_and_do_no_harm(
     assert seen[1].precision == ["fp32", "int8"]
 
 
+def test_a_config_gives_no_leave_to_run_code(ssdkd: Any, shared: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("[compress]\nstudent='resnet8'\ntrust-pickle=true\n")
+    ran = ssdkd("compress", shared / "teacher.pt", "--config", tmp_path / "c.toml")
+    assert ran.code == 1
+    assert "has trust-pickle: a file cannot give leave" in ran.err
+    assert "type --trust-pickle" in ran.err
+
+
 def test_what_is_typed_wins_over_the_config(ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any) -> None:
     from ssdkd_cli import pipeline
 
@@ -171,7 +180,7 @@ def test_what_is_typed_wins_over_the_config(ssdkd: Any, shared: Path, tmp_path: 
     config = tmp_path / "ssdkd.toml"
     config.write_text(
         "[compress]\nstudent='vgg8'\nseed=7\neval_data='images'\nmean=[0.1,0.2,0.3]\ntime-limit='2m'\n"
-        "export=['onnx','onnx']\ntrust-pickle=true\nclasses=5\n"
+        "export=['onnx','onnx']\nno-fallback=true\nclasses=5\n"
     )
     ssdkd("compress", "t.pt", "--config", config, "--seed", "8")
     ssdkd("compress", "t.pt", "--student", "resnet8")
@@ -179,7 +188,7 @@ def test_what_is_typed_wins_over_the_config(ssdkd: Any, shared: Path, tmp_path: 
     first, second, third = seen
     assert (first.teacher, first.student, first.seed) == (Path("t.pt"), "vgg8", 8)
     assert (first.mean, first.time_limit, first.classes) == ((0.1, 0.2, 0.3), 120.0, 5)
-    assert (first.eval_data, first.export, first.trust_pickle) == (Path("images"), ["onnx"], True)
+    assert (first.eval_data, first.export, first.no_fallback) == (Path("images"), ["onnx"], True)
     assert (second.seed, second.mean, second.export, second.effort) == (0, None, [], "full")
     assert (third.student, third.seed, third.teacher) == ("resnet20", 7, commands.DEMO_TEACHER)
     assert third.out == Path("runs/demo")
