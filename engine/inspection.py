@@ -13,7 +13,7 @@ from engine.modes import evaluating
 from engine.probing import noise
 from engine.shapes import words
 from engine.students import build_network
-from engine.teacher import Teacher, TeacherSpec
+from engine.teacher import Teacher, TeacherSpec, tells_images_apart
 
 MAX_NAMED = 3
 SUGGESTED_STUDENTS = ("mobilenetv2", "resnet20", "resnet8")  # the largest first
@@ -46,9 +46,13 @@ def inspect_teacher(teacher: Teacher) -> Inspection:
         *_class_findings(module, spec.classes),
     ]
     with torch.no_grad():
-        finite = bool(module(noise(spec.input_shape)).isfinite().all())  # the images that load_teacher tries
+        logits = module(noise(spec.input_shape))  # of the images that load_teacher tries
+    finite, differ = bool(logits.isfinite().all()), tells_images_apart(logits)
     if not finite and not broken:
         findings.append(f"The logits are not finite for images of {words(spec.input_shape)}.")
+    if not differ:
+        findings.append("The logits are the same for every image.")
+    accepted = finite and differ and not broken
     flops = count_flops(module, spec.input_shape)
     student = suggested_student(spec, flops)
     verb, wanted = ("compress", ("--student", student)) if student else ("export", ("--precision", "int8"))
@@ -58,7 +62,7 @@ def inspect_teacher(teacher: Teacher) -> Inspection:
         layers=dict(kinds.most_common()),
         findings=tuple(findings),
         student=student,
-        command=shlex.join(["ssdkd", verb, spec.path, *wanted, *spec.flags]) if finite and not broken else None,
+        command=shlex.join(["ssdkd", verb, spec.path, *wanted, *spec.flags]) if accepted else None,
     )
 
 

@@ -109,6 +109,11 @@ def load_teacher(
             f"{path.name} computes logits that are not finite for images of {words(shape)}",
             "look at the file with `ssdkd inspect`, and take an earlier checkpoint of the training",
         )
+    if not allow_nonfinite and not tells_images_apart(logits):
+        raise SSDKDError(
+            f"{path.name} computes the same logits for every image of {words(shape)}: it has nothing to teach",
+            "look at the file with `ssdkd inspect`, and take an earlier checkpoint of the training",
+        )
     found = logits.shape[1]
     _check_classes(found, classes, class_names)
     preprocessing, normalisation_warnings = _preprocessing(mean, std, metadata, network.module, shape[0])
@@ -143,6 +148,11 @@ def load_teacher(
             flags=_flags(arch, input_shape, mean, std, classes_file, trust_pickle),
         ),
     )
+
+
+def tells_images_apart(logits: Tensor) -> bool:
+    """Whether the logits [B, K] of different images differ."""
+    return bool((logits != logits[:1]).any())
 
 
 def _check_stated_size(shape: Shape) -> None:

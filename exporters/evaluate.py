@@ -201,8 +201,8 @@ def _read_image(file: Path, input_shape: tuple[int, int, int]) -> NDArray[np.uin
 def _fitted(image: Image.Image, input_shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     """Return a picture as uint8 [H, W, C]: the shorter side resized (bilinear), then the centre cut out."""
     channels, height, width = input_shape
-    if image.mode == "F":
-        raise ValueError("float pixels have no known range")
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):  # of a PNG: 16 bits, as some Pillows read it
+        raise ValueError("float and 32-bit pixels have no known range")
     if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion cuts everything above 255 off
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     converted = image if image.mode == MODES[channels] else image.convert(MODES[channels])

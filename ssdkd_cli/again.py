@@ -21,11 +21,16 @@ from ssdkd_cli.gates import Limits, decide, recommend, runtime_format
 from ssdkd_cli.labels import chance_warnings, labelled_images, network_accuracy, numbered_images, read_classes
 from ssdkd_cli.material import NOISE_SAMPLES, Material, read_teacher, smooth_noise
 from ssdkd_cli.plans import PLAN
-from ssdkd_cli.report import Artifact, Gate, Percentiles, Report, problem_of, read_report
+from ssdkd_cli.report import Artifact, Gate, Percentiles, Report, problem_of, read_report, replaced
 from ssdkd_cli.report_page import write_report
 from ssdkd_cli.target import Target
 from ssdkd_cli.timing import BATCHES, busy_warnings, measure, time_files, time_plan_file
 from ssdkd_cli.words import percent
+
+TIMED_LATER = (
+    "Files were exported again, and timed at another moment than the teacher: how many times faster they are holds as "
+    "far as the machine was as busy then."
+)
 
 
 @dataclass(frozen=True)
@@ -185,14 +190,16 @@ def _with_artifacts(
     is_judged = any(item.verified and item.format == runtime_format(target) for item in together)
     if not is_judged and before and before.artifact in {item.path for item in kept}:
         recommendation = before
-    return dataclasses.replace(report, artifacts=tuple(together), recommendation=recommendation, gates=judged)
+    warnings = report.warnings if TIMED_LATER in report.warnings else (*report.warnings, TIMED_LATER)
+    return dataclasses.replace(
+        report, artifacts=tuple(together), recommendation=recommendation, gates=judged, warnings=warnings
+    )
 
 
 def _is_still_there(item: Artifact, folder: Path) -> bool:
-    problem = problem_of(item, folder)
-    if problem and (folder / item.path).exists():
+    if problem := replaced(item, folder):
         console.warn(f"{problem}; the report leaves it out")
-    return problem is None
+    return problem_of(item, folder) is None
 
 
 def _with_known_accuracy(artifacts: Sequence[Artifact], report: Report) -> tuple[Artifact, ...]:
@@ -260,14 +267,26 @@ def evaluate(
 
 def _score_run(model: Path, data: Path, trust_pickle: bool) -> list[Score]:
     run = runs.open_run(model, trust_pickle=trust_pickle)
+    warn_of_replaced_files(model)
     card = run.card
     labelled = labelled_images(data, card)
     images = len(labelled.labels)
     with console.stage("score", f"running {images:,} images"):
         value = network_accuracy(run.module, card, labelled)
         scores = [Score(str(model / runs.STUDENT), value, images)]
-        scores += [Score(str(path), score_file(open_runtime(path), labelled), images) for path in files_of(model)]
+        for path in files_of(model):
+            try:
+                scores.append(Score(str(path), score_file(open_runtime(path), labelled), images))
+            except SSDKDError as error:
+                again = f"write it anew: ssdkd export {model} --overwrite, or take it out of the run's folder"
+                raise SSDKDError(f"{path}: {error.message}", again) from error
     return scores
+
+
+def warn_of_replaced_files(folder: Path) -> None:
+    """Says which files of a run are others than its report describes."""
+    if (folder / runs.REPORT).exists():
+        console.warn_all([found for item in read_report(folder).artifacts if (found := replaced(item, folder))])
 
 
 def bench(model: Path, *, input_shape: tuple[int, int, int] | None) -> list[FileTiming]:
@@ -282,6 +301,8 @@ def bench(model: Path, *, input_shape: tuple[int, int, int] | None) -> list[File
             f"{model} holds no exported file that can be run here",
             f"export it first: ssdkd export {model} --export onnx",
         )
+    if model.is_dir():
+        warn_of_replaced_files(model)
     plans = [path for path in paths if path.suffix == PLAN]
     others = [path for path in paths if path.suffix != PLAN]
     with console.stage("speed", f"timing {', '.join(path.name for path in paths)}"):

@@ -72,7 +72,8 @@ def exit_code_of(command: Callable[[], Outcome], *, has_out: bool = False) -> in
     try:
         with interruptible(), stdout_for_the_result():
             outcome = command()
-        print_result(outcome)
+        with printing():
+            outcome.show()
         return outcome.exit_code
     except SSDKDError as error:
         console.error(error.message, error.hint)
@@ -94,10 +95,11 @@ def exit_code_of(command: Callable[[], Outcome], *, has_out: bool = False) -> in
     return KNOWN_ERROR
 
 
-def print_result(outcome: Outcome) -> None:
-    """Print it on stdout. Raises SSDKDError where that cannot be written, BrokenPipeError where nobody reads it."""
+@contextlib.contextmanager
+def printing() -> Iterator[None]:
+    """What is inside prints on stdout. Raises SSDKDError where that fails, BrokenPipeError where nobody reads it."""
     try:
-        outcome.show()
+        yield
         sys.stdout.flush()
     except OSError as error:
         # Python flushes stdout once more at its end: give it somewhere to go.

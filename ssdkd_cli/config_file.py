@@ -25,7 +25,7 @@ def read_config(path: Path) -> dict[str, dict[str, object]]:
         SSDKDError: no such file, not TOML, a table of another name, or a value that no path or name can hold.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise SSDKDError(f"--config {path} cannot be read: {error.strerror}", "check the path") from None
     except ValueError as error:  # tomllib's own, a file that is no text, a number of thousands of digits
@@ -52,7 +52,13 @@ def apply_config(context: typer.Context, path: Path | None) -> Path | None:
     """Typer's callback of --config: the file's values become the defaults of this command's options."""
     if path is None:
         return None
-    values = {key.replace("-", "_"): value for key, value in read_config(path)["compress"].items()}
+    table = read_config(path)["compress"]
+    values = {key.replace("-", "_"): value for key, value in table.items()}
+    if len(values) < len(table):
+        twice = next(key for key in table if "-" in key and key.replace("-", "_") in table)
+        raise SSDKDError(
+            f"--config {path}: expected each option once, found {twice} and {twice.replace('-', '_')}", "delete one"
+        )
     if "teacher" in values and context.info_name == "demo":
         raise SSDKDError(
             f"--config {path} names a teacher; the demo has its own",

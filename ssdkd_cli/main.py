@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 a known error; 2 wrong usage; 3 a verification failed; 130
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, TextIO, cast
@@ -14,7 +15,7 @@ import typer
 from engine.errors import SSDKDError
 from engine.processors import share_processors
 from ssdkd_cli import __version__, compress, console, look_commands, profile_commands, run_commands
-from ssdkd_cli.boundary import KNOWN_ERROR, within_boundary
+from ssdkd_cli.boundary import KNOWN_ERROR, printing, within_boundary
 from ssdkd_cli.outcome import Outcome
 
 app = typer.Typer(
@@ -37,12 +38,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     with contextlib.redirect_stderr(cast(TextIO, console.Unbroken(sys.stderr))):
         try:
+            return run(words)
+        except SSDKDError as error:  # from --config, which is read before a command starts, or of --help
+            console.error(error.message, error.hint)
+            return KNOWN_ERROR
+        finally:
+            if arguments is None:  # all is saved: a second Ctrl-C would only interrupt Python's own end
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def run(words: list[str]) -> int:
+    """The exit code of one command."""
+    with printing():
+        try:
             app(args=words, prog_name="ssdkd", obj=words)
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        except SSDKDError as error:  # from --config, which is read before a command starts
-            console.error(error.message, error.hint)
-            return KNOWN_ERROR
     return 0
 
 

@@ -9,6 +9,7 @@ import typer
 from engine.config import EFFORTS
 
 QAT_CHOICES = ("auto", "on", "off")
+LARGEST = 1e6  # no constant of images in 0...1 or 0...255 is larger
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
@@ -26,7 +27,7 @@ def parse_numbers(text: str) -> tuple[float, ...]:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
         numbers = ()
-    if not numbers or not all(math.isfinite(number) for number in numbers):
+    if not numbers or not all(abs(number) <= LARGEST for number in numbers):  # NaN is not, either
         raise typer.BadParameter(f"expected one number a channel, for example 0.49,0.48,0.45; found {text!r}")
     return numbers
 
@@ -34,8 +35,8 @@ def parse_numbers(text: str) -> tuple[float, ...]:
 def parse_spread(text: str) -> tuple[float, ...]:
     """As `parse_numbers`, and each number is above zero: images are divided by it."""
     numbers = parse_numbers(text)
-    if min(numbers) <= 0:
-        raise typer.BadParameter(f"expected numbers above 0; found {text!r}")
+    if min(numbers) < 1 / LARGEST:
+        raise typer.BadParameter(f"expected numbers above {1 / LARGEST:g}; found {text!r}")
     return numbers
 
 

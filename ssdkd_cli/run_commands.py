@@ -240,12 +240,12 @@ def report(run: Annotated[Path, RUN], json: Annotated[bool, JSON] = False) -> Ou
     from ssdkd_cli.report_page import write_report
     from ssdkd_cli.summary import show_report
 
-    found = read_report(run)
     try:
-        with locked(run):  # an export may just have written another
+        with locked(run):  # a run or an export may be writing another
             found = read_report(run)
             write_report(found, run)
     except OSError as error:
+        found = read_report(run)
         console.warn(f"{run} cannot be written ({error.strerror}): its report is shown as it is")
     for item in found.artifacts:
         if problem := problem_of(item, run):

@@ -155,7 +155,9 @@ def read_card(folder: Path) -> StudentCard:
     except ValidationError as error:
         first = error.errors()[0]
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    except (SafetensorError, KeyError, ValueError) as error:
+    except KeyError:
+        reason = "it does not say what network it is"
+    except (SafetensorError, ValueError) as error:
         reason = str(error)
     raise SSDKDError(
         f"{path} cannot be read as a student: {reason}", "run `ssdkd compress` again, or copy the whole run folder"
@@ -245,7 +247,10 @@ def _checked(module: "nn.Module", weights: "Mapping[str, Tensor]", card: Student
             expected.shape != found.shape
             or not np.abs(found - expected).max() <= LOGITS_TOLERANCE * np.abs(expected).max()
         ):
-            raise SSDKDError(f"the network {name} is not the one that was distilled: it computes other logits", hint)
+            raise SSDKDError(
+                f"the network {name} is not the one that was distilled: it computes other logits",
+                f"its weights may have been replaced: copy the whole run folder again; or {hint}",
+            )
     return module
 
 

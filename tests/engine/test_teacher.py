@@ -16,6 +16,7 @@ from torchvision import models
 from engine.batchnorm import batchnorm_layers
 from engine.channel_statistics import recorded_statistics
 from engine.errors import SSDKDError
+from engine.inspection import inspect_teacher
 from engine.losses import batchnorm_loss, batchnorm_prior, flat_statistics
 from engine.probing import Logits
 from engine.students import STUDENTS
@@ -552,3 +553,15 @@ def test_the_random_state_is_left_alone(tmp_path):
     before = torch.random.get_rng_state()
     load_teacher(path)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_teacher_that_says_the_same_of_every_image(tmp_path):
+    network = trained(STUDENTS["resnet8"].build(5, 3, 32))
+    nn.init.zeros_(network.linear.weight)
+    path = save(tmp_path, network)
+    with pytest.raises(SSDKDError, match="computes the same logits for every image of 3x32x32") as caught:
+        load_teacher(path, input_shape=(3, 32, 32))
+    assert "ssdkd inspect" in caught.value.hint
+    found = inspect_teacher(load_teacher(path, input_shape=(3, 32, 32), allow_nonfinite=True))
+    assert "The logits are the same for every image." in found.findings
+    assert found.command is None

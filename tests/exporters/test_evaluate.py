@@ -330,3 +330,11 @@ def test_accuracy_of_a_torch_module() -> None:
         module[2].bias.zero_()
     labelled = brightness(0, 50, 200, 250, labels=[0, 0, 1, 0])
     assert accuracy(predictor(module), labelled, mean=(0.5,), std=(0.25,)) == 75.0
+
+
+def test_integers_of_32_bits_have_no_known_range(tmp_path: Path) -> None:
+    folders(tmp_path, "a", "b")
+    (tmp_path / "a" / "0.png").unlink()
+    Image.fromarray(np.full((4, 4), 200, np.int32)).save(tmp_path / "a" / "0.tif")
+    with pytest.raises(SSDKDError, match=r"0\.tif cannot be read as an image: float and 32-bit pixels"):
+        load_labelled(tmp_path, input_shape=GREY, classes=2, class_names=None)

@@ -80,6 +80,17 @@ def test_a_result_that_cannot_be_printed_names_no_option_of_another_command() ->
     assert "--out" not in ran.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("words", [["--version"], ["compress", "--help"]])
+def test_a_disk_that_is_full_for_what_no_command_prints(words: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "ssdkd_cli.main", *words]
+        ran = subprocess.run(command, cwd=ROOT, text=True, stdout=full, stderr=subprocess.PIPE)
+    assert ran.returncode == 1
+    assert "the result cannot be printed: No space left on device" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
 def test_a_run_goes_on_where_nobody_reads_what_it_shows(tmp_path: Path) -> None:
     code = (
         "import sys; from ssdkd_cli import console, main\n"

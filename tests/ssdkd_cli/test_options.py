@@ -35,7 +35,7 @@ def test_shapes() -> None:
 def test_numbers_a_channel() -> None:
     assert parse_numbers("0.5") == (0.5,)
     assert parse_numbers("0.1, 0.2,0.3") == (0.1, 0.2, 0.3)
-    for text in ("", "a", "0.1,,0.2", "nan", "inf,1"):
+    for text in ("", "a", "0.1,,0.2", "nan", "inf,1", "1e99"):
         with pytest.raises(typer.BadParameter, match="one number a channel"):
             parse_numbers(text)
 
@@ -157,6 +157,13 @@ def test_brackets_in_a_config_are_not_needed_and_do_no_harm(
     assert ssdkd("compress", "t.pt", "--config", config).code == 1
     assert (seen[1].student, seen[1].effort, seen[1].mean) == ("vgg8", "quick", (0.5, 0.25))
     assert seen[1].precision == ["fp32", "int8"]
+
+
+def test_an_option_is_in_a_config_once(ssdkd: Any, shared: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("[compress]\nstudent='resnet8'\ntime-limit='2m'\ntime_limit='3m'\n", "utf-8-sig")
+    ran = ssdkd("compress", shared / "teacher.pt", "--config", tmp_path / "c.toml")
+    assert ran.code == 1
+    assert "expected each option once, found time-limit and time_limit" in ran.err
 
 
 def test_a_config_gives_no_leave_to_run_code(ssdkd: Any, shared: Path, tmp_path: Path) -> None:

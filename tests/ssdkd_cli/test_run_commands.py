@@ -327,3 +327,30 @@ def test_a_report_is_not_written_while_an_export_writes_another(ssdkd: Any, run_
     assert ran.code == 1
     assert f"another ssdkd is writing {run_folder}" in ran.err
     assert ssdkd("report", run_folder).code == 0
+
+
+def test_a_replaced_file_is_scored_and_said(ssdkd: Any, shared: Path, run_folder: Path) -> None:
+    model = onnx.load(run_folder / "model.onnx")
+    model.producer_name = "another"
+    onnx.save(model, run_folder / "model.onnx")
+    for words in (("eval", run_folder, "--data", shared / "test.npz"), ("bench", run_folder)):
+        ran = ssdkd(*words)
+        assert ran.code == 0, ran.err
+        assert "model.onnx is not the file that the report describes" in ran.err
+
+
+def test_a_file_of_a_run_that_does_not_say_what_it_takes(ssdkd: Any, shared: Path, run_folder: Path) -> None:
+    model = onnx.load(run_folder / "model.onnx")
+    del model.metadata_props[:]
+    onnx.save(model, run_folder / "model.onnx")
+    ran = ssdkd("eval", run_folder, "--data", shared / "test.npz")
+    assert ran.code == 1
+    assert f"{run_folder / 'model.onnx'}: the model file does not say how its images are normalised" in ran.err
+    assert f"ssdkd export {run_folder} --overwrite" in ran.err
+
+
+def test_files_that_were_timed_later_than_the_teacher_are_said_to_be(ssdkd: Any, run_folder: Path) -> None:
+    for _ in range(2):
+        assert ssdkd("export", run_folder, "--overwrite").code == 0
+    warnings = json.loads((run_folder / "report.json").read_text())["warnings"]
+    assert warnings.count(again.TIMED_LATER) == 1
