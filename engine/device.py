@@ -1,6 +1,8 @@
 """Where a run computes: the device and its precision. The one file of the engine that asks what the machine is."""
 
 import contextlib
+import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +42,16 @@ class Compute:
     def largest_batch(self) -> int:
         """Images of a step that teaches or inverts: on an H200 256 take about twice as long as 64."""
         return LARGEST_BATCHES[self.device.type]
+
+    @property
+    def memory_bytes(self) -> float:
+        """All memory that the device has, in use or not; infinity where the system does not say."""
+        if self.device.type == "cuda":
+            return float(torch.cuda.get_device_properties(self.device).total_memory)
+        try:
+            return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        except (AttributeError, ValueError, OSError):  # Windows
+            return math.inf
 
     def at_once(self, batch: int) -> int:
         """Images of a forward pass without gradients, where one with them has `batch`: a GPU wants as many as fit.

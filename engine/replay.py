@@ -4,6 +4,7 @@ Everything lives on the run's device and nothing waits for the host: the number 
 of samples added alone.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,11 @@ def empty_buffer(
         weights=torch.ones(capacity, device=device),
         born=torch.zeros(capacity, dtype=torch.int64, device=device),
     )
+
+
+def sample_bytes(image_shape: tuple[int, int, int], views: int, classes: int) -> int:
+    """The memory that a slot for an image of (C, H, W) takes: most of `empty_buffer`."""
+    return math.prod(image_shape) + views * (3 * 8 + 4 * classes)
 
 
 def class_counts(buffer: ReplayBuffer, classes: int) -> Tensor:

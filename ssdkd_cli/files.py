@@ -106,3 +106,17 @@ def check_space(folder: Path, needed_bytes: int) -> None:
             f"the run needs about {needed_bytes / 1e6:,.1f} MB",
             "free some space, or choose another disk with --out DIR",
         )
+
+
+def check_file_size(largest_bytes: int) -> None:
+    """Raises SSDKDError where this process may not write a file of so many bytes (`ulimit -f`)."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    limit_bytes = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit_bytes != resource.RLIM_INFINITY and limit_bytes < largest_bytes:
+        raise SSDKDError(
+            f"a file may have {limit_bytes / 1e6:,.1f} MB here; the run writes one of {largest_bytes / 1e6:,.1f} MB",
+            "raise the limit on the size of a file: ulimit -f unlimited",
+        )

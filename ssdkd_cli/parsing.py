@@ -36,7 +36,7 @@ def parse_spread(text: str) -> tuple[float, ...]:
     """As `parse_numbers`, and each number is above zero: images are divided by it."""
     numbers = parse_numbers(text)
     if min(numbers) < 1 / LARGEST:
-        raise typer.BadParameter(f"expected numbers above {1 / LARGEST:g}; found {text!r}")
+        raise typer.BadParameter(f"expected numbers above 0, {1 / LARGEST:g} or more; found {text!r}")
     return numbers
 
 

@@ -20,6 +20,7 @@ from engine.config import DistillationSettings, settings_for
 from engine.device import Compute, choose_device
 from engine.errors import SSDKDError
 from engine.inheritance import inherit
+from engine.replay import sample_bytes
 from engine.state import State
 from engine.students import STUDENTS, build_student, check_network_name
 from engine.teacher import Teacher
@@ -30,7 +31,7 @@ from ssdkd_cli.artifacts import artifact, make_files, timed_paths, try_target
 from ssdkd_cli.config_file import read_config, write_config
 from ssdkd_cli.describe import Scores, count_parameters, describe_run, run_warnings, size_warnings
 from ssdkd_cli.environment import profile_warnings
-from ssdkd_cli.files import check_space, new_folder, write_text
+from ssdkd_cli.files import check_file_size, check_space, new_folder, write_text
 from ssdkd_cli.gates import Limits, check_limits, with_budget
 from ssdkd_cli.labels import chance_warnings, labelled_images, network_accuracy, read_classes
 from ssdkd_cli.material import read_teacher
@@ -91,7 +92,9 @@ def compress(options: Options, *, command: str) -> Finished:
         student, inherited = build(options, teacher, settings, target)
         doubts = [*size_warnings(student, teacher), *profile_warnings(target.profile.name)]
         warnings = [*teacher.spec.warnings, *console.warn_all(doubts)]
+        check_memory(teacher, settings, compute)
         check_space(folder, needed_bytes(teacher, student, settings))
+        check_file_size(4 * max(teacher.spec.parameters, count_parameters(student)))
         card = runs.teacher_card(teacher.spec, options.student)
         labelled, teacher_accuracy = read_labelled(options.eval_data, teacher, card, compute.device)
         warnings += [labelled.doubt] if labelled and labelled.doubt else []  # which was said
@@ -256,6 +259,17 @@ def needed_bytes(teacher: Teacher, student: nn.Module, settings: DistillationSet
     image_bytes = math.prod(teacher.spec.input_shape)
     samples = settings.held_out * image_bytes + min(CALIBRATION_SAMPLES * image_bytes, CALIBRATION_BYTES)
     return 4 * (teacher.spec.parameters + 5 * count_parameters(student)) + samples + SPARE_BYTES
+
+
+def check_memory(teacher: Teacher, settings: DistillationSettings, compute: Compute) -> None:
+    """Raises SSDKDError where the replay buffer alone is larger than the memory of the device."""
+    buffered_bytes = settings.samples * sample_bytes(teacher.spec.input_shape, settings.views, teacher.spec.classes)
+    if buffered_bytes > (memory_bytes := compute.memory_bytes):
+        raise SSDKDError(
+            f"{settings.samples:,} samples need {buffered_bytes / 1e9:,.1f} GB of memory: expected "
+            f"{memory_bytes / 1e9:,.1f} GB at most, which is all there is",
+            "use fewer --samples",
+        )
 
 
 def save_picture(folder: Path, state: State, names: Sequence[str]) -> None:

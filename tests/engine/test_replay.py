@@ -255,3 +255,10 @@ def test_views_that_the_teacher_has_not_seen_are_not_drawn_until_its_logits_are_
     assert buffer.logits[2].tolist() == [[1.0] * 5, [7.0] * 5]
     replay.add(buffer, torch.tensor([2]), images[:1], views[:1], torch.ones(1, 2, 5), classes[:1], torch.zeros(1))
     assert buffer.seen[2].tolist() == [True, True]
+
+
+def test_a_slot_takes_what_is_said() -> None:
+    buffer = replay.empty_buffer(64, (3, 16, 16), views=4, classes=100, device=torch.device("cpu"))
+    taken = sum(value.nbytes for value in vars(buffer).values() if isinstance(value, Tensor))
+    said = 64 * replay.sample_bytes((3, 16, 16), views=4, classes=100)
+    assert 0.95 * taken < said <= taken

@@ -116,6 +116,7 @@ DEMO = ("demo", "--config", "{in}/bad.toml")
 CONFIGURED = (*COMPRESS, "--config", "{in}/bad.toml")
 # (name, what to prepare, arguments, exit code, part of the message, part of the hint)
 ROWS: list[tuple[str, Callable[[Path], None], tuple[str, ...], int, str, str]] = [
+    ("more samples than memory", nothing, (*COMPRESS, "--samples", "999999999"), 1, "GB of memory", "fewer --samples"),
     ("no file", nothing, ("compress", "{in}/gone.pt", *RUN), 1, "no file", "folder"),
     ("no checkpoint", no_checkpoint, ("compress", "{in}/teacher.txt", *RUN), 1, "teacher.txt", ""),
     ("truncated", truncated, ("compress", "{in}/half.pt", *RUN), 1, "half.pt", ""),

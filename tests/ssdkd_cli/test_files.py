@@ -53,3 +53,14 @@ def test_what_a_killed_process_left_is_swept_away(tmp_path: Path) -> None:
     (tmp_path / ".teacher-ab12_x" / "teacher.onnx").write_text("x")
     with files.new_folder(tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+def test_a_limit_on_the_size_of_files_is_found_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (100_000, resource.RLIM_INFINITY))
+    files.check_file_size(100_000)
+    with pytest.raises(SSDKDError, match=r"a file may have 0\.1 MB here; the run writes one of 0\.3 MB") as caught:
+        files.check_file_size(300_000)
+    assert "ulimit -f unlimited" in caught.value.hint
