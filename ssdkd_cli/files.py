@@ -13,7 +13,10 @@ from engine.errors import SSDKDError
 from exporters.files import check_utf8, write_atomically
 
 # Files that were not proven, were not whole, and the teacher's own ONNX file, which is timed.
-LEFT_BEHIND = re.compile(r"\.unproven-model\..+|\..+\.\d+\.part|\.teacher-\w+")
+LEFT_BEHIND = re.compile(
+    r"\.unproven-model\..+|\.teacher-\w+"
+    r"|\.(\.unproven-)?(student|samples|report|config|model|build_model|tensorrt_timing)\..+\.\d+\.part"
+)
 
 
 def write_text(path: Path, content: str) -> None:

@@ -46,7 +46,8 @@ def test_a_broken_link_is_no_folder(tmp_path: Path) -> None:
 
 def test_what_a_killed_process_left_is_swept_away(tmp_path: Path) -> None:
     left = (".unproven-model.fp16.onnx", ".unproven-model.engine.json", ".report.json.4711.part")
-    others = (".hidden", ".unproven", "a.part", "model.onnx", "report.json")
+    left += (".student.safetensors.1.part", "..unproven-model.onnx.12.part", ".tensorrt_timing.cache.3.part")
+    others = (".hidden", ".unproven", "a.part", "model.onnx", "report.json", ".download.iso.12.part")
     for name in (*left, *others):
         (tmp_path / name).write_text("x")
     (tmp_path / ".teacher-ab12_x").mkdir()
