@@ -9,7 +9,7 @@ from torch import nn
 @contextlib.contextmanager
 def evaluating(module: nn.Module | None) -> Iterator[None]:
     """Within the context the module, if there is one, is in eval mode; then each part in the mode it had itself."""
-    training = [part for part in module.modules() if part.training] if module else []
+    training = [part for part in module.modules() if part.training] if module is not None else []
     for part in training:
         part.training = False
     try:

@@ -1,5 +1,6 @@
 """What can be done with a finished run, or with a single model file: export, evaluate and bench it again."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -284,8 +285,8 @@ def _score_run(model: Path, data: Path, trust_pickle: bool) -> list[Score]:
 
 
 def warn_of_replaced_files(folder: Path) -> None:
-    """Says which files of a run are others than its report describes."""
-    if (folder / runs.REPORT).exists():
+    """Says which files of a run are others than its report describes; one that cannot be read describes nothing."""
+    with contextlib.suppress(SSDKDError):
         console.warn_all([found for item in read_report(folder).artifacts if (found := replaced(item, folder))])
 
 

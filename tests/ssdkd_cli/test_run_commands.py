@@ -339,6 +339,12 @@ def test_a_replaced_file_is_scored_and_said(ssdkd: Any, shared: Path, run_folder
         assert "model.onnx is not the file that the report describes" in ran.err
 
 
+def test_a_run_whose_report_cannot_be_read_is_scored(ssdkd: Any, shared: Path, run_folder: Path) -> None:
+    (run_folder / "report.json").write_text("{")
+    for words in (("eval", run_folder, "--data", shared / "test.npz"), ("bench", run_folder)):
+        assert ssdkd(*words).code == 0
+
+
 def test_a_file_of_a_run_that_does_not_say_what_it_takes(ssdkd: Any, shared: Path, run_folder: Path) -> None:
     model = onnx.load(run_folder / "model.onnx")
     del model.metadata_props[:]
