@@ -22,7 +22,7 @@ from ssdkd_cli.gates import Limits, decide, recommend, runtime_format
 from ssdkd_cli.labels import chance_warnings, labelled_images, network_accuracy, numbered_images, read_classes
 from ssdkd_cli.material import NOISE_SAMPLES, Material, read_teacher, smooth_noise
 from ssdkd_cli.plans import PLAN
-from ssdkd_cli.report import Artifact, Gate, Percentiles, Report, problem_of, read_report, replaced
+from ssdkd_cli.report import Artifact, Gate, Percentiles, Report, problem_of, read_report
 from ssdkd_cli.report_page import write_report
 from ssdkd_cli.target import Target
 from ssdkd_cli.timing import BATCHES, busy_warnings, measure, time_files, time_plan_file
@@ -198,9 +198,10 @@ def _with_artifacts(
 
 
 def _is_still_there(item: Artifact, folder: Path) -> bool:
-    if problem := replaced(item, folder):
+    problem = problem_of(item, folder)
+    if problem and (folder / item.path).exists():
         console.warn(f"{problem}; the report leaves it out")
-    return problem_of(item, folder) is None
+    return problem is None
 
 
 def _with_known_accuracy(artifacts: Sequence[Artifact], report: Report) -> tuple[Artifact, ...]:
@@ -287,7 +288,8 @@ def _score_run(model: Path, data: Path, trust_pickle: bool) -> list[Score]:
 def warn_of_replaced_files(folder: Path) -> None:
     """Says which files of a run are others than its report describes; one that cannot be read describes nothing."""
     with contextlib.suppress(SSDKDError):
-        console.warn_all([found for item in read_report(folder).artifacts if (found := replaced(item, folder))])
+        present = [item for item in read_report(folder).artifacts if (folder / item.path).exists()]
+        console.warn_all([problem for item in present if (problem := problem_of(item, folder))])
 
 
 def bench(model: Path, *, input_shape: tuple[int, int, int] | None) -> list[FileTiming]:

@@ -220,13 +220,9 @@ def read_report(folder: Path) -> Report:
 def problem_of(item: Artifact, folder: Path) -> str | None:
     """Why what the report says of a file does not hold: it is gone, or another one stands there."""
     path = folder / item.path
-    return replaced(item, folder) if path.is_file() else f"{path} is gone"
-
-
-def replaced(item: Artifact, folder: Path) -> str | None:
-    """That another file stands where the report has one, if it does."""
-    path = folder / item.path
-    if not path.is_file() or sha256_of(path) == item.sha256:
+    if not path.is_file():
+        return f"{path} is gone"
+    if sha256_of(path) == item.sha256:
         return None
     return f"{path} is not the file that the report describes: its sha256 is another"
 
