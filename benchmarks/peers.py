@@ -4,7 +4,8 @@
 
 The methods are fast-2, fast-5 and fast-10 (Fast-DFKD, Fang et al., AAAI 2022; https://github.com/zju-vipa/Fast-Datafree)
 and nayer (Tran et al., CVPR 2024; https://github.com/tmtuan1307/NAYER) on CIFAR-10, of which it has label embeddings.
-A checkout is a clone of that repository; no line of it is in ours. It needs `pip install kornia termcolor tqdm`.
+A checkout is a clone of that repository; no line of it is in ours. It needs `pip install kornia termcolor tqdm`,
+NAYER's `xlsxwriter` too.
 
 What is theirs: the generator, the synthesizer, its losses and its meta step; the pool of images on disk and its loader;
 the student's loss, SGD, rate and cosine; every number of their CIFAR-10 scripts (of Fast-DFKD's, those of the teacher's

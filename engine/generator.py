@@ -1,7 +1,8 @@
 """The fast generator: latent vectors to images, small enough that inverting a batch takes a few steps.
 
 A DCGAN-like decoder (upsample, 3x3 convolution, BatchNorm, LeakyReLU), as the fast meta-learned inversion uses it
-(Fang et al., AAAI 2022).
+(Fang et al., AAAI 2022). It paints over dead leaves (engine.leaves), others for each image: so edges, textures and
+colours differ from image to image as no decoder of latent vectors alone makes them differ.
 """
 
 import math
@@ -16,7 +17,7 @@ WIDEST = 8  # times `width`: the cap on channels of the coarse maps
 
 
 class Generator(nn.Module):
-    """z [B, latent] to pixels in 0...1 [B, C, H, W]."""
+    """z [B, latent], and dead leaves to paint over [B, C, H, W], to pixels in 0...1 [B, C, H, W]."""
 
     def __init__(self, image_shape: tuple[int, int, int], *, latent: int, width: int) -> None:
         """`image_shape` is (C, H, W); `width` the channels at full resolution."""
@@ -26,30 +27,41 @@ class Generator(nn.Module):
         widths = [width * min(2**level, WIDEST) for level in reversed(range(doublings))]
         widths = [widths[0], *widths]
         self.coarse_shape = (widths[0], math.ceil(self.height / 2**doublings), math.ceil(self.width / 2**doublings))
+        *hidden, last = pairwise(widths)
         self.project = nn.Linear(latent, math.prod(self.coarse_shape))
         self.project_norm = _batchnorm(widths[0])
-        self.blocks = nn.Sequential(*(_upsampling_block(before, after) for before, after in pairwise(widths)))
-        self.to_pixels = nn.Conv2d(width, channels, 3, padding=1)
+        self.blocks = nn.Sequential(*(nn.Sequential(_doubled(), *_block(*both)) for both in hidden), _doubled())
+        self.leaf_norm = _batchnorm(channels)
+        self.paint = nn.Sequential(*_block(last[0] + channels, last[1]))
+        self.to_pixels = nn.Conv2d(width + channels, channels, 3, padding=1)
         self.pixel_norm = _batchnorm(channels)
         nn.init.constant_(self.pixel_norm.weight, CONTRAST)
+        with torch.no_grad():  # begin with the leaves as they are, and what is painted over them
+            self.to_pixels.weight[:, width:, 1, 1] += torch.eye(channels)
 
-    def forward(self, z: Tensor) -> Tensor:
-        """Pixels in 0...1 [B, C, H, W]; a size that is no multiple of the coarse map is cropped from the centre."""
+    def forward(self, z: Tensor, leaves: Tensor) -> Tensor:
+        """Pixels in 0...1; a size that is no multiple of the coarse map is cropped from the centre.
+
+        Args:
+            z: [B, latent].
+            leaves: [B, C, H, W], of any scale; all alike (zeros, say) for none.
+        """
         features = self.project_norm(self.project(z).view(-1, *self.coarse_shape))
         features = self.blocks(features.contiguous(memory_format=torch.channels_last))
         top = (features.shape[2] - self.height) // 2
         left = (features.shape[3] - self.width) // 2
         features = features[:, :, top : top + self.height, left : left + self.width]
-        return self.pixel_norm(self.to_pixels(features)).float().sigmoid()
+        leaves = self.leaf_norm(leaves)
+        features = self.paint(torch.cat((features, leaves), 1))
+        return self.pixel_norm(self.to_pixels(torch.cat((features, leaves), 1))).float().sigmoid()
 
 
-def _upsampling_block(before: int, after: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Upsample(scale_factor=2, mode="nearest"),
-        nn.Conv2d(before, after, 3, padding=1, bias=False),
-        _batchnorm(after),
-        nn.LeakyReLU(0.2, inplace=True),
-    )
+def _doubled() -> nn.Module:
+    return nn.Upsample(scale_factor=2, mode="nearest")
+
+
+def _block(before: int, after: int) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(before, after, 3, padding=1, bias=False), _batchnorm(after), nn.LeakyReLU(0.2, inplace=True)
 
 
 def _batchnorm(channels: int) -> nn.BatchNorm2d:

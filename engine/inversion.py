@@ -20,6 +20,7 @@ from engine.config import DistillationSettings
 from engine.device import Compute
 from engine.generator import Generator
 from engine.images import Normalization, normalization, normalize, to_bytes
+from engine.leaves import dead_leaves
 from engine.losses import BatchNormPrior, batchnorm_loss, batchnorm_prior, flat_statistics, image_prior_loss, modulation
 from engine.modes import evaluating
 from engine.recording import Outputs, Recorded, laid_out_as
@@ -47,6 +48,7 @@ class Problem:
 
     fast_generator: Generator
     latent: Tensor  # [B, L]
+    leaves: Tensor  # [B, C, H, W], what the generator paints over; zeros without `settings.leaves`
     targets: Tensor  # int64 [B], the class that each image shall show
     class_counts: Tensor  # int64 [K], the buffer's classes now
     adversarial_weight: Tensor  # scalar, of the term with the student
@@ -93,6 +95,7 @@ def new_inverter(
     problem = Problem(
         fast_generator=fast,
         latent=torch.zeros(count, settings.generator_latent, device=device, requires_grad=True),
+        leaves=torch.zeros(count, *source.image_shape, device=device).to(memory_format=torch.channels_last),
         targets=torch.zeros(count, dtype=torch.int64, device=device),
         class_counts=torch.zeros(source.task.classes, dtype=torch.int64, device=device),
         adversarial_weight=torch.zeros((), device=device),
@@ -151,6 +154,8 @@ def invert(
     with torch.no_grad():
         torch._foreach_copy_(parameters, [*inverter.generator.parameters()])
         latent.normal_(generator=rng)
+        if settings.leaves:
+            problem.leaves.copy_(new_leaves(problem, rng))
         problem.targets.copy_(targets)
         problem.class_counts.copy_(class_counts)
         problem.adversarial_weight.fill_(adversarial_weight)
@@ -166,8 +171,15 @@ def invert(
         if settings.meta:
             torch._foreach_lerp_([*inverter.generator.parameters()], parameters, settings.meta_rate)
         with problem.compute.autocast():
-            images = to_bytes(fast(latent))
+            images = to_bytes(fast(latent, problem.leaves))
     return images, InversionLosses(*(term.clone() for term in losses))
+
+
+def new_leaves(problem: Problem, rng: torch.Generator) -> Tensor:
+    """Dead leaves for each image, bytes [B, C, H, W]."""
+    number, *image_shape = problem.leaves.shape
+    channels, height, width = image_shape
+    return dead_leaves(number, (channels, height, width), problem.normalization, rng).permute(0, 3, 1, 2)
 
 
 def losses_and_gradients(problem: Problem, *, asks_student: bool) -> Outputs:
@@ -181,7 +193,7 @@ def losses_and_gradients(problem: Problem, *, asks_student: bool) -> Outputs:
         frozen_batchnorm(student if freezes else None),
         problem.compute.autocast(),
     ):
-        inputs = normalize(fast(latent), problem.normalization)
+        inputs = normalize(fast(latent, problem.leaves), problem.normalization)
         teacher_logits = problem.teacher(inputs)
         student_logits = teacher_logits if student is None else student(inputs)
     target_loss = task.target_loss(teacher_logits, problem.targets).mean()

@@ -64,6 +64,15 @@ def test_where_batches_may_be_larger_only_small_images_make_them_so(
     assert (typed.inversion_batch, typed.student_batch) == (20, 30)
 
 
+def test_where_batches_may_be_larger_the_student_learns_longer() -> None:
+    usual = settings_for("full", image_shape=(3, 32, 32))
+    assert (usual.student_steps, usual.looking_share) == (20, 0.5)
+    longer = settings_for("full", image_shape=(3, 224, 224), largest_batch=256)
+    assert (longer.student_steps, longer.looking_share) == (40, 1.0)
+    typed = settings_for("full", image_shape=(3, 32, 32), largest_batch=256, student_steps=7, looking_share=0.25)
+    assert (typed.student_steps, typed.looking_share) == (7, 0.25)
+
+
 def test_overrides_win_over_effort_and_size() -> None:
     settings = settings_for(
         "smoke", image_shape=(3, 224, 224), rounds=77, student_batch=100, gamma=2, beta=0.5, priority=False

@@ -113,6 +113,27 @@ def test_the_steps_of_a_round_lower_the_loss(meta: bool, teacher: nn.Module, stu
     assert last.total < 0.8 * first.total
 
 
+def test_each_round_paints_over_leaves_of_its_own(teacher: nn.Module, student: nn.Module) -> None:
+    inverter, counts, seen = inverter_of(teacher, student), torch.zeros(CLASSES, dtype=torch.int64), []
+    for seed in (0, 1, 0):
+        rng = torch.Generator().manual_seed(seed)
+        images, _ = invert(inverter, TARGETS, class_counts=counts, adversarial_weight=0.0, rng=rng)
+        seen.append(inverter.problem.leaves.clone())
+        each = seen[-1].flatten(1)
+        assert each.std(1).min() > 1
+        assert torch.cdist(each, each).fill_diagonal_(torch.inf).min() > 100
+        like = torch.corrcoef(torch.stack((images.permute(0, 3, 1, 2).float().flatten(), each.flatten())))[0, 1]
+        assert abs(like) > 0.2
+    assert not torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
+
+
+def test_without_leaves_the_generator_paints_over_nothing(teacher: nn.Module, student: nn.Module) -> None:
+    images, _, inverter = run(teacher, student, leaves=False)
+    assert not inverter.problem.leaves.any()
+    assert images.float().std() > 20
+
+
 def test_images_come_nearer_to_the_teachers_statistics(teacher: nn.Module, student: nn.Module) -> None:
     prior = batchnorm_prior(batchnorm_layers(teacher))
 
@@ -155,7 +176,7 @@ def test_the_spread_term_makes_images_differ(teacher: nn.Module, student: nn.Mod
     def deviation(images: Tensor) -> float:
         return to_input(images, CONSTANTS).mean((2, 3)).std().item()
 
-    changed = {"inversion_steps": 20, "adversarial_weight": 0.0}
+    changed = {"inversion_steps": 20, "adversarial_weight": 0.0, "leaves": False}
     alike, off, inverter = run(teacher, student, spread_weight=0.0, **changed)
     apart, on, _ = run(teacher, student, spread_weight=100.0, **changed)
     assert inverter.problem.spread is None
