@@ -13,7 +13,7 @@ SHARES = ("looking_share",)  # of the run: 1 at most
 USUAL_BATCH = 64  # images of a step
 ROUNDS_OF_A_BUFFER = 8  # that fill it, where batches are larger than usual: it is not to be another one each round
 # On a device with larger batches, which does in minutes what takes two cores hours: the student has time to learn more.
-LONG_RUN: dict[str, Any] = {"student_steps": 40, "looking_share": 1.0}
+LONG_RUN: dict[str, Any] = {"student_steps": 40, "looking_share": 1.0, "leaves": True}
 BATCH_PIXELS = 128 * 64 * 64  # a batch has no more pixels than this, unless so few images are below the smallest batch
 
 
@@ -33,7 +33,7 @@ class DistillationSettings:
     generator_rate: float = 2e-2  # Adam
     latent_rate: float = 0.1  # Adam
     meta_rate: float = 1.0  # epsilon, how far the generator follows its fast copy in a round
-    leaves: bool = True  # the generator paints over dead leaves (engine.leaves); off: over nothing
+    leaves: bool = False  # the generator paints over dead leaves (engine.leaves); off: over nothing
     batchnorm_weight: float = 100.0  # a_bn
     spread_weight: float = 100.0  # a_sp, of images that lie too near to each other (engine.spread); 0: off
     class_weight: float = 0.5  # a_ce
@@ -74,7 +74,7 @@ def settings_for(
 
     Large images shrink both batches with their area, to no less than 16: up to 181 pixels a side memory stays level.
     Where `largest_batch` is above the usual one, a round makes an eighth of the buffer at most, or the usual batch, and
-    the student takes more steps, with the teacher looking on to the end.
+    the rest of LONG_RUN holds.
 
     Raises:
         SSDKDError: unknown effort or setting, or a value of another type.

@@ -1,7 +1,7 @@
 """The fast generator: latent vectors to images, small enough that inverting a batch takes a few steps.
 
 A DCGAN-like decoder (upsample, 3x3 convolution, BatchNorm, LeakyReLU), as the fast meta-learned inversion uses it
-(Fang et al., AAAI 2022). It paints over dead leaves (engine.leaves), others for each image: so edges, textures and
+(Fang et al., AAAI 2022). It may paint over dead leaves (engine.leaves), others for each image: then edges, textures and
 colours differ from image to image as no decoder of latent vectors alone makes them differ.
 """
 

@@ -1,7 +1,8 @@
 """Images that no network and no camera made: dead leaves, shapes that cover each other, each with a texture of its own.
 
 Their edges, scales and spectra are those of photographs (Lee, Mumford and Huang 2001), so that networks can learn from
-them (Baradad et al., NeurIPS 2021). Here they say how far the images of a batch may lie apart (engine.spread).
+them (Baradad et al., NeurIPS 2021). Here they say how far the images of a batch may lie apart (engine.spread), and a
+generator may paint over them (engine.generator).
 """
 
 import torch
@@ -32,7 +33,7 @@ def dead_leaves(number: int, image_shape: Shape, normalization: Normalization, r
         angle, stretch = _uniform(number, 0, torch.pi, rng), (0.5 * _normal(number, 1, rng)).exp()
         along = (right * angle.cos() + down * angle.sin()) / stretch
         across = (down * angle.cos() - right * angle.sin()) * stretch
-        power = torch.where(_uniform(number, 0, 1, rng) < 0.5, ELLIPSE, BOX)
+        power = ELLIPSE + (BOX - ELLIPSE) * (_uniform(number, 0, 1, rng) >= 0.5)
         distance = (along.abs() ** power + across.abs() ** power + 1e-9) ** (1 / power)
         radius = min(height, width) * SMALLEST * (LARGEST / SMALLEST) ** _uniform(number, 0, 1, rng)
         inside = ((radius - distance) / _uniform(number, 0.2, 1, rng)).clamp(-30, 30).sigmoid()
@@ -58,7 +59,7 @@ def _texture(number: int, height: int, width: int, rng: torch.Generator) -> Tens
         for frequencies, side in ((torch.fft.fftfreq, height), (torch.fft.rfftfreq, width))
     )
     frequency = (rows[:, None].square() + columns.square()).sqrt()
-    frequency[0, 0] = 1
+    frequency = frequency + (frequency == 0)  # the mean, which goes: written as a number it would be sent to the GPU
     noise = torch.randn(number, 1, height, width, generator=rng, device=rng.device)
     shaped = torch.fft.irfft2(torch.fft.rfft2(noise) * frequency ** -_uniform(number, 0.5, 2, rng), s=(height, width))
     shaped = shaped - shaped.mean((2, 3), keepdim=True)

@@ -66,11 +66,11 @@ def test_where_batches_may_be_larger_only_small_images_make_them_so(
 
 def test_where_batches_may_be_larger_the_student_learns_longer() -> None:
     usual = settings_for("full", image_shape=(3, 32, 32))
-    assert (usual.student_steps, usual.looking_share) == (20, 0.5)
+    assert (usual.student_steps, usual.looking_share, usual.leaves) == (20, 0.5, False)
     longer = settings_for("full", image_shape=(3, 224, 224), largest_batch=256)
-    assert (longer.student_steps, longer.looking_share) == (40, 1.0)
-    typed = settings_for("full", image_shape=(3, 32, 32), largest_batch=256, student_steps=7, looking_share=0.25)
-    assert (typed.student_steps, typed.looking_share) == (7, 0.25)
+    assert (longer.student_steps, longer.looking_share, longer.leaves) == (40, 1.0, True)
+    typed = settings_for("full", image_shape=(3, 32, 32), largest_batch=256, student_steps=7, leaves=False)
+    assert (typed.student_steps, typed.looking_share, typed.leaves) == (7, 1.0, False)
 
 
 def test_overrides_win_over_effort_and_size() -> None:

@@ -60,7 +60,8 @@ def begin(device: str, *, depth: int = 8, student: nn.Module | None = None, **ch
         std=(0.25,) * CHANNELS,
         batchnorm_layers=tuple(batchnorm_layers(teacher)),
     )
-    settings = settings_for("smoke", image_shape=image_shape, samples=512, student_steps=5, **changed)
+    changed = {"samples": 512, "student_steps": 5, "leaves": True, **changed}
+    settings = settings_for("smoke", image_shape=image_shape, **changed)
     return start(source, student, settings=settings, compute=choose_device(device), seed=0)
 
 

@@ -114,7 +114,7 @@ def test_the_steps_of_a_round_lower_the_loss(meta: bool, teacher: nn.Module, stu
 
 
 def test_each_round_paints_over_leaves_of_its_own(teacher: nn.Module, student: nn.Module) -> None:
-    inverter, counts, seen = inverter_of(teacher, student), torch.zeros(CLASSES, dtype=torch.int64), []
+    inverter, counts, seen = inverter_of(teacher, student, leaves=True), torch.zeros(CLASSES, dtype=torch.int64), []
     for seed in (0, 1, 0):
         rng = torch.Generator().manual_seed(seed)
         images, _ = invert(inverter, TARGETS, class_counts=counts, adversarial_weight=0.0, rng=rng)
@@ -128,8 +128,8 @@ def test_each_round_paints_over_leaves_of_its_own(teacher: nn.Module, student: n
     assert torch.equal(seen[0], seen[2])
 
 
-def test_without_leaves_the_generator_paints_over_nothing(teacher: nn.Module, student: nn.Module) -> None:
-    images, _, inverter = run(teacher, student, leaves=False)
+def test_the_generator_paints_over_nothing_unless_asked(teacher: nn.Module, student: nn.Module) -> None:
+    images, _, inverter = run(teacher, student)
     assert not inverter.problem.leaves.any()
     assert images.float().std() > 20
 
@@ -176,7 +176,7 @@ def test_the_spread_term_makes_images_differ(teacher: nn.Module, student: nn.Mod
     def deviation(images: Tensor) -> float:
         return to_input(images, CONSTANTS).mean((2, 3)).std().item()
 
-    changed = {"inversion_steps": 20, "adversarial_weight": 0.0, "leaves": False}
+    changed = {"inversion_steps": 20, "adversarial_weight": 0.0}
     alike, off, inverter = run(teacher, student, spread_weight=0.0, **changed)
     apart, on, _ = run(teacher, student, spread_weight=100.0, **changed)
     assert inverter.problem.spread is None
@@ -263,15 +263,14 @@ def test_the_teacher_is_left_as_it_was(teacher: nn.Module, student: nn.Module) -
 def test_the_meta_step_moves_the_generator_so_that_the_next_round_starts_nearer(
     teacher: nn.Module, student: nn.Module
 ) -> None:
+    changed = {"adversarial_weight": 0.0, "leaves": True}
     generator = inverter_of(teacher, student).generator
     before = state_of(generator)
     starts = []
     for seed in range(6):
-        _, losses, _ = run(
-            teacher, student, inversion_steps=1, adversarial_weight=0.0, generator=generator, meta=False, seed=99
-        )
+        _, losses, _ = run(teacher, student, **changed, inversion_steps=1, generator=generator, meta=False, seed=99)
         starts.append(losses.total.item())  # of the first step: what the generator offers
-        run(teacher, student, adversarial_weight=0.0, generator=generator, seed=seed)
+        run(teacher, student, **changed, generator=generator, seed=seed)
     moved = state_of(generator)
     assert all(not torch.equal(moved[name], before[name]) for name in before if name.endswith("weight"))
     assert starts[-1] < 0.8 * starts[0]
