@@ -3,7 +3,6 @@
     python -m benchmarks.gpu DATA --pack FOLDER        (any machine: train.npz and test.npz, 57 MB, to carry along)
     python -m benchmarks.gpu DATA --out FOLDER [--pairs wrn40_2-wrn16_2 ...] [--seeds 3] [--minutes 8] [--device cuda]
     python -m benchmarks.gpu DATA --out FOLDER --rivals fast-5 nayer --fast-dfkd CHECKOUT --nayer CHECKOUT ...
-    python -m benchmarks.gpu DATA --out FOLDER --rivals ... --at-once     (each method in a process: they share the GPU)
     python -m benchmarks.gpu DATA --out FOLDER --changed cuda_graphs=false looking_share=1.0   (ours twice more)
     python -m benchmarks.gpu DATA --out FOLDER --buffer 500 2500 5000 10000      (the first pair, by size of the buffer)
 
@@ -19,7 +18,6 @@ import argparse
 import copy
 import gc
 import shlex
-import subprocess
 import sys
 import time
 import tomllib
@@ -218,8 +216,7 @@ def run_pair(
     seconds = arguments.seconds or run_seconds(arguments.minutes, len(jobs), size.schedule.seconds)
     if seconds <= 0:
         sys.exit(f"{arguments.minutes} minutes are too few for a teacher and {len(jobs)} runs: give more --minutes")
-    about = {**source, "pair": pair, "seconds_limit": seconds, "rounds_limit": arguments.rounds}
-    about |= {"tiny": arguments.tiny, "at_once": arguments.at_once or None}
+    about = {**source, "pair": pair, "seconds_limit": seconds, "rounds_limit": arguments.rounds, "tiny": arguments.tiny}
     done = finished(out, about, [name_of(pair, *job) for job in jobs])
     left = [job for job in jobs if name_of(pair, *job) not in done]
     if not left:
@@ -250,20 +247,6 @@ def run_pair(
         print(f"{name_of(pair, method, samples, seed)}: {says}", flush=True)
 
 
-def run_at_once(words: Sequence[str], methods: Sequence[str], arguments: argparse.Namespace) -> int:
-    """Each method in a process of its own, all at the same time; what the worst of them exits with.
-
-    Their teachers are made first: each process would train its own.
-    """
-    compute, test = choose_device(arguments.device), load_split(arguments.data, "test")
-    schedule = (TINY if arguments.tiny else Size()).schedule
-    for pair in arguments.pairs:
-        teacher_for(PAIRS[pair][0], arguments.data, arguments.out, test, compute, schedule)
-    command = [sys.executable, "-m", "benchmarks.gpu", *words, "--only"]
-    processes = [subprocess.Popen([*command, method]) for method in methods]
-    return max(process.wait() for process in processes)
-
-
 def without_paths(words: Sequence[str], arguments: argparse.Namespace) -> list[str]:
     """The command line as it is published: folders of this machine under the names that the usage has for them."""
     named = {str(arguments.data): "DATA", str(arguments.out): "FOLDER"}
@@ -289,10 +272,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--changed", nargs="+", default=[], metavar="SETTING=VALUE", help="ours once more with each of these"
     )
-    parser.add_argument("--at-once", action="store_true", help="all methods at the same time, on one GPU")
-    parser.add_argument("--only", help=argparse.SUPPRESS)  # one of those
     parser.add_argument("--tiny", action="store_true", help="try everything in seconds, on any machine; means nothing")
-    words = list(sys.argv[1:] if words is None else words)
     arguments = parser.parse_args(words)
     if arguments.pack:
         for path in pack(arguments.data, arguments.pack):
@@ -300,8 +280,9 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     if not arguments.out:
         parser.error("give --out FOLDER, or --pack FOLDER")
-    published = without_paths(words[:-2] if arguments.only else words, arguments)
-    source = provenance(shlex.join(["python", "-m", "benchmarks.gpu", *published]))
+    source = provenance(
+        shlex.join(["python", "-m", "benchmarks.gpu", *without_paths(words or sys.argv[1:], arguments)])
+    )
     methods: dict[str, Method] = {"ssdkd": run_ssdkd}
     for changed in arguments.changed:
         try:
@@ -316,10 +297,6 @@ def main(words: Sequence[str] | None = None) -> None:
                 f"{name} needs a clone of its authors' code: --{'nayer' if name == 'nayer' else 'fast-dfkd'} FOLDER"
             )
         methods[name] = rival(name, checkout)
-    if arguments.at_once and not arguments.only:
-        sys.exit(run_at_once(words, list(methods), arguments))
-    if arguments.only:
-        methods = {arguments.only: methods[arguments.only]}
     pairs = arguments.pairs[:1] if arguments.buffer else arguments.pairs
     jobs = [
         (method, samples, seed)

@@ -9,8 +9,7 @@ from typing import Any
 
 from benchmarks.common import save
 
-# What runs of one result share, beside GPU and torch.
-SAME = ("seconds_limit", "rounds_limit", "tiny", "at_once", "commit")
+SAME = ("seconds_limit", "rounds_limit", "tiny", "commit")  # what runs of one result share, beside GPU and torch
 
 
 def name_of(pair: str, method: str, samples: int, seed: int) -> str:

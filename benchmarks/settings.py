@@ -54,6 +54,7 @@ VARIANTS: tuple[Changed, ...] = (
     {"class_weight": 2.0},
     {"spread_weight": 0.0},
     {"spread_weight": 30.0},
+    {"leaves": True},
     {"generator_width": 8},
     {"generator_width": 32},
 )

@@ -143,20 +143,6 @@ def test_ours_runs_once_more_with_each_changed_setting(data: Path, measured: Pat
     assert changed == {"ssdkd": (True, 0.4), "ssdkd_alter=false": (False, 0.4), "ssdkd_beta=0.7": (True, 0.7)}
 
 
-def test_methods_that_run_at_once_are_one_result_of_one_command(data: Path, measured: Path, tmp_path: Path) -> None:
-    (tmp_path / "teachers").mkdir()
-    shutil.copy(measured / "teachers" / "wrn16_1.pt", tmp_path / "teachers")
-    words = "--seeds", "1", "--changed", "alter=false", "--at-once"
-    with pytest.raises(SystemExit) as ended:
-        run(data, tmp_path, *words)
-    assert ended.value.code == 0
-    runs = json.loads((tmp_path / "gpu.json").read_text())["runs"]
-    assert {run["method"]: run["at_once"] for run in runs} == {"ssdkd": True, "ssdkd_alter=false": True}
-    assert {run["command"].split(" --pairs ")[1] for run in runs} == {f"{PAIR} {' '.join(words)}"}
-    with pytest.raises(SystemExit, match="other at_once"):
-        run(data, tmp_path, "--seeds", "1")
-
-
 @pytest.mark.parametrize("changed", ["alter", "alter=0", "colour=1"])
 def test_a_setting_that_does_not_exist_is_said_at_once(
     data: Path, tmp_path: Path, changed: str, capsys: pytest.CaptureFixture[str]

@@ -1,3 +1,5 @@
+import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -225,3 +227,14 @@ def test_nayer_has_words_for_cifar_10_alone(checkout: Path, teacher: Teacher) ->
             seed=0,
             device=CPU,
         )
+
+
+def test_the_commit_is_that_of_a_clone_alone(tmp_path: Path) -> None:
+    peer = tmp_path / "peer"
+    peer.mkdir()
+    assert peers.commit_of(peer) == ""
+    identity = "-c", "user.name=a", "-c", "user.email=a@b"
+    for words in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    assert peers.commit_of(peer) == ""  # a copy within another clone
+    assert re.fullmatch("[0-9a-f]{40}", peers.commit_of(tmp_path))

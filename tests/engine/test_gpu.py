@@ -284,7 +284,7 @@ def test_the_demo_runs_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(timing, "BENCH_SECONDS", 0.02)
     config = tmp_path / "few.toml"
-    config.write_text("[distillation]\nrounds = 3\nwarmup_rounds = 1\nsamples = 256\nstudent_steps = 4\n")
+    config.write_text("[distillation]\nrounds = 24\nwarmup_rounds = 4\nsamples = 1024\n")
     words = ["demo", "--device", "cuda", "--config", str(config), "--out", str(tmp_path / "run"), "--json"]
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
@@ -293,7 +293,7 @@ def test_the_demo_runs_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     report = json.loads(out.getvalue())
     assert report["environment"]["device"].startswith("cuda")
     assert report["environment"]["gpu"]
-    assert report["distillation"]["rounds"] == 3
+    assert report["distillation"]["rounds"] == 24
     assert report["artifacts"]
     assert all(artifact["verified"] for artifact in report["artifacts"])
     assert report["teacher"]["accuracy"] > 80
