@@ -67,16 +67,22 @@ class WatchedBatchNorm(torch.autograd.Function):
         return gradient, None, None, None, None
 
 
-def _statistics(features: Tensor, between: bool) -> tuple[Any, ...]:
-    """The statistics of ChannelStatistics; behind them what `_gradient` needs."""
+def mean_and_variance(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of a feature map [B, C, ...] per channel, without a gradient; [C], float32 or wider."""
     # Float32 running statistics, unused (momentum 0): without them those of bfloat16 features come out in bfloat16.
     dtype = torch.promote_types(features.dtype, torch.float32)
     running_mean, running_variance = torch.zeros(2, features.shape[1], dtype=dtype, device=features.device)
     mean, variance = torch.batch_norm_update_stats(features, running_mean, running_variance, 0.0)
+    return mean, variance
+
+
+def _statistics(features: Tensor, between: bool) -> tuple[Any, ...]:
+    """The statistics of ChannelStatistics; behind them what `_gradient` needs."""
+    mean, variance = mean_and_variance(features)
     if not between:
         return (mean.float(), variance.float()), mean
     places = tuple(range(2, features.dim()))
-    apart = (features.mean(places, dtype=dtype) if places else features.to(dtype)) - mean  # [B, C]
+    apart = (features.mean(places, dtype=mean.dtype) if places else features.to(mean.dtype)) - mean  # [B, C]
     return (mean.float(), variance.float(), apart.square().mean(0).float()), mean, apart
 
 

@@ -17,43 +17,47 @@ WIDEST = 8  # times `width`: the cap on channels of the coarse maps
 
 
 class Generator(nn.Module):
-    """z [B, latent], and dead leaves to paint over [B, C, H, W], to pixels in 0...1 [B, C, H, W]."""
+    """z [B, latent], and dead leaves to paint over if it has any, to pixels in 0...1 [B, C, H, W]."""
 
-    def __init__(self, image_shape: tuple[int, int, int], *, latent: int, width: int) -> None:
+    def __init__(self, image_shape: tuple[int, int, int], *, latent: int, width: int, leaves: bool = False) -> None:
         """`image_shape` is (C, H, W); `width` the channels at full resolution."""
         super().__init__()
-        channels, self.height, self.width = image_shape
-        doublings = max(1, math.ceil(math.log2(max(self.height, self.width) / COARSEST_PIXELS)))
+        self.image_shape = channels, height, across = image_shape
+        doublings = max(1, math.ceil(math.log2(max(height, across) / COARSEST_PIXELS)))
         widths = [width * min(2**level, WIDEST) for level in reversed(range(doublings))]
         widths = [widths[0], *widths]
-        self.coarse_shape = (widths[0], math.ceil(self.height / 2**doublings), math.ceil(self.width / 2**doublings))
+        self.coarse_shape = (widths[0], math.ceil(height / 2**doublings), math.ceil(across / 2**doublings))
         *hidden, last = pairwise(widths)
+        more = channels if leaves else 0
         self.project = nn.Linear(latent, math.prod(self.coarse_shape))
         self.project_norm = _batchnorm(widths[0])
         self.blocks = nn.Sequential(*(nn.Sequential(_doubled(), *_block(*both)) for both in hidden), _doubled())
-        self.leaf_norm = _batchnorm(channels)
-        self.paint = nn.Sequential(*_block(last[0] + channels, last[1]))
-        self.to_pixels = nn.Conv2d(width + channels, channels, 3, padding=1)
+        self.leaf_norm = _batchnorm(channels) if leaves else None
+        self.paint = nn.Sequential(*_block(last[0] + more, last[1]))
+        self.to_pixels = nn.Conv2d(width + more, channels, 3, padding=1)
         self.pixel_norm = _batchnorm(channels)
         nn.init.constant_(self.pixel_norm.weight, CONTRAST)
-        with torch.no_grad():  # begin with the leaves as they are, and what is painted over them
-            self.to_pixels.weight[:, width:, 1, 1] += torch.eye(channels)
+        if leaves:
+            with torch.no_grad():  # begin with the leaves as they are, and what is painted over them
+                self.to_pixels.weight[:, width:, 1, 1] += torch.eye(channels)
 
-    def forward(self, z: Tensor, leaves: Tensor) -> Tensor:
+    def forward(self, z: Tensor, leaves: Tensor | None = None) -> Tensor:
         """Pixels in 0...1; a size that is no multiple of the coarse map is cropped from the centre.
 
         Args:
             z: [B, latent].
-            leaves: [B, C, H, W], of any scale; all alike (zeros, say) for none.
+            leaves: [B, C, H, W], of any scale, for a generator that has leaves.
         """
         features = self.project_norm(self.project(z).view(-1, *self.coarse_shape))
         features = self.blocks(features.contiguous(memory_format=torch.channels_last))
-        top = (features.shape[2] - self.height) // 2
-        left = (features.shape[3] - self.width) // 2
-        features = features[:, :, top : top + self.height, left : left + self.width]
+        _, height, width = self.image_shape
+        top, left = (features.shape[2] - height) // 2, (features.shape[3] - width) // 2
+        features = features[:, :, top : top + height, left : left + width]
+        if self.leaf_norm is None or leaves is None:
+            return self.pixel_norm(self.to_pixels(self.paint(features))).float().sigmoid()
         leaves = self.leaf_norm(leaves)
-        features = self.paint(torch.cat((features, leaves), 1))
-        return self.pixel_norm(self.to_pixels(torch.cat((features, leaves), 1))).float().sigmoid()
+        features = self.paint(_beside(features, leaves))
+        return self.pixel_norm(self.to_pixels(_beside(features, leaves))).float().sigmoid()
 
 
 def _doubled() -> nn.Module:
@@ -62,6 +66,10 @@ def _doubled() -> nn.Module:
 
 def _block(before: int, after: int) -> tuple[nn.Module, ...]:
     return nn.Conv2d(before, after, 3, padding=1, bias=False), _batchnorm(after), nn.LeakyReLU(0.2, inplace=True)
+
+
+def _beside(features: Tensor, leaves: Tensor) -> Tensor:
+    return torch.cat((features, leaves.to(features.dtype)), 1).contiguous(memory_format=torch.channels_last)
 
 
 def _batchnorm(channels: int) -> nn.BatchNorm2d:

@@ -48,7 +48,7 @@ class Problem:
 
     fast_generator: Generator
     latent: Tensor  # [B, L]
-    leaves: Tensor  # [B, C, H, W], what the generator paints over; zeros without `settings.leaves`
+    leaves: Tensor | None  # [B, C, H, W], what the generator paints over, if anything
     targets: Tensor  # int64 [B], the class that each image shall show
     class_counts: Tensor  # int64 [K], the buffer's classes now
     adversarial_weight: Tensor  # scalar, of the term with the student
@@ -82,7 +82,8 @@ def new_inverter(
     """
 
     def build() -> Generator:
-        generator = Generator(source.image_shape, latent=settings.generator_latent, width=settings.generator_width)
+        latent, width = settings.generator_latent, settings.generator_width
+        generator = Generator(source.image_shape, latent=latent, width=width, leaves=settings.leaves)
         return generator.to(compute.device).to(memory_format=torch.channels_last)
 
     generator, fast = build().requires_grad_(False), build()
@@ -95,7 +96,7 @@ def new_inverter(
     problem = Problem(
         fast_generator=fast,
         latent=torch.zeros(count, settings.generator_latent, device=device, requires_grad=True),
-        leaves=torch.zeros(count, *source.image_shape, device=device).to(memory_format=torch.channels_last),
+        leaves=torch.zeros(count, *source.image_shape, device=device) if settings.leaves else None,
         targets=torch.zeros(count, dtype=torch.int64, device=device),
         class_counts=torch.zeros(source.task.classes, dtype=torch.int64, device=device),
         adversarial_weight=torch.zeros((), device=device),
@@ -154,8 +155,9 @@ def invert(
     with torch.no_grad():
         torch._foreach_copy_(parameters, [*inverter.generator.parameters()])
         latent.normal_(generator=rng)
-        if settings.leaves:
-            problem.leaves.copy_(new_leaves(problem, rng))
+        if problem.leaves is not None:
+            images = dead_leaves(len(latent), fast.image_shape, problem.normalization, rng)
+            problem.leaves.copy_(images.permute(0, 3, 1, 2))
         problem.targets.copy_(targets)
         problem.class_counts.copy_(class_counts)
         problem.adversarial_weight.fill_(adversarial_weight)
@@ -173,13 +175,6 @@ def invert(
         with problem.compute.autocast():
             images = to_bytes(fast(latent, problem.leaves))
     return images, InversionLosses(*(term.clone() for term in losses))
-
-
-def new_leaves(problem: Problem, rng: torch.Generator) -> Tensor:
-    """Dead leaves for each image, bytes [B, C, H, W]."""
-    number, *image_shape = problem.leaves.shape
-    channels, height, width = image_shape
-    return dead_leaves(number, (channels, height, width), problem.normalization, rng).permute(0, 3, 1, 2)
 
 
 def losses_and_gradients(problem: Problem, *, asks_student: bool) -> Outputs:

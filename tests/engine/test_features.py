@@ -193,7 +193,21 @@ def test_maps_that_do_not_grow_miss_a_share_of_the_variance() -> None:
         student(inputs)
     handle.remove()
     missed = (seen[0] - maps[1]).square().mean((1, 2, 3))
-    torch.testing.assert_close(errors[1], missed / maps[1].var((0, 2, 3)).mean())
+    torch.testing.assert_close(errors[1], missed / maps[1].var((0, 2, 3), correction=0).mean())
+
+
+def test_the_gradient_of_an_error_keeps_the_memory_layout_of_its_map() -> None:
+    student, teacher = build_network("resnet8", classes=4, channels=3, pixels=16), ZOO["resnet14"](4, 3).eval()
+    for network in (student, teacher):
+        network.to(memory_format=torch.channels_last)
+    stages, seen = shared_stages(student, teacher, SHAPE), []
+    inputs = torch.randn(4, *SHAPE).contiguous(memory_format=torch.channels_last)
+    _, maps = teacher_maps(stages, inputs)
+    stages.pairs[-1].own.register_forward_hook(lambda _, __, output: seen.append(output))
+    with compared(stages, maps) as errors:
+        student(inputs)
+    (gradient,) = torch.autograd.grad(errors[-1].mean(), seen)
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_student_whose_maps_grow_does_not_run_away() -> None:

@@ -118,6 +118,7 @@ def test_each_round_paints_over_leaves_of_its_own(teacher: nn.Module, student: n
     for seed in (0, 1, 0):
         rng = torch.Generator().manual_seed(seed)
         images, _ = invert(inverter, TARGETS, class_counts=counts, adversarial_weight=0.0, rng=rng)
+        assert inverter.problem.leaves is not None
         seen.append(inverter.problem.leaves.clone())
         each = seen[-1].flatten(1)
         assert each.std(1).min() > 1
@@ -126,12 +127,6 @@ def test_each_round_paints_over_leaves_of_its_own(teacher: nn.Module, student: n
         assert abs(like) > 0.2
     assert not torch.equal(seen[0], seen[1])
     assert torch.equal(seen[0], seen[2])
-
-
-def test_the_generator_paints_over_nothing_unless_asked(teacher: nn.Module, student: nn.Module) -> None:
-    images, _, inverter = run(teacher, student)
-    assert not inverter.problem.leaves.any()
-    assert images.float().std() > 20
 
 
 def test_images_come_nearer_to_the_teachers_statistics(teacher: nn.Module, student: nn.Module) -> None:
@@ -263,14 +258,15 @@ def test_the_teacher_is_left_as_it_was(teacher: nn.Module, student: nn.Module) -
 def test_the_meta_step_moves_the_generator_so_that_the_next_round_starts_nearer(
     teacher: nn.Module, student: nn.Module
 ) -> None:
-    changed = {"adversarial_weight": 0.0, "leaves": True}
     generator = inverter_of(teacher, student).generator
     before = state_of(generator)
     starts = []
     for seed in range(6):
-        _, losses, _ = run(teacher, student, **changed, inversion_steps=1, generator=generator, meta=False, seed=99)
+        _, losses, _ = run(
+            teacher, student, inversion_steps=1, adversarial_weight=0.0, generator=generator, meta=False, seed=99
+        )
         starts.append(losses.total.item())  # of the first step: what the generator offers
-        run(teacher, student, **changed, generator=generator, seed=seed)
+        run(teacher, student, adversarial_weight=0.0, generator=generator, seed=seed)
     moved = state_of(generator)
     assert all(not torch.equal(moved[name], before[name]) for name in before if name.endswith("weight"))
     assert starts[-1] < 0.8 * starts[0]
