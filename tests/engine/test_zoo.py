@@ -76,6 +76,16 @@ def test_the_zero_padded_shortcut_strides_and_pads_on_both_sides() -> None:
     assert not out[:, 6:].any()
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_gradient_of_option_a_keeps_the_memory_layout(memory_format: torch.memory_format) -> None:
+    x = torch.randn(2, 4, 6, 6).contiguous(memory_format=memory_format).requires_grad_()
+    (gradient,) = torch.autograd.grad(ZeroPaddedShortcut(4, stride=2)(x).square().sum(), x)
+    assert gradient.is_contiguous(memory_format=memory_format)
+    kept = torch.zeros_like(x)
+    kept[:, :, ::2, ::2] = 2 * x.detach()[:, :, ::2, ::2]
+    assert torch.equal(gradient, kept)
+
+
 @pytest.mark.parametrize("channels_out", [4, 8])
 def test_a_wide_block_takes_its_shortcut_behind_the_activation_only_where_it_projects(channels_out: int) -> None:
     block = PreactivationBlock(4, channels_out, stride=1).eval()
