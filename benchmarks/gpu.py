@@ -3,7 +3,7 @@
     python -m benchmarks.gpu DATA --pack FOLDER        (any machine: train.npz and test.npz, 57 MB, to carry along)
     python -m benchmarks.gpu DATA --out FOLDER [--pairs wrn40_2-wrn16_2 ...] [--seeds 3] [--minutes 8] [--device cuda]
     python -m benchmarks.gpu DATA --out FOLDER --rivals fast-5 nayer --fast-dfkd CHECKOUT --nayer CHECKOUT ...
-    python -m benchmarks.gpu DATA --out FOLDER --changed cuda_graphs=false looking_share=1.0   (ours twice more)
+    python -m benchmarks.gpu DATA --out FOLDER --changed cuda_graphs=false looking_share=0.5   (ours twice more)
     python -m benchmarks.gpu DATA --out FOLDER --buffer 500 2500 5000 10000      (the first pair, by size of the buffer)
 
 DATA holds train/ and test/, a folder a class, or what --pack made of them; the training images only make teachers that

@@ -85,6 +85,7 @@ def measure(case: Case, device: str) -> dict[str, Any]:
         "smoke",
         image_shape=image_shape,
         largest_batch=compute.largest_batch,
+        looking_share=0.5,
         rounds=ROUNDS,
         warmup_rounds=UNTIMED - 1,
         samples=case.samples,

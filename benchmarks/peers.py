@@ -266,6 +266,6 @@ def _teach(
 
 def commit_of(checkout: Path) -> str:
     """The commit of a clone; nothing where it is none, though it may lie in another one."""
-    asked = ["git", "-C", str(checkout), "rev-parse", "--show-prefix", "HEAD"]
+    asked = ["git", "-C", str(checkout), "rev-parse", "--show-prefix", "--verify", "HEAD"]
     inside, _, commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.partition("\n")
     return "" if inside else commit.strip()

@@ -12,8 +12,8 @@ HIGHEST = 10**9  # of all but shares of the run: more is a slip
 SHARES = ("looking_share",)  # of the run: 1 at most
 USUAL_BATCH = 64  # images of a step
 ROUNDS_OF_A_BUFFER = 8  # that fill it, where batches are larger than usual: it is not to be another one each round
-# On a device with larger batches, which does in minutes what takes two cores hours: the student has time to learn more.
-LONG_RUN: dict[str, Any] = {"student_steps": 40, "looking_share": 1.0, "leaves": True}
+# Where batches may be larger: a GPU does in minutes what takes two cores hours, and its student has time to learn more.
+GPU_DEFAULTS: dict[str, Any] = {"student_steps": 40, "looking_share": 1.0, "leaves": True}
 BATCH_PIXELS = 128 * 64 * 64  # a batch has no more pixels than this, unless so few images are below the smallest batch
 
 
@@ -42,7 +42,7 @@ class DistillationSettings:
     beta: float = 0.4  # exponent of the importance weights
 
     student_batch: int = USUAL_BATCH
-    student_steps: int = 20  # a round
+    student_steps: int = 20  # a round; on a GPU other defaults hold for this and two more (GPU_DEFAULTS)
     student_rate: float = 0.1  # peak; SGD with Nesterov momentum; a half cosine to 0
     student_momentum: float = 0.9
     student_decay: float = 5e-4
@@ -74,7 +74,7 @@ def settings_for(
 
     Large images shrink both batches with their area, to no less than 16: up to 181 pixels a side memory stays level.
     Where `largest_batch` is above the usual one, a round makes an eighth of the buffer at most, or the usual batch, and
-    the rest of LONG_RUN holds.
+    GPU_DEFAULTS take the place of the defaults.
 
     Raises:
         SSDKDError: unknown effort or setting, or a value of another type.
@@ -99,7 +99,7 @@ def settings_for(
         student_batch=batch,
         warmup_rounds=min(10, max(1, rounds // 4)),
     )
-    settings = replace(sized, **{**(LONG_RUN if largest_batch > USUAL_BATCH else {}), **overrides})
+    settings = replace(sized, **{**(GPU_DEFAULTS if largest_batch > USUAL_BATCH else {}), **overrides})
     _check_ranges(settings)
     floats: dict[str, Any] = {name: float(value) for name, value in overrides.items() if types[name] is float}
     return replace(settings, **floats)

@@ -46,16 +46,20 @@ class Generator(nn.Module):
 
         Args:
             z: [B, latent].
-            leaves: [B, C, H, W], of any scale, for a generator that has leaves.
+            leaves: [B, C, H, W], of any scale; None for a generator without.
+
+        Raises:
+            ValueError: leaves for a generator without, or none for one that paints over them.
         """
+        if (leaves is None) != (self.leaf_norm is None):
+            raise ValueError("a generator takes leaves if it was built with them, else none")
         features = self.project_norm(self.project(z).view(-1, *self.coarse_shape))
         features = self.blocks(features.contiguous(memory_format=torch.channels_last))
         _, height, width = self.image_shape
         top, left = (features.shape[2] - height) // 2, (features.shape[3] - width) // 2
         features = features[:, :, top : top + height, left : left + width]
-        if self.leaf_norm is None or leaves is None:
-            return self.pixel_norm(self.to_pixels(self.paint(features))).float().sigmoid()
-        leaves = self.leaf_norm(leaves)
+        if self.leaf_norm is not None and leaves is not None:
+            leaves = self.leaf_norm(leaves).to(features.dtype)
         features = self.paint(_beside(features, leaves))
         return self.pixel_norm(self.to_pixels(_beside(features, leaves))).float().sigmoid()
 
@@ -68,8 +72,10 @@ def _block(before: int, after: int) -> tuple[nn.Module, ...]:
     return nn.Conv2d(before, after, 3, padding=1, bias=False), _batchnorm(after), nn.LeakyReLU(0.2, inplace=True)
 
 
-def _beside(features: Tensor, leaves: Tensor) -> Tensor:
-    return torch.cat((features, leaves.to(features.dtype)), 1).contiguous(memory_format=torch.channels_last)
+def _beside(features: Tensor, leaves: Tensor | None) -> Tensor:
+    if leaves is None:
+        return features
+    return torch.cat((features, leaves), 1).contiguous(memory_format=torch.channels_last)  # one channel says no layout
 
 
 def _batchnorm(channels: int) -> nn.BatchNorm2d:

@@ -89,6 +89,7 @@ def new_inverter(
     generator, fast = build().requires_grad_(False), build()
     device, count = compute.device, settings.inversion_batch
     constants = normalization(source.mean, source.std, device)
+    leaves = torch.zeros(count, *source.image_shape, device=device)
     prior = batchnorm_prior(source.batchnorm_layers) if source.batchnorm_layers else None
     spread = None
     if prior and settings.spread_weight and settings.inversion:
@@ -96,7 +97,7 @@ def new_inverter(
     problem = Problem(
         fast_generator=fast,
         latent=torch.zeros(count, settings.generator_latent, device=device, requires_grad=True),
-        leaves=torch.zeros(count, *source.image_shape, device=device) if settings.leaves else None,
+        leaves=leaves.to(memory_format=torch.channels_last) if settings.leaves else None,
         targets=torch.zeros(count, dtype=torch.int64, device=device),
         class_counts=torch.zeros(source.task.classes, dtype=torch.int64, device=device),
         adversarial_weight=torch.zeros((), device=device),
@@ -156,8 +157,8 @@ def invert(
         torch._foreach_copy_(parameters, [*inverter.generator.parameters()])
         latent.normal_(generator=rng)
         if problem.leaves is not None:
-            images = dead_leaves(len(latent), fast.image_shape, problem.normalization, rng)
-            problem.leaves.copy_(images.permute(0, 3, 1, 2))
+            leaves = dead_leaves(len(latent), fast.image_shape, problem.normalization, rng)
+            problem.leaves.copy_(leaves.permute(0, 3, 1, 2))
         problem.targets.copy_(targets)
         problem.class_counts.copy_(class_counts)
         problem.adversarial_weight.fill_(adversarial_weight)

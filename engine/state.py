@@ -112,15 +112,19 @@ def start(
 
 
 def looks_on(state: State, progress: float) -> bool:
-    """Whether the teacher looks at what the student is shown at each step: in the first part of a run, for its maps and
-    for altered images.
+    """Whether the teacher looks at what the student is shown at each step: in the first part of a run, or all of it
+    (`looking_share`), for its maps and for altered images.
     """
     settings = state.settings
     return (settings.alter or bool(state.stages.pairs)) and progress < settings.looking_share
 
 
 def recordings(state: State) -> dict[str, Recorded]:
-    """Each step that a GPU can record, by name."""
-    inner, gradients = state.inverter.inner_step, state.gradients
-    steps = {"inversion in the warm-up": inner[False], "inversion": inner[True], "teaching": gradients[False]}
-    return {**steps, "teaching while the teacher looks on": gradients[True]} if looks_on(state, 0.0) else steps
+    """Each step of the run that a GPU can record, by name."""
+    inner, gradients, looks = state.inverter.inner_step, state.gradients, looks_on(state, 0.0)
+    steps = {"inversion in the warm-up": inner[False], "inversion": inner[True]}
+    if not looks or state.settings.looking_share < 1:
+        steps["teaching"] = gradients[False]
+    if looks:
+        steps["teaching while the teacher looks on"] = gradients[True]
+    return steps

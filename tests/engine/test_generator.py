@@ -57,13 +57,11 @@ def test_first_images_use_the_whole_range() -> None:
 def test_cropping_takes_the_centre() -> None:
     whole, cropped = build(1, 32, 32), build(1, 30, 29)
     cropped.load_state_dict(whole.state_dict())
-    z, seen = latents(2), []
+    z, painted = latents(2), []
     for network in (whole, cropped):
-        network.blocks.register_forward_hook(lambda layer, inputs, output: seen.append(output))
-        network.paint.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+        network.paint.register_forward_pre_hook(lambda layer, inputs: painted.append(inputs[0]))
         network(z)
-    _, painted, _, painted_cropped = seen
-    assert torch.equal(painted_cropped, painted[:, :, 1:31, 1:30])  # a pixel is cut at the top and at the left
+    assert torch.equal(painted[1], painted[0][:, :, 1:31, 1:30])  # a pixel is cut at the top and at the left
 
 
 def test_different_latents_give_different_images_and_gradients_reach_them() -> None:
@@ -85,6 +83,23 @@ def test_different_leaves_give_different_images_that_resemble_them() -> None:
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
+def test_both_last_convolutions_see_the_leaves() -> None:
+    network, painted_over, seen = build(3, 16, 16, leaves=True), some_leaves(4, 3, 16, 16), []
+    for layer in (network.paint, network.to_pixels):
+        layer.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0][:, -3:]))
+    network(latents(4), painted_over)
+    expected = (painted_over - painted_over.mean((0, 2, 3), keepdim=True)) / painted_over.std((0, 2, 3), keepdim=True)
+    for inputs in seen:
+        torch.testing.assert_close(inputs, expected, atol=1e-2, rtol=0)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_leaves_and_a_generator_that_has_none_do_not_go_together(leaves: bool) -> None:
+    with pytest.raises(ValueError, match="built with them"):
+        build(3, 16, 16, leaves=leaves)(latents(4), None if leaves else some_leaves(4, 3, 16, 16))
+
+
 @pytest.mark.parametrize("scale", [1 / 255, 10.0])
 def test_leaves_have_any_scale(scale: float) -> None:
     network, z, painted_over = build(3, 16, 16, leaves=True), latents(4), some_leaves(4, 3, 16, 16)
@@ -93,9 +108,10 @@ def test_leaves_have_any_scale(scale: float) -> None:
 
 @pytest.mark.parametrize("leaves", [False, True])
 def test_nothing_is_carried_from_batch_to_batch(leaves: bool) -> None:
-    network, z, painted_over = build(1, 16, 16, leaves=leaves), latents(4), some_leaves(4, 1, 16, 16)
+    network, z = build(1, 16, 16, leaves=leaves), latents(4)
+    painted_over, others = (some_leaves(number, 1, 16, 16) if leaves else None for number in (4, 8))
     first = network(z, painted_over)
-    network(torch.randn(8, 16), torch.rand(8, 1, 16, 16))
+    network(torch.randn(8, 16), others)
     network.eval()
     assert torch.equal(network(z, painted_over), first)
     assert not list(network.buffers())
@@ -117,5 +133,5 @@ def test_channels_last_in_memory_up_to_the_last_layer(leaves: bool, channels: in
         layer.register_forward_pre_hook(
             lambda layer, inputs: formats.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
         )
-    network(latents(2), some_leaves(2, channels, 32, 32))
+    network(latents(2), some_leaves(2, channels, 32, 32) if leaves else None)
     assert formats == [True, True]
