@@ -89,7 +89,9 @@ def new_inverter(
     generator, fast = build().requires_grad_(False), build()
     device, count = compute.device, settings.inversion_batch
     constants = normalization(source.mean, source.std, device)
-    leaves = torch.zeros(count, *source.image_shape, device=device)
+    leaves = None
+    if settings.leaves:
+        leaves = torch.zeros(count, *source.image_shape, device=device).to(memory_format=torch.channels_last)
     prior = batchnorm_prior(source.batchnorm_layers) if source.batchnorm_layers else None
     spread = None
     if prior and settings.spread_weight and settings.inversion:
@@ -97,7 +99,7 @@ def new_inverter(
     problem = Problem(
         fast_generator=fast,
         latent=torch.zeros(count, settings.generator_latent, device=device, requires_grad=True),
-        leaves=leaves.to(memory_format=torch.channels_last) if settings.leaves else None,
+        leaves=leaves,
         targets=torch.zeros(count, dtype=torch.int64, device=device),
         class_counts=torch.zeros(source.task.classes, dtype=torch.int64, device=device),
         adversarial_weight=torch.zeros((), device=device),
