@@ -211,6 +211,10 @@ def run_pair(
 ) -> None:
     """All runs (method, samples, seed) of a pair that --out does not hold yet."""
     out, size = arguments.out, TINY if arguments.tiny else Size()
+    if arguments.teacher_seconds:
+        size = replace(size, schedule=replace(size.schedule, seconds=arguments.teacher_seconds))
+    if arguments.points:
+        size = replace(size, points=arguments.points)
     if arguments.rounds:
         size = replace(size, settings={**size.settings, "rounds": arguments.rounds})
     seconds = arguments.seconds or run_seconds(arguments.minutes, len(jobs), size.schedule.seconds)
@@ -263,6 +267,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=8, help="of a pair, its teacher included")
     parser.add_argument("--seconds", type=float, help="of a run, in place of its share of --minutes")
+    parser.add_argument("--teacher-seconds", type=float, help="of a teacher's training, at most")
+    parser.add_argument("--points", type=int, help="of a curve, at equal parts of a run")
     parser.add_argument("--rounds", type=int, help="of ours, where a GPU has time for more than `--effort full` has")
     parser.add_argument("--rivals", nargs="*", choices=sorted(PEERS), default=[], help="beside ours, in equal time")
     parser.add_argument("--fast-dfkd", type=Path, help="a clone of zju-vipa/Fast-Datafree")

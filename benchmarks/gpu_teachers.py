@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from engine.device import Compute
 from engine.images import Normalization, normalization, random_views, render, to_input
+from engine.recording import Outputs, Recorded, laid_out_as
 from engine.teacher import Teacher, load_teacher
 from engine.zoo import ZOO
 from exporters.evaluate import LabelledImages
@@ -59,7 +60,7 @@ def train(
         seed: of the order and the augmentations.
 
     Returns:
-        the schedule, and the epochs (a fraction), steps and seconds that were spent.
+        the schedule, the epochs (a fraction), steps and seconds that were spent, whether the step was recorded.
     """
     constants = normalization(MEAN, STD, compute.device)
     rng = torch.Generator(compute.device).manual_seed(seed)
@@ -72,7 +73,20 @@ def train(
         momentum=schedule.momentum,
         weight_decay=schedule.decay,
         nesterov=True,
+        fused=True,
     )
+    parameters = list(network.parameters())
+    drawn = torch.zeros(batch, dtype=torch.int64, device=compute.device)  # of a step, in memory that stays where it is
+    views = random_views(len(images), 1, schedule.shift, rng)[:, 0].contiguous()  # of an epoch, likewise
+
+    def loss_and_gradients() -> Outputs:
+        inputs = to_input(render(images, drawn, views[drawn]), constants)
+        with compute.autocast():
+            logits = network(inputs)
+        loss = F.cross_entropy(logits.float(), labels[drawn])
+        return Outputs((loss.detach(),), laid_out_as(parameters, torch.autograd.grad(loss, parameters)))
+
+    step = Recorded(loss_and_gradients, compute.device, enabled=compute.has_graphs)
     network.train()
     was_choosing, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
     started = time.perf_counter()
@@ -81,27 +95,23 @@ def train(
             place = steps % steps_per_epoch
             if place == 0:
                 order = torch.randperm(len(images), generator=rng, device=compute.device)
-                views = random_views(len(images), 1, schedule.shift, rng)[:, 0]
-            drawn = order[place * batch : (place + 1) * batch]
+                views.copy_(random_views(len(images), 1, schedule.shift, rng)[:, 0])
+            drawn.copy_(order[place * batch : (place + 1) * batch])
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(progress)
-            inputs = to_input(render(images, drawn, views[drawn]), constants)
-            with compute.autocast():
-                logits = network(inputs)
-            loss = F.cross_entropy(logits.float(), labels[drawn])
-            optimizer.zero_grad()
-            loss.backward()
+            (loss,), gradients = step()
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
             optimizer.step()
             steps += 1
-            if place == steps_per_epoch - 1 and not math.isfinite(
-                float(loss.detach())
-            ):  # waits: the clock is the device's
+            if place == steps_per_epoch - 1 and not math.isfinite(float(loss)):  # waits: the clock is the device's
                 raise FloatingPointError(f"the teacher's loss is not finite after {steps} steps: lower peak_rate")
     finally:
         torch.backends.cudnn.benchmark = was_choosing
     network.eval()
     seconds = time.perf_counter() - started
-    return {**asdict(schedule), "trained_epochs": steps / steps_per_epoch, "steps": steps, "trained_seconds": seconds}
+    spent = {"trained_epochs": steps / steps_per_epoch, "steps": steps, "trained_seconds": seconds}
+    return {**asdict(schedule), **spent, "recording": step.refusal or step.replays}
 
 
 def compact(state: dict[str, Tensor]) -> dict[str, Tensor]:
