@@ -16,6 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from engine.errors import SSDKDError, first_line
+from exporters.integer_layout import integer_layout
 from exporters.metadata import ssdkd_version
 from exporters.quiet import quiet
 
@@ -41,6 +42,11 @@ class Scheme:
     per_channel: bool = True  # weights: a scale for each output channel
     reduce_range: bool = False  # weights of 7 bits, where the product of U8 and S8 saturates (x86 without VNNI)
     int32_bias: bool = True  # biases as integers too; TensorRT's parser refuses them
+
+    @property
+    def for_onnxruntime(self) -> bool:
+        """Whether ONNX Runtime is to compute it, with a scale a channel: then `integer_layout` rounds nothing more."""
+        return self.int32_bias and self.per_channel
 
 
 def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -98,7 +104,7 @@ def to_int8(
     names = layer_names(model)
     with tempfile.TemporaryDirectory(prefix="ssdkd-") as folder:
         source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
-        onnx.save(model, source)
+        onnx.save(integer_layout(model, INTEGER_OPERATORS) if scheme.for_onnxruntime else model, source)
         try:
             with quiet():
                 quantize_static(
