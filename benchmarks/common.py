@@ -10,19 +10,23 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+# Of a processor, what decides how fast bfloat16 and integers are there; names as the kernel writes them.
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimddp", "bf16")
 
 
 def provenance(command: str) -> dict[str, Any]:
     """Command, commit, time, machine and versions of a result."""
     import torch
 
-    model = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    model = _cpuinfo("model name")
+    known = (_cpuinfo("flags") or _cpuinfo("Features")).split()
     return {
         "command": command,
         "commit": _commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
-            "cpu": model[0] if model else platform.processor(),
+            "cpu": model or platform.processor(),
+            "instructions": " ".join(name for name in INSTRUCTIONS if name in known),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "spins": os.environ.get("GOMP_SPINCOUNT"),  # of a thread that waits (engine.processors)
@@ -69,8 +73,10 @@ def _commit() -> str:
     return answer.stdout.strip()
 
 
-def _lines(path: str) -> list[str]:
+def _cpuinfo(key: str) -> str:
+    """What the kernel says of the first processor under that key, or nothing."""
     try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return []
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), "")
