@@ -46,7 +46,9 @@ def gpu(result: Result, figure: Figure) -> None:
     for axes, (name, runs) in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs.items(), strict=True):
         curves: dict[str, list[Curve]] = {}
         for run in runs:
-            method = f"{run['method']}, {run['samples']:,} samples"
+            method = str(run["method"])
+            if method.startswith("ssdkd"):  # a peer keeps all that it made
+                method += f", {run['samples']:,} samples"
             curves.setdefault(method, []).append([(at["seconds"], at["accuracy"]) for at in run["curve"]])
         against_seconds(axes, curves)
         axes.set_title(name)

@@ -232,7 +232,7 @@ def gpu_table(results: Sequence[Result]) -> list[str]:
             (
                 row["pair"],
                 row["method"],
-                f"{row['samples']:,}",
+                f"{row['samples']:,}" if row["method"].startswith("ssdkd") else "–",  # a peer keeps all that it made
                 str(row["seeds"]),
                 *(
                     with_deviation(row, key, unit, digits)
