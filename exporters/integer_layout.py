@@ -1,8 +1,8 @@
 """The same network, written so that ONNX Runtime computes all of it with its integer convolutions.
 
-A step before INT8: three things that it would compute in float32, or with a slow kernel of integers, between two
-convolutions become convolutions themselves. Each has one weight a channel, which the channel's own scale holds exactly:
-what is rounded is what was rounded before (docs/quantization.md).
+A step before INT8. What ONNX Runtime would compute in float32 between two convolutions becomes a convolution with one
+weight a channel, which the channel's own scale holds exactly; an image gets the channels that its integer kernel wants.
+Rounded anew is only the shift of a BatchNorm (docs/quantization.md).
 """
 
 from collections import Counter
@@ -18,6 +18,8 @@ from onnx import NodeProto, helper, numpy_helper
 
 IMAGE_RANK = 4  # [N, C, H, W]
 CHANNELS_AT_ONCE = 4  # of a pixel, that one instruction multiplies
+LARGEST_FACTOR = 30  # of a BatchNorm's median factor: a shift is rounded to a 127th of an input step times its own
+LEAST_FACTOR = 1e-12  # a weight of 0 would get a scale of 1, and its shift be rounded to whole input steps
 
 
 def integer_layout(model: onnx.ModelProto, integer_operators: Collection[str]) -> onnx.ModelProto:
@@ -28,12 +30,19 @@ def integer_layout(model: onnx.ModelProto, integer_operators: Collection[str]) -
     - a BatchNorm between a result of `integer_operators`, which will be integers, and a convolution, as in a Wide
       ResNet, as a depthwise convolution of one pixel,
     - zeros as further channels of an image, up to the four that are multiplied at once.
+
+    A graph with branches or loops stays as it is, since they may read any tensor by its name; so does a BatchNorm with
+    a factor beyond LARGEST_FACTOR, as a dead channel has one.
     """
     copied = onnx.ModelProto()
     copied.CopyFrom(model)
+    if model.graph.sparse_initializer or any(
+        attribute.HasField("g") or attribute.graphs for node in model.graph.node for attribute in node.attribute
+    ):
+        return copied
     _rewrite(copied, _shortcuts)
     _rewrite(copied, partial(_batchnorms, integer_operators=integer_operators))
-    _rewrite(copied, _images_of_few_channels)
+    _rewrite(copied, partial(_images_of_few_channels, integer_operators=integer_operators))
     return copied
 
 
@@ -106,12 +115,12 @@ def _shortcuts(graph: _Graph) -> Iterator[_Rewriting]:
             slices.append(node)
             source = node.input[0]
         shape = graph.shapes.get(source, [])
-        if not slices or len(shape) != IMAGE_RANK:
+        if not slices or len(shape) != IMAGE_RANK or not shape[1]:
             continue
         before, after = around
         weight = np.zeros((before + shape[1] + after, shape[1], 1, 1), np.float32)
         weight[np.arange(shape[1]) + before, np.arange(shape[1])] = 1
-        name = f"{pad.output[0]}_identity"
+        name = f"{pad.output[0]}.integer_layout.identity"
         made = helper.make_node("Conv", [source, name], [pad.output[0]], pad.name, kernel_shape=[1, 1], strides=strides)
         yield _Rewriting(pad, [made], {name: weight}, slices)
 
@@ -125,8 +134,9 @@ def _channels_padded(graph: _Graph, node: NodeProto) -> tuple[int, int] | None:
         return None
     if len(node.input) > 2 and node.input[2] and (value is None or value.any()):
         return None
-    _, before, *others, _, after, _, _ = (int(pad) for pad in pads)
-    return (before, after) if not any(others) and pads.sum() == before + after and min(before, after) >= 0 else None
+    before, after = int(pads[1]), int(pads[1 + IMAGE_RANK])
+    others = np.delete(pads, [1, 1 + IMAGE_RANK])
+    return (before, after) if not others.any() and min(before, after) >= 0 else None
 
 
 def _pixels_skipped(graph: _Graph, node: NodeProto) -> tuple[int, int] | None:
@@ -156,9 +166,14 @@ def _batchnorms(graph: _Graph, *, integer_operators: Collection[str]) -> Iterato
             continue
         gamma, beta, mean, variance = (value.astype(np.float64) for value in parameters if value is not None)
         attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        if attributes.get("training_mode", 0) or len(node.output) > 1:
+            continue
         factor = gamma / np.sqrt(variance + attributes.get("epsilon", 1e-5))
+        factor = np.where(np.abs(factor) < LEAST_FACTOR, LEAST_FACTOR, factor)
+        if np.abs(factor).max() > LARGEST_FACTOR * np.median(np.abs(factor)):
+            continue
         weight, bias = factor.reshape(-1, 1, 1, 1).astype(np.float32), (beta - mean * factor).astype(np.float32)
-        names = [f"{node.output[0]}_{what}" for what in ("factor", "bias")]
+        names = [f"{node.output[0]}.integer_layout.{what}" for what in ("factor", "shift")]
         made = helper.make_node(
             "Conv", [node.input[0], *names], [node.output[0]], node.name, kernel_shape=[1, 1], group=len(factor)
         )
@@ -171,8 +186,11 @@ def _convolved(graph: _Graph, node: NodeProto) -> bool:
     return any(taker.op_type == "Conv" or (taker.op_type == "Relu" and _convolved(graph, taker)) for taker in takers)
 
 
-def _images_of_few_channels(graph: _Graph) -> Iterator[_Rewriting]:
+def _images_of_few_channels(graph: _Graph, *, integer_operators: Collection[str]) -> Iterator[_Rewriting]:
     for node in graph.nodes:
+        before = graph.producers.get(node.input[0]) if node.input else None
+        if before is not None and before.op_type in integer_operators:  # no image, nor one that is normalised
+            continue
         weight = graph.constant(node, 1) if node.op_type == "Conv" else None
         grouped = any(attribute.name == "group" and attribute.i != 1 for attribute in node.attribute)
         if weight is None or grouped or weight.ndim != IMAGE_RANK or graph.takers[node.input[1]] != 1:
@@ -180,7 +198,7 @@ def _images_of_few_channels(graph: _Graph) -> Iterator[_Rewriting]:
         missing = CHANNELS_AT_ONCE - weight.shape[1]
         if missing <= 0:
             continue
-        image, pads = (f"{node.output[0]}_{what}" for what in ("image", "pads"))
+        image, pads = (f"{node.output[0]}.integer_layout.{what}" for what in ("image", "pads"))
         constants = {
             pads: np.array([0, 0, 0, 0, 0, missing, 0, 0], np.int64),
             node.input[1]: np.pad(weight, ((0, 0), (0, missing), (0, 0), (0, 0))),

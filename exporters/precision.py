@@ -24,7 +24,8 @@ PRECISIONS = ("fp32", "fp16", "int8")
 CALIBRATION_BATCH = 32
 MAC_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # Relu and Clip are absorbed into the scale of the convolution before them, Add of two integer branches is one of
-# integers. Anything else (a BatchNorm that stands alone, Mul, Sigmoid) gains no speed: docs/quantization.md.
+# integers. Anything else (Mul, Sigmoid) gains no speed; a BatchNorm that stands alone becomes a Conv where it can
+# (exporters.integer_layout): docs/quantization.md.
 INTEGER_OPERATORS = (
     *MAC_OPERATORS,
     *("Relu", "Clip", "Add", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat"),
@@ -45,7 +46,7 @@ class Scheme:
 
     @property
     def for_onnxruntime(self) -> bool:
-        """Whether ONNX Runtime is to compute it, with a scale a channel: then `integer_layout` rounds nothing more."""
+        """Whether ONNX Runtime is to compute it, with the scale a channel that `integer_layout` needs to be exact."""
         return self.int32_bias and self.per_channel
 
 
@@ -149,7 +150,10 @@ def layer_names(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def integer_share(model: onnx.ModelProto) -> float:
-    """The share of the multiply-accumulates, 0 to 1, whose two factors come out of DequantizeLinear."""
+    """The share of the multiply-accumulates, 0 to 1, whose two factors come out of DequantizeLinear.
+
+    Those of `integer_layout`'s own convolutions and of an image's channels of zeros count like any other.
+    """
     total, integer, producers = 0.0, 0.0, _producers(model)
     for node, macs in _multiply_accumulates(model):
         total += macs
