@@ -24,6 +24,7 @@ from exporters.evaluate import LabelledImages
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's training images
 EVALUATION_BATCH = 1000
+STEPS_AHEAD = 8  # of the GPU, at most: the host launches a recorded step in a moment
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def train(
     )
     parameters = list(network.parameters())
     drawn = torch.zeros(batch, dtype=torch.int64, device=compute.device)  # of a step, in memory that stays where it is
-    views = random_views(len(images), 1, schedule.shift, rng)[:, 0].contiguous()  # of an epoch, likewise
+    views = torch.empty(len(images), 3, dtype=torch.int64, device=compute.device)  # of an epoch, likewise
 
     def loss_and_gradients() -> Outputs:
         inputs = to_input(render(images, drawn, views[drawn]), constants)
@@ -104,11 +105,13 @@ def train(
                 parameter.grad = gradient
             optimizer.step()
             steps += 1
-            if place == steps_per_epoch - 1 and not math.isfinite(float(loss)):  # waits: the clock is the device's
+            if steps % STEPS_AHEAD == 0 and not math.isfinite(float(loss)):  # waits: the clock is the device's
                 raise FloatingPointError(f"the teacher's loss is not finite after {steps} steps: lower peak_rate")
     finally:
         torch.backends.cudnn.benchmark = was_choosing
     network.eval()
+    if compute.device.type == "cuda":
+        torch.cuda.synchronize(compute.device)
     seconds = time.perf_counter() - started
     spent = {"trained_epochs": steps / steps_per_epoch, "steps": steps, "trained_seconds": seconds}
     return {**asdict(schedule), **spent, "recording": step.refusal or step.replays}
