@@ -17,10 +17,13 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from numpy.typing import NDArray
 
 from benchmarks.common import RESULTS, provenance, save, unfinished
 from engine.device import choose_device
+from engine.images import normalization
+from engine.quantization import image_range
 from engine.teacher import load_teacher
 from exporters.evaluate import LabelledImages
 from exporters.precision import Scheme, integer_share, to_int8
@@ -76,9 +79,10 @@ def measure(name: str, source: Path, test: Path, train: Path, seed: int) -> list
     exact = logits_of(exported, inputs).argmax(1)
     float_accuracy = 100 * float((exact == tested.labels).mean())
     scheme = Scheme(**dataclasses.asdict(load_profile(PROFILE).quantization))
+    pixels = image_range(normalization(subject.card.mean, subject.card.std, torch.device("cpu")))
     rows = []
     for calibration, images in calibrations(subject, trained, seed).items():
-        model = to_int8(exported, images(), scheme)
+        model = to_int8(exported, images(), scheme, image_range=pixels)
         predicted = logits_of(model, inputs).argmax(1)
         accuracy = 100 * float((predicted == tested.labels).mean())
         rows.append(

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from engine.errors import NonFiniteLossError
 from engine.hooks import removing
-from engine.images import Normalization, to_input
+from engine.images import Normalization, normalize, to_input
 from engine.task import Classification
 from engine.teaching import rate_factor
 
@@ -40,21 +40,25 @@ class Grid:
     weight_levels: int = 127  # 64: seven bits
     per_channel: bool = True
 
+    def scale(self, weight: Tensor) -> Tensor:
+        """The size of a step of each output channel of a weight [out, ...]: [out]."""
+        largest = weight.detach().flatten(1).abs().amax(1)
+        largest = largest if self.per_channel else largest.max().expand_as(largest)
+        return (largest / self.weight_levels).clamp_min(SMALLEST_RANGE / self.weight_levels)
+
 
 class RoundedWeight(nn.Module):
     """A weight as integers times a scale for each output channel, with the gradient of the weight itself."""
 
     def __init__(self, grid: Grid) -> None:
         super().__init__()
-        self.levels, self.per_channel = grid.weight_levels, grid.per_channel
+        self.grid = grid
 
     def forward(self, weight: Tensor) -> Tensor:
         """[out, ...] to [out, ...]."""
-        largest = weight.detach().flatten(1).abs().amax(1)
-        largest = largest if self.per_channel else largest.max().expand_as(largest)
-        scale = (largest / self.levels).clamp_min(SMALLEST_RANGE / self.levels)
+        scale, levels = self.grid.scale(weight), self.grid.weight_levels
         zero = torch.zeros_like(scale, dtype=torch.int32)
-        return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -self.levels, self.levels)
+        return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -levels, levels)
 
 
 def quantized_layers(module: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
@@ -67,18 +71,38 @@ def quantized_layers(module: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
 
 
 def observed_ranges(module: nn.Module, images: Tensor, *, normalization: Normalization, batch: int) -> Ranges:
-    """The smallest and largest value that each layer is given, over `images` uint8 [N, H, W, C], `batch` at a time."""
+    """The smallest and largest value that each layer is given, over `images` uint8 [N, H, W, C], `batch` at a time.
+
+    Of a layer that is given the images themselves it is their `image_range`.
+    """
     seen: dict[str, tuple[float, float]] = {}
+    of_pixels = image_range(normalization)
 
     def observe(name: str, inputs: Tensor) -> None:
+        if inputs is fed:
+            seen[name] = of_pixels
+            return
         low, high = (float(value) for value in inputs.detach().float().aminmax())
         before = seen.get(name, (0.0, 0.0))  # zero is always on the grid
         seen[name] = min(before[0], low), max(before[1], high)
 
-    with _hooked(quantized_layers(module), observe), torch.no_grad():
+    with hooked(quantized_layers(module), observe), torch.no_grad():
         for part in images.split(batch):
-            module(to_input(part, normalization))
+            fed = to_input(part, normalization)
+            module(fed)
     return seen
+
+
+def image_range(constants: Normalization) -> tuple[float, float]:
+    """The range whose 256 steps round the 256 values of a pixel the least, zero among them, which padding puts there.
+
+    Steps as wide as those of the pixels put zero between two of them where the mean is 0.5, and round every pixel by
+    half a step, two to the same integer.
+    """
+    values = normalize(torch.arange(256, device=constants.mean.device) / 255, constants)  # [C, 1, 256]
+    low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+    ranges = [(low, high + more * (high - low) / 255) for more in torch.linspace(0, 2, 65).tolist()]
+    return min(ranges, key=lambda limits: float(F.mse_loss(rounded_inputs(values, *limits, symmetric=False), values)))
 
 
 @contextlib.contextmanager
@@ -94,12 +118,12 @@ def fake_quantized(
         layers = {name: layer for name, layer in layers.items() if name in only}
 
     def rounded(name: str, inputs: Tensor) -> Tensor:
-        return _rounded_inputs(inputs, *ranges[name], symmetric=grid.symmetric_activations)
+        return rounded_inputs(inputs, *ranges[name], symmetric=grid.symmetric_activations)
 
     try:
         for layer in layers.values():
             parametrize.register_parametrization(layer, "weight", RoundedWeight(grid))
-        with _hooked(layers, rounded):
+        with hooked(layers, rounded):
             yield
     finally:
         for layer in layers.values():
@@ -108,15 +132,22 @@ def fake_quantized(
 
 
 @torch.no_grad()
-def correct_biases(
-    module: nn.Module, images: Tensor, ranges: Ranges, grid: Grid, *, normalization: Normalization, batch: int
+def put_on_grid(
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    images: Tensor,
+    ranges: Ranges,
+    grid: Grid,
+    *,
+    normalization: Normalization,
+    batch: int,
 ) -> None:
-    """Take out of each layer the mean error that rounding makes in each of its output channels, in place.
+    """Give each layer its `weights`, and take out of it the mean error that they and the rounding of its inputs make.
 
-    A layer without a bias is given one (Nagel et al., ICCV 2019, section 4.2, with the error measured on `images`
-    uint8 [N, H, W, C]).
+    In place, for each output channel; a layer without a bias is given one (Nagel et al., ICCV 2019, section 4.2, with
+    the error measured on `images` uint8 [N, H, W, C]). `weights` are those of the layers of `ranges`, by name.
     """
-    layers = quantized_layers(module)
+    layers = {name: layer for name, layer in quantized_layers(module).items() if name in ranges}
     errors: dict[str, Tensor] = {}
     counts = dict.fromkeys(layers, 0)
 
@@ -124,9 +155,8 @@ def correct_biases(
         layer = layers[name]
         hooks, layer._forward_pre_hooks = layer._forward_pre_hooks, OrderedDict()  # or this would call itself
         try:
-            rounded_inputs = _rounded_inputs(inputs, *ranges[name], symmetric=grid.symmetric_activations)
-            rounded = functional_call(layer, {"weight": RoundedWeight(grid)(layer.weight)}, (rounded_inputs,))
-            error = rounded - layer(inputs)
+            coarse = rounded_inputs(inputs, *ranges[name], symmetric=grid.symmetric_activations)
+            error = functional_call(layer, {"weight": weights[name]}, (coarse,)) - layer(inputs)
         finally:
             layer._forward_pre_hooks = hooks
         axes = (0, 2, 3) if isinstance(layer, nn.Conv2d) else tuple(range(error.dim() - 1))
@@ -134,11 +164,12 @@ def correct_biases(
         errors[name] = errors.get(name, 0) + total
         counts[name] += error.numel() // len(total)
 
-    with _hooked({name: layer for name, layer in layers.items() if name in ranges}, measure):
+    with hooked(layers, measure):
         for part in images.split(batch):
             module(to_input(part, normalization))
     for name, error in errors.items():
         layer = layers[name]
+        layer.weight.copy_(weights[name])
         if layer.bias is None:
             layer.bias = nn.Parameter(torch.zeros_like(error), requires_grad=layer.weight.requires_grad)
         layer.bias -= error / counts[name]
@@ -222,7 +253,7 @@ def sensitivities(
     return dict(sorted(moved.items(), key=lambda item: item[1], reverse=True))
 
 
-def _rounded_inputs(inputs: Tensor, low: float, high: float, *, symmetric: bool) -> Tensor:
+def rounded_inputs(inputs: Tensor, low: float, high: float, *, symmetric: bool) -> Tensor:
     """Values on 256 steps between `low` and `high` (around 0: between minus and plus the larger one)."""
     if symmetric:
         scale = max(-low, high, SMALLEST_RANGE) / 127
@@ -232,7 +263,7 @@ def _rounded_inputs(inputs: Tensor, low: float, high: float, *, symmetric: bool)
 
 
 @contextlib.contextmanager
-def _hooked(layers: Mapping[str, nn.Module], look: Look) -> Iterator[None]:
+def hooked(layers: Mapping[str, nn.Module], look: Look) -> Iterator[None]:
     """Within the context `look(name, input)` is called before each layer; what it returns takes the input's place."""
     handles = [
         layer.register_forward_pre_hook(lambda _, inputs, name=name: look(name, inputs[0]))

@@ -80,12 +80,17 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def to_int8(
-    model: onnx.ModelProto, inputs: NDArray[np.float32], scheme: Scheme, *, float_layers: Collection[str] = ()
+    model: onnx.ModelProto,
+    inputs: NDArray[np.float32],
+    scheme: Scheme,
+    *,
+    image_range: tuple[float, float] | None = None,
+    float_layers: Collection[str] = (),
 ) -> onnx.ModelProto:
     """A copy that computes in 8 bits, with ranges taken from `inputs` [N, C, H, W], as the model takes them.
 
-    Ranges are the smallest and largest value of each tensor. `float_layers`, named as `layer_names` names them, stay
-    in float32.
+    Ranges are the smallest and largest value of each tensor; `image_range`, where given, is that of the normalised
+    image. `float_layers`, named as `layer_names` names them, stay in float32.
 
     Raises:
         SSDKDError: inputs that are not finite or all the same, or a graph that cannot be quantized.
@@ -105,7 +110,12 @@ def to_int8(
     names = layer_names(model)
     with tempfile.TemporaryDirectory(prefix="ssdkd-") as folder:
         source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
-        onnx.save(integer_layout(model, INTEGER_OPERATORS) if scheme.for_onnxruntime else model, source)
+        laid_out = integer_layout(model, INTEGER_OPERATORS) if scheme.for_onnxruntime else model
+        onnx.save(laid_out, source)
+        stated = {}
+        if image_range is not None:
+            lowest, highest = (np.array(limit, np.float32) for limit in image_range)
+            stated[_image(laid_out)] = [{"rmin": lowest, "rmax": highest}]
         try:
             with quiet():
                 quantize_static(
@@ -124,6 +134,7 @@ def to_int8(
                         "ActivationSymmetric": scheme.symmetric_activations,
                         "WeightSymmetric": True,
                         "QuantizeBias": scheme.int32_bias,
+                        "TensorQuantOverrides": stated,
                     },
                 )
                 onnx.checker.check_model(onnx.load(target), full_check=True)
@@ -220,6 +231,16 @@ def _multiply_accumulates(model: onnx.ModelProto) -> Iterator[tuple[onnx.NodePro
 def _producers(model: onnx.ModelProto) -> Mapping[str, str]:
     """The operator that makes each tensor."""
     return {output: node.op_type for node in model.graph.node for output in node.output}
+
+
+def _image(model: onnx.ModelProto) -> str:
+    """The tensor that holds the image for the first layer: the input, or what normalisation and padding make of it."""
+    name = model.graph.input[0].name
+    while True:
+        takers = [node for node in model.graph.node if name in node.input]
+        if len(takers) != 1 or takers[0].op_type not in ("Sub", "Div", "Pad"):
+            return name
+        name = takers[0].output[0]
 
 
 def _reader(name: str, inputs: NDArray[np.float32]) -> Any:

@@ -1,7 +1,8 @@
 """The precision of a file as a stage between export and proof; INT8 with what keeps it from collapsing.
 
-The steps of INT8, each taken only where the one before lost too much: ranges from synthetic samples; biases corrected;
-distillation with every layer on the integers' grid; the layers that lose most left in float32.
+The steps of INT8, each taken only where the one before lost too much: ranges from synthetic samples; weights rounded
+together and biases corrected; distillation with every layer on the integers' grid; the layers that lose most left in
+float32.
 """
 
 import copy
@@ -25,13 +26,15 @@ from engine.quantization import (
     STEPS,
     Grid,
     Ranges,
-    correct_biases,
     float_logits,
+    image_range,
     observed_ranges,
+    put_on_grid,
     quantization_aware,
     quantized_layers,
     sensitivities,
 )
+from engine.rounding import rounded_weights
 from engine.task import Classification
 from exporters.evaluate import predicted_classes
 from exporters.metadata import metadata_for
@@ -46,6 +49,7 @@ Z_95 = 1.645  # standard deviations: 95 % of a normal distribution lie below
 CALIBRATION_IMAGES = 512  # that ranges are taken from: more widen them and gain nothing (docs/quantization.md)
 SENSITIVITY_IMAGES = 128
 UNTRAINABLE = ("its layers are a graph's operations: they can be neither corrected nor trained nor left in float32",)
+TOGETHER = "weights rounded together, biases corrected"
 SEVEN_BITS, EIGHT_BITS = 64, 127  # the largest integer of a weight
 
 
@@ -161,7 +165,7 @@ def integer_graph(subject: Subject, exported: onnx.ModelProto, integers: Integer
         return replace(graph, notes=(*graph.notes, *UNTRAINABLE)) if is_wanted else graph
     if graph.loss.points > allowed:
         changed = corrected(subject, module, integers)
-        module, graph = better(subject, module, graph, changed, integers, "biases corrected")
+        module, graph = better(subject, module, graph, changed, integers, TOGETHER)
     if integers.qat == "on" or (integers.qat == "auto" and graph.loss.points > allowed):
         try:
             changed, done = aware(subject, module, integers), f"{STEPS} steps of quantization-aware distillation"
@@ -178,7 +182,9 @@ def judged(
 ) -> Graph:
     """`exported` in INT8, and what it loses; `done` says what was done for it."""
     calibration = to_input(subject.samples.calibration[:CALIBRATION_IMAGES], *subject.fed)
-    model = to_int8(exported, calibration, integers.scheme, float_layers=graph_names(subject, float_layers))
+    constants = normalization(subject.card.mean, subject.card.std, torch.device("cpu"))
+    layers, pixels = graph_names(subject, float_layers), image_range(constants)
+    model = to_int8(exported, calibration, integers.scheme, image_range=pixels, float_layers=layers)
     with tempfile.TemporaryDirectory(prefix="ssdkd-") as folder:
         path = Path(folder) / "int8.onnx"
         onnx.save(model, path)
@@ -233,11 +239,12 @@ def better(
 
 
 def corrected(subject: Subject, module: nn.Module, integers: Integers) -> nn.Module:
-    """A copy whose biases make up for the rounding."""
+    """A copy whose weights are rounded together, and whose biases make up for what remains."""
     copied, constants, batch = on_device(module, subject, integers)
-    images = calibration_images(subject, integers.compute, CALIBRATION_IMAGES)
+    images, grid = calibration_images(subject, integers.compute, CALIBRATION_IMAGES), integers.grid
     ranges = observed_ranges(copied, images, normalization=constants, batch=batch)
-    correct_biases(copied, images, ranges, integers.grid, normalization=constants, batch=batch)
+    weights = rounded_weights(copied, images, ranges, grid, normalization=constants, batch=batch)
+    put_on_grid(copied, weights, images, ranges, grid, normalization=constants, batch=batch)
     return on_cpu(copied)
 
 

@@ -12,11 +12,14 @@ from engine.errors import NonFiniteLossError
 from engine.images import normalization, to_input
 from engine.quantization import (
     Grid,
-    correct_biases,
+    RoundedWeight,
     fake_quantized,
+    image_range,
     observed_ranges,
+    put_on_grid,
     quantization_aware,
     quantized_layers,
+    rounded_inputs,
     sensitivities,
 )
 from engine.task import Classification
@@ -57,6 +60,11 @@ def images() -> Tensor:
     return torch.randint(256, (96, 8, 8, 1), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
 
 
+def nearest(module: nn.Module, grid: Grid) -> dict[str, Tensor]:
+    """Each weight on the grid point that is next to it."""
+    return {name: RoundedWeight(grid)(layer.weight.detach()) for name, layer in quantized_layers(module).items()}
+
+
 def hooks_of(module: nn.Module) -> int:
     return sum(len(child._forward_pre_hooks) for child in module.modules())
 
@@ -67,13 +75,48 @@ def test_the_layers_are_convolutions_and_linear_ones(network: Network) -> None:
 
 def test_ranges_are_those_of_the_layers_inputs_and_hold_zero(network: Network, images: Tensor) -> None:
     ranges = observed_ranges(network, images, normalization=CONSTANTS, batch=32)
-    inputs = to_input(images, CONSTANTS)
-    hidden = network.norm(network.first(inputs)).relu()
-    assert ranges["first"] == (float(inputs.min()), float(inputs.max()))
+    hidden = network.norm(network.first(to_input(images, CONSTANTS))).relu()
+    logits = network.head.register_forward_hook(lambda _, inputs, __: means.append(inputs[0]))
+    means: list[Tensor] = []
+    network(to_input(images, CONSTANTS))
+    logits.remove()
     assert ranges["depthwise"] == pytest.approx((0.0, float(hidden.max())))
+    assert ranges["head"] == pytest.approx((min(0.0, float(means[0].min())), max(0.0, float(means[0].max()))))
+    assert ranges["first"] == image_range(CONSTANTS)  # of all images that there can be
     assert hooks_of(network) == 0
-    bright = observed_ranges(network, torch.full_like(images, 255), normalization=CONSTANTS, batch=32)
-    assert bright["first"] == (0.0, 2.0)  # (1 - 0.5) / 0.25, and zero, which padding puts there
+
+
+def rounded_pixels(mean: float, std: float, limits: tuple[float, float]) -> Tensor:
+    values = (torch.arange(256) / 255 - mean) / std
+    return rounded_inputs(values, *limits, symmetric=False)
+
+
+def test_pixels_around_a_mean_of_a_half_are_no_half_steps() -> None:
+    exact = (torch.arange(256) / 255 - 0.5) / 0.25
+
+    def error(limits: tuple[float, float]) -> float:  # in steps of the pixels, squared
+        return float(((rounded_pixels(0.5, 0.25, limits) - exact) * 255 * 0.25).square().mean())
+
+    limits = image_range(CONSTANTS)
+    assert error((-2.0, 2.0)) == pytest.approx(0.25, abs=0.01)  # zero lies between two pixels
+    assert error(limits) < 0.1
+    assert limits[0] == -2.0
+    assert 2.0 < limits[1] <= 2.0 * (1 + 4 / 255)
+    assert len(rounded_pixels(0.5, 0.25, limits).unique()) >= 254
+
+
+def test_pixels_that_fit_the_integers_are_not_rounded() -> None:
+    assert image_range(normalization((0.0,), (1.0,), torch.device("cpu"))) == (0.0, 1.0)
+    assert torch.allclose(rounded_pixels(0.0, 1.0, (0.0, 1.0)), torch.arange(256) / 255)
+
+
+def test_the_range_of_images_holds_all_channels_and_zero() -> None:
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    low, high = image_range(normalization(mean, std, torch.device("cpu")))
+    assert low == pytest.approx(-0.485 / 0.229)
+    assert (1 - 0.406) / 0.225 <= high < (1 - 0.406) / 0.225 * 1.02
+    dark = normalization((-0.5,), (1.0,), torch.device("cpu"))
+    assert image_range(dark)[0] == 0.0
 
 
 @pytest.mark.parametrize("levels", [127, 64])
@@ -137,7 +180,9 @@ def test_corrected_biases_take_the_mean_error_out(network: Network, images: Tens
 
     before = mean_error(network)
     corrected = copy.deepcopy(network)
-    correct_biases(corrected, images, ranges, coarse, normalization=CONSTANTS, batch=32)
+    weights = nearest(corrected, coarse)
+    put_on_grid(corrected, weights, images, ranges, coarse, normalization=CONSTANTS, batch=32)
+    assert all(torch.equal(layer.weight, weights[name]) for name, layer in quantized_layers(corrected).items())
     assert corrected.first.bias is not None
     assert corrected.first.bias.shape == (6,)
     assert mean_error(corrected) < before / 2
@@ -147,10 +192,10 @@ def test_corrected_biases_take_the_mean_error_out(network: Network, images: Tens
 def test_the_last_batch_counts_by_its_images(network: Network, images: Tensor) -> None:
     uneven = torch.cat([images[:64], torch.full_like(images[64:], 255)])  # batches of 64 and 32, which differ
     ranges = observed_ranges(network, uneven, normalization=CONSTANTS, batch=96)
-    biases = []
+    biases, weights = [], nearest(network, Grid(False, 7))
     for batch in (64, 96):
         corrected = copy.deepcopy(network)
-        correct_biases(corrected, uneven, ranges, Grid(False, 7), normalization=CONSTANTS, batch=batch)
+        put_on_grid(corrected, weights, uneven, ranges, Grid(False, 7), normalization=CONSTANTS, batch=batch)
         biases.append(torch.cat([layer.bias for layer in quantized_layers(corrected).values()]))
     assert torch.allclose(*biases, atol=1e-5)
 

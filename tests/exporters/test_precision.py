@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from engine.errors import SSDKDError
 from exporters.metadata import describe
@@ -117,6 +117,41 @@ def test_integers_stay_near_the_float_network(
 ) -> None:
     exact, rounded = logits(model, tmp_path, inputs), logits(quantized, tmp_path, inputs)
     assert 0 < np.abs(rounded - exact).max() < 0.1 * exact.std(axis=0).mean() + 0.05
+
+
+@pytest.mark.parametrize("scheme", [Scheme(), TENSORRT])
+@pytest.mark.parametrize("embeds", [False, True])
+def test_the_image_has_the_range_that_is_stated(
+    model: ModelProto, inputs: NDArray[np.float32], scheme: Scheme, embeds: bool
+) -> None:
+    inner = normalising(model) if embeds else model
+    made = to_int8(inner, inputs, scheme, image_range=(-5.0, 5.2))
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in made.graph.initializer}
+    scales = [float(values[node.input[1]]) for node in made.graph.node if node.op_type == "QuantizeLinear"]
+    wanted = 5.2 / 127 if scheme.symmetric_activations else 10.2 / 255
+    assert scales[0] == pytest.approx(wanted)
+    assert scales.count(scales[0]) == 1
+    unstated = to_int8(inner, inputs, scheme).graph.initializer
+    other = {tensor.name: numpy_helper.to_array(tensor) for tensor in unstated}
+    differing = {name for name, value in values.items() if not np.array_equal(value, other[name])}
+    assert {name.rpartition("_")[2] for name in differing} <= {"scale", "point", "quantized"}
+    assert len([name for name in differing if name.endswith("_scale")]) <= 2  # its own, and its layer's bias's
+
+
+def normalising(model: ModelProto) -> ModelProto:
+    """The model with (images - 0.25) / 0.5 in front of it."""
+    made, images = ModelProto(), model.graph.input[0].name
+    made.CopyFrom(model)
+    for node in made.graph.node:
+        for index, name in enumerate(node.input):
+            if name == images:
+                node.input[index] = "normalised"
+    for index, (operator, given, value, output) in enumerate(
+        [("Sub", images, 0.25, "moved"), ("Div", "moved", 0.5, "normalised")]
+    ):
+        made.graph.initializer.append(numpy_helper.from_array(np.float32(value), f"{operator}_constant"))
+        made.graph.node.insert(index, helper.make_node(operator, [given, f"{operator}_constant"], [output]))
+    return made
 
 
 def test_ranges_come_from_the_images(model: ModelProto, inputs: NDArray[np.float32]) -> None:

@@ -8,8 +8,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 
 from engine.device import choose_device
+from engine.quantization import quantized_layers
 from engine.teacher import load_teacher
 from exporters.precision import Scheme
 from ssdkd_cli import precisions, runs
@@ -89,7 +91,7 @@ def test_the_step_that_helps_is_kept(subject: Subject, monkeypatch: pytest.Monke
     monkeypatch.setattr(precisions, "judged", first_is_bad)
     graph = int8(subject)
     assert graph.loss.points == 0.25
-    assert [note.partition(":")[0] for note in graph.notes] == ["calibrated on synthetic samples", "biases corrected"]
+    assert [note.partition(":")[0] for note in graph.notes] == ["calibrated on synthetic samples", precisions.TOGETHER]
 
 
 def test_every_step_is_tried_in_turn_and_said(subject: Subject, losing: Any) -> None:
@@ -97,7 +99,7 @@ def test_every_step_is_tried_in_turn_and_said(subject: Subject, losing: Any) -> 
     graph = int8(subject)
     words = " | ".join(graph.notes)
     assert "calibrated on synthetic samples: 9.0 points" in words
-    assert "biases corrected: 9.0 points lost, no gain: it was left out" in words
+    assert "weights rounded together, biases corrected: 9.0 points lost, no gain: it was left out" in words
     assert "3 steps of quantization-aware distillation: 9.0 points lost, no gain: it was left out" in words
     assert f"2 layers left in float32 ({', '.join(graph.float_layers)})" in words
     assert len(graph.float_layers) == 2
@@ -164,3 +166,21 @@ def test_the_loss_is_net_and_its_margin_grows_with_what_turned(subject: Subject)
 def test_a_loss_counts_that_chance_does_not_explain(subject: Subject, loss: Loss, is_too_much: bool) -> None:
     graph = dataclasses.replace(half_graph(float_graph(subject)), precision="int8", loss=loss)
     assert loses_too_much(graph.loss, 0.5) is is_too_much
+
+
+@pytest.mark.parametrize("seven_bits", [True, False])
+def test_the_file_holds_the_weights_that_were_rounded_together(subject: Subject, seven_bits: bool) -> None:
+    integers = Integers(Scheme(reduce_range=seven_bits), "off", False, choose_device("cpu"), seed=0)
+    exported = float_graph(subject, precisions.corrected(subject, subject.module, integers))
+    graph = precisions.judged(subject, exported, integers, "").model.graph
+    floats = {tensor.name: numpy_helper.to_array(tensor) for tensor in exported.graph.initializer}
+    made = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    read = [node for node in graph.node if node.op_type == "DequantizeLinear" and made[node.input[1]].ndim == 1]
+    weights = {node.input[0].removesuffix("_quantized"): node.input for node in read if node.input[0] in made}
+    weights = {name: given for name, given in weights.items() if name.endswith(".weight")}
+    assert len(weights) == len(quantized_layers(subject.module))
+    for name, (integer, scale, *_) in weights.items():
+        wide = made[scale].reshape(-1, *[1] * (made[integer].ndim - 1))
+        image_channels = floats[name].shape[1]  # the first layer has channels of zeros besides
+        found = (made[integer] * wide)[:, :image_channels]
+        assert np.allclose(found, floats[name], atol=1e-3 * float(made[scale].min())), name
