@@ -1,4 +1,4 @@
-"""INT8 without data: ranges from our synthetic samples beside ranges from noise and from real training images.
+"""INT8 without data: ranges and rounding by our synthetic samples, by noise and by real training images.
 
     python -m benchmarks.int8 --network NAME SOURCE TEST TRAIN [--network ...] [--seeds 5] [--out ...]
 
@@ -31,11 +31,11 @@ from exporters.runtimes import inference_batch, open_runtime, to_input
 from profiles import load_profile
 from ssdkd_cli import material, runs
 from ssdkd_cli.labels import labelled_images
-from ssdkd_cli.precisions import CALIBRATION_IMAGES, Subject, float_graph
+from ssdkd_cli.precisions import CALIBRATION_IMAGES, Integers, Subject, float_graph, rounded_together
 
 REAL_IMAGES = 1000
 PROFILE = "x86-vnni"
-Inputs = NDArray[np.float32]  # [N, C, H, W], normalised
+Images = NDArray[np.uint8]  # [N, H, W, C]
 
 
 def subject_of(source: Path, seed: int) -> Subject:
@@ -47,7 +47,7 @@ def subject_of(source: Path, seed: int) -> Subject:
     return Subject(teacher.module, runs.teacher_card(teacher.spec, runs.SAME), samples, False)
 
 
-def logits_of(model: onnx.ModelProto, inputs: Inputs) -> NDArray[np.float32]:
+def logits_of(model: onnx.ModelProto, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
     batch = inference_batch(tuple(inputs.shape[1:]))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
@@ -56,18 +56,32 @@ def logits_of(model: onnx.ModelProto, inputs: Inputs) -> NDArray[np.float32]:
         return np.concatenate([run(inputs[first : first + batch]) for first in range(0, len(inputs), batch)])
 
 
-def calibrations(subject: Subject, train: LabelledImages, seed: int) -> dict[str, Callable[[], Inputs]]:
-    """What ranges are taken from, by name."""
+def calibrations(subject: Subject, train: LabelledImages, seed: int) -> dict[str, Callable[[], Images]]:
+    """What ranges are taken from, and weights rounded by, by name."""
     rng, card = np.random.default_rng(seed), subject.card
+    channels, height, width = card.input_shape
 
-    def drawn(images: NDArray[np.uint8], number: int) -> Inputs:
-        return to_input(images[rng.permutation(len(images))[:number]], card.mean, card.std)
+    def drawn(images: Images, number: int) -> Images:
+        return images[rng.permutation(len(images))[:number]]
+
+    def noise() -> Images:
+        normalised = rng.standard_normal((CALIBRATION_IMAGES, height, width, channels))
+        return np.rint(255 * (normalised * card.std + card.mean)).clip(0, 255).astype(np.uint8)
 
     return {
         "our samples": lambda: drawn(subject.samples.calibration, CALIBRATION_IMAGES),
         "real images": lambda: drawn(train.images, REAL_IMAGES),
-        "noise": lambda: rng.standard_normal((CALIBRATION_IMAGES, *card.input_shape), dtype=np.float32),
+        "noise": noise,
     }
+
+
+def quantized(subject: Subject, images: Images, scheme: Scheme, seed: int) -> onnx.ModelProto:
+    """The network in INT8 as ssdkd makes it, with `images` in the place of its samples."""
+    card, compute = subject.card, choose_device("auto")
+    given = dataclasses.replace(subject, samples=dataclasses.replace(subject.samples, calibration=images))
+    module = rounded_together(given, Integers(scheme, "off", False, compute, seed))
+    pixels = image_range(normalization(card.mean, card.std, torch.device("cpu")))
+    return to_int8(float_graph(given, module), to_input(images, card.mean, card.std), scheme, image_range=pixels)
 
 
 def measure(name: str, source: Path, test: Path, train: Path, seed: int) -> list[dict[str, Any]]:
@@ -79,10 +93,9 @@ def measure(name: str, source: Path, test: Path, train: Path, seed: int) -> list
     exact = logits_of(exported, inputs).argmax(1)
     float_accuracy = 100 * float((exact == tested.labels).mean())
     scheme = Scheme(**dataclasses.asdict(load_profile(PROFILE).quantization))
-    pixels = image_range(normalization(subject.card.mean, subject.card.std, torch.device("cpu")))
     rows = []
     for calibration, images in calibrations(subject, trained, seed).items():
-        model = to_int8(exported, images(), scheme, image_range=pixels)
+        model = quantized(subject, images(), scheme, seed)
         predicted = logits_of(model, inputs).argmax(1)
         accuracy = 100 * float((predicted == tested.labels).mean())
         rows.append(

@@ -7,6 +7,7 @@ to be folded.
 """
 
 import contextlib
+import copy
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -241,16 +242,46 @@ def quantization_aware(
 
 @torch.no_grad()
 def sensitivities(
-    module: nn.Module, images: Tensor, ranges: Ranges, grid: Grid, *, normalization: Normalization, batch: int
+    module: nn.Module,
+    on_grid: nn.Module,
+    images: Tensor,
+    ranges: Ranges,
+    grid: Grid,
+    *,
+    normalization: Normalization,
+    batch: int,
 ) -> dict[str, float]:
-    """How far each layer, rounded alone, moves the logits: mean squared error over `images`, the worst layer first."""
+    """How far each layer of `on_grid`, with its input rounded, moves the logits of the float `module`, the worst first.
 
+    In the place of the module's own layer, the others being left alone: mean squared error over `images`.
+    """
     exact, moved = float_logits(module, images, normalization=normalization, batch=batch), {}
     for name in ranges:
-        with fake_quantized(module, ranges, grid, only=(name,)):
+        layers = module.get_submodule(name), on_grid.get_submodule(name)
+        with _parameters_of(*layers), fake_quantized(module, ranges, grid, only=(name,)):
             rounded = float_logits(module, images, normalization=normalization, batch=batch)
         moved[name] = float(F.mse_loss(rounded, exact))
     return dict(sorted(moved.items(), key=lambda item: item[1], reverse=True))
+
+
+def with_layers_of(module: nn.Module, other: nn.Module, names: Collection[str]) -> nn.Module:
+    """A copy of `module` in which these layers have the weights and biases of `other`, of the same architecture."""
+    copied = copy.deepcopy(module)
+    for name in names:
+        layer, taken = copied.get_submodule(name), other.get_submodule(name)
+        layer.weight, layer.bias = taken.weight, taken.bias
+    return copied
+
+
+@contextlib.contextmanager
+def _parameters_of(layer: nn.Module, other: nn.Module) -> Iterator[None]:
+    """Within the context `layer` has the weight and the bias of `other`."""
+    own = layer.weight, layer.bias
+    layer.weight, layer.bias = other.weight, other.bias
+    try:
+        yield
+    finally:
+        layer.weight, layer.bias = own
 
 
 def rounded_inputs(inputs: Tensor, low: float, high: float, *, symmetric: bool) -> Tensor:

@@ -1,8 +1,7 @@
 """The precision of a file as a stage between export and proof; INT8 with what keeps it from collapsing.
 
-The steps of INT8, each taken only where the one before lost too much: ranges from synthetic samples; weights rounded
-together and biases corrected; distillation with every layer on the integers' grid; the layers that lose most left in
-float32.
+The steps of INT8: ranges from synthetic samples, weights rounded together, biases corrected; then, each only where the
+one before lost too much, distillation with every layer on the integers' grid, and the layers that lose most in float32.
 """
 
 import copy
@@ -33,6 +32,7 @@ from engine.quantization import (
     quantization_aware,
     quantized_layers,
     sensitivities,
+    with_layers_of,
 )
 from engine.rounding import rounded_weights
 from engine.task import Classification
@@ -49,7 +49,7 @@ Z_95 = 1.645  # standard deviations: 95 % of a normal distribution lie below
 CALIBRATION_IMAGES = 512  # that ranges are taken from: more widen them and gain nothing (docs/quantization.md)
 SENSITIVITY_IMAGES = 128
 UNTRAINABLE = ("its layers are a graph's operations: they can be neither corrected nor trained nor left in float32",)
-TOGETHER = "weights rounded together, biases corrected"
+CALIBRATED, TOGETHER = "calibrated on synthetic samples", "weights rounded together, biases corrected"
 SEVEN_BITS, EIGHT_BITS = 64, 127  # the largest integer of a weight
 
 
@@ -159,13 +159,12 @@ def integer_graph(subject: Subject, exported: onnx.ModelProto, integers: Integer
     The last one may still lose more than `most_lost`. Raises SSDKDError where the network cannot be quantized.
     """
     allowed = most_lost(len(subject.samples.held_out))
-    module, graph = subject.module, judged(subject, exported, integers, "calibrated on synthetic samples")
-    if not quantized_layers(module):
+    if not quantized_layers(subject.module):
+        graph = judged(subject, exported, integers, CALIBRATED)
         is_wanted = graph.loss.points > allowed or integers.qat == "on"
         return replace(graph, notes=(*graph.notes, *UNTRAINABLE)) if is_wanted else graph
-    if graph.loss.points > allowed:
-        changed = corrected(subject, module, integers)
-        module, graph = better(subject, module, graph, changed, integers, TOGETHER)
+    module = rounded_together(subject, integers)
+    graph = judged(subject, float_graph(subject, module), integers, f"{CALIBRATED}, {TOGETHER}")
     if integers.qat == "on" or (integers.qat == "auto" and graph.loss.points > allowed):
         try:
             changed, done = aware(subject, module, integers), f"{STEPS} steps of quantization-aware distillation"
@@ -238,9 +237,9 @@ def better(
     return module, replace(graph, notes=(*graph.notes, f"{other.notes[0]}, no gain: it was left out"))
 
 
-def corrected(subject: Subject, module: nn.Module, integers: Integers) -> nn.Module:
-    """A copy whose weights are rounded together, and whose biases make up for what remains."""
-    copied, constants, batch = on_device(module, subject, integers)
+def rounded_together(subject: Subject, integers: Integers) -> nn.Module:
+    """A copy of the network whose weights are rounded together, and whose biases make up for what remains."""
+    copied, constants, batch = on_device(subject.module, subject, integers)
     images, grid = calibration_images(subject, integers.compute, CALIBRATION_IMAGES), integers.grid
     ranges = observed_ranges(copied, images, normalization=constants, batch=batch)
     weights = rounded_weights(copied, images, ranges, grid, normalization=constants, batch=batch)
@@ -272,21 +271,26 @@ def aware(subject: Subject, module: nn.Module, integers: Integers) -> nn.Module:
 
 
 def with_float_layers(subject: Subject, module: nn.Module, graph: Graph, integers: Integers) -> Graph:
-    """As few of the most sensitive layers left in float32 as bring the loss down, doubling their number."""
+    """As few of the most sensitive layers left in float32 as bring the loss down, doubling their number.
+
+    They are the float network's own: those of `module` are on the grid.
+    """
     copied, constants, batch = on_device(module, subject, integers)
+    own, _, _ = on_device(subject.module, subject, integers)
     few = calibration_images(subject, integers.compute, CALIBRATION_IMAGES)
-    exported = float_graph(subject, module)
-    known = set(layer_names(exported).values())  # a layer whose weight the exporter renamed cannot be left out by name
+    known = set(layer_names(float_graph(subject)).values())  # whose weight the exporter did not rename
     ranges: Ranges = observed_ranges(copied, few, normalization=constants, batch=batch)
     named = {name: limits for name, limits in ranges.items() if graph_names(subject, (name,))[0] in known}
     if unnamed := len(ranges) - len(named):
         said = f"{unnamed} of {len(ranges)} layers have other names in the graph and cannot be left in float32"
         graph = replace(graph, notes=(*graph.notes, said))
-    moved = sensitivities(copied, few[:SENSITIVITY_IMAGES], named, integers.grid, normalization=constants, batch=batch)
-    worst, number = list(moved), 1
+    few, grid = few[:SENSITIVITY_IMAGES], integers.grid
+    worst = list(sensitivities(own, copied, few, named, grid, normalization=constants, batch=batch))
+    number = 1
     while number <= len(worst):
         layers = tuple(worst[:number])
         said = f"{number} layer{'s' * (number > 1)} left in float32 ({', '.join(layers)})"
+        exported = float_graph(subject, with_layers_of(module, subject.module, layers))
         other = judged(subject, exported, integers, said, layers)
         if other.integer_share < LEAST_INTEGER_SHARE:
             break

@@ -21,6 +21,7 @@ from engine.quantization import (
     quantized_layers,
     rounded_inputs,
     sensitivities,
+    with_layers_of,
 )
 from engine.task import Classification
 
@@ -248,10 +249,34 @@ def test_a_loss_that_is_not_finite_stops_the_training(network: Network, images: 
 def test_the_layer_that_loses_most_comes_first(network: Network, images: Tensor) -> None:
     ranges = dict(observed_ranges(network, images, normalization=CONSTANTS, batch=32))
     ranges["depthwise"] = (0.0, 1000 * ranges["depthwise"][1])  # all that it is given falls on a few steps
-    moved = sensitivities(network, images, ranges, ASYMMETRIC, normalization=CONSTANTS, batch=32)
+    moved = sensitivities(network, network, images, ranges, ASYMMETRIC, normalization=CONSTANTS, batch=32)
     assert next(iter(moved)) == "depthwise"
     assert list(moved.values()) == sorted(moved.values(), reverse=True)
     assert set(moved) == {"first", "depthwise", "head"}
+
+
+def test_the_layers_that_are_asked_about_are_those_on_the_grid(network: Network, images: Tensor) -> None:
+    ranges = observed_ranges(network, images, normalization=CONSTANTS, batch=32)
+    before, on_grid = copy.deepcopy(network.state_dict()), copy.deepcopy(network)
+    on_grid.head.weight.neg_()  # as far off as can be
+    moved = sensitivities(network, on_grid, images, ranges, ASYMMETRIC, normalization=CONSTANTS, batch=32)
+    with fake_quantized(network, ranges, ASYMMETRIC, only=("first",)):
+        first = network(to_input(images, CONSTANTS))
+    assert next(iter(moved)) == "head"
+    assert moved["first"] == pytest.approx(float((first - network(to_input(images, CONSTANTS))).square().mean()))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_layers_are_taken_from_another_network(network: Network) -> None:
+    other = copy.deepcopy(network)
+    other.first.weight.zero_()
+    other.first.bias = nn.Parameter(torch.ones(6), requires_grad=False)
+    other.depthwise.weight.zero_()
+    mixed = with_layers_of(other, network, ("first",))
+    assert torch.equal(mixed.get_submodule("first").weight, network.first.weight)
+    assert mixed.get_submodule("first").bias is None
+    assert not mixed.get_submodule("depthwise").weight.any()
+    assert not other.first.weight.any()
 
 
 @pytest.mark.parametrize(

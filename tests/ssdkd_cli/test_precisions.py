@@ -1,6 +1,7 @@
 """INT8 on its way: which step is taken when, and what is said of it."""
 
 import dataclasses
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from engine.device import choose_device
 from engine.quantization import quantized_layers
 from engine.teacher import load_teacher
 from exporters.precision import Scheme
+from exporters.runtimes import open_runtime, to_input
 from ssdkd_cli import precisions, runs
 from ssdkd_cli.precisions import (
     Graph,
@@ -41,9 +44,19 @@ def subject(shared: Path) -> Subject:
     return Subject(teacher.module, runs.teacher_card(teacher.spec, "same"), samples, False)
 
 
-def int8(subject: Subject, *, qat: str = "auto", fallback: bool = True, scheme: Scheme | None = None) -> Graph:
-    integers = Integers(scheme or Scheme(), qat, fallback, choose_device("cpu"), seed=0)
-    return integer_graph(subject, float_graph(subject), integers)
+def integers_for(scheme: Scheme, *, qat: str = "off", fallback: bool = False) -> Integers:
+    return Integers(scheme, qat, fallback, choose_device("cpu"), seed=0)
+
+
+def int8(subject: Subject, *, qat: str = "auto", fallback: bool = True) -> Graph:
+    return integer_graph(subject, float_graph(subject), integers_for(Scheme(), qat=qat, fallback=fallback))
+
+
+def logits(model: onnx.ModelProto, subject: Subject) -> NDArray[np.float32]:
+    """Of the held-out samples."""
+    with tempfile.TemporaryDirectory() as folder:
+        onnx.save(model, Path(folder) / "model.onnx")
+        return open_runtime(Path(folder) / "model.onnx").run(to_input(subject.samples.held_out, *subject.fed))
 
 
 @pytest.fixture
@@ -73,12 +86,21 @@ def test_where_nothing_is_lost_the_ranges_are_enough(subject: Subject, losing: A
     assert graph.integer_share == 1.0
     assert graph.float_layers == ()
     assert len(graph.notes) == 1
-    assert graph.notes[0].startswith("calibrated on synthetic samples: ")
 
 
 def test_float16_needs_no_steps(subject: Subject) -> None:
     graph = half_graph(float_graph(subject))
     assert (graph.precision, graph.notes, graph.loss) == ("fp16", (), Loss())
+
+
+def test_weights_are_rounded_together_before_anything_is_judged(subject: Subject, losing: Any) -> None:
+    losing(0)
+    graph = int8(subject)
+    plain = precisions.judged(subject, float_graph(subject), integers_for(Scheme()), "")
+    exact = subject.samples.held_out_logits
+    assert graph.notes[0].startswith(f"{precisions.CALIBRATED}, {precisions.TOGETHER}: ")
+    errors = [float(((logits(made, subject) - exact) ** 2).mean()) for made in (graph.model, plain.model)]
+    assert errors[0] < 0.8 * errors[1]
 
 
 def test_the_step_that_helps_is_kept(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,22 +111,29 @@ def test_the_step_that_helps_is_kept(subject: Subject, monkeypatch: pytest.Monke
         return dataclasses.replace(judged(*given), loss=Loss(9.0 if len(calls) == 1 else 0.25))
 
     monkeypatch.setattr(precisions, "judged", first_is_bad)
+    monkeypatch.setattr(precisions, "STEPS", 3)
     graph = int8(subject)
     assert graph.loss.points == 0.25
-    assert [note.partition(":")[0] for note in graph.notes] == ["calibrated on synthetic samples", precisions.TOGETHER]
+    assert len(graph.notes) == 2
+    assert graph.notes[1].startswith("3 steps of quantization-aware distillation: ")
 
 
 def test_every_step_is_tried_in_turn_and_said(subject: Subject, losing: Any) -> None:
     losing(2)
     graph = int8(subject)
     words = " | ".join(graph.notes)
-    assert "calibrated on synthetic samples: 9.0 points" in words
-    assert "weights rounded together, biases corrected: 9.0 points lost, no gain: it was left out" in words
+    assert f"{precisions.CALIBRATED}, {precisions.TOGETHER}: 9.0 points" in words
     assert "3 steps of quantization-aware distillation: 9.0 points lost, no gain: it was left out" in words
     assert f"2 layers left in float32 ({', '.join(graph.float_layers)})" in words
     assert len(graph.float_layers) == 2
-    kept = {tensor.name for tensor in graph.model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
-    assert {f"{name}.weight" for name in graph.float_layers} <= kept
+    kept = {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in graph.model.graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT
+    }
+    own = {tensor.name: numpy_helper.to_array(tensor) for tensor in float_graph(subject).graph.initializer}
+    for name in graph.float_layers:  # the float network's, not those that were rounded
+        assert np.allclose(kept[f"{name}.weight"], own[f"{name}.weight"], atol=1e-6)
     assert graph.integer_share < 1.0
     assert graph.loss.points == 0.0
 
@@ -170,8 +199,8 @@ def test_a_loss_counts_that_chance_does_not_explain(subject: Subject, loss: Loss
 
 @pytest.mark.parametrize("seven_bits", [True, False])
 def test_the_file_holds_the_weights_that_were_rounded_together(subject: Subject, seven_bits: bool) -> None:
-    integers = Integers(Scheme(reduce_range=seven_bits), "off", False, choose_device("cpu"), seed=0)
-    exported = float_graph(subject, precisions.corrected(subject, subject.module, integers))
+    integers = integers_for(Scheme(reduce_range=seven_bits))
+    exported = float_graph(subject, precisions.rounded_together(subject, integers))
     graph = precisions.judged(subject, exported, integers, "").model.graph
     floats = {tensor.name: numpy_helper.to_array(tensor) for tensor in exported.graph.initializer}
     made = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
