@@ -17,21 +17,25 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
 from numpy.typing import NDArray
 
 from benchmarks.common import RESULTS, provenance, save, unfinished
 from engine.device import choose_device
-from engine.images import normalization
-from engine.quantization import image_range
 from engine.teacher import load_teacher
 from exporters.evaluate import LabelledImages
-from exporters.precision import Scheme, integer_share, to_int8
+from exporters.precision import Scheme, integer_share
 from exporters.runtimes import inference_batch, open_runtime, to_input
 from profiles import load_profile
 from ssdkd_cli import material, runs
 from ssdkd_cli.labels import labelled_images
-from ssdkd_cli.precisions import CALIBRATION_IMAGES, Integers, Subject, float_graph, rounded_together
+from ssdkd_cli.precisions import (
+    CALIBRATION_IMAGES,
+    Integers,
+    Subject,
+    float_graph,
+    rounded_together,
+    to_integers,
+)
 
 REAL_IMAGES = 1000
 PROFILE = "x86-vnni"
@@ -76,12 +80,13 @@ def calibrations(subject: Subject, train: LabelledImages, seed: int) -> dict[str
 
 
 def quantized(subject: Subject, images: Images, scheme: Scheme, seed: int) -> onnx.ModelProto:
-    """The network in INT8 as ssdkd makes it, with `images` in the place of its samples."""
-    card, compute = subject.card, choose_device("auto")
+    """The network in INT8 as ssdkd makes it, with `images` in the place of its samples.
+
+    All of them give the ranges; weights are rounded by the first CALIBRATION_IMAGES.
+    """
     given = dataclasses.replace(subject, samples=dataclasses.replace(subject.samples, calibration=images))
-    module = rounded_together(given, Integers(scheme, "off", False, compute, seed))
-    pixels = image_range(normalization(card.mean, card.std, torch.device("cpu")))
-    return to_int8(float_graph(given, module), to_input(images, card.mean, card.std), scheme, image_range=pixels)
+    module = rounded_together(given, Integers(scheme, "off", False, choose_device("auto"), seed))
+    return to_integers(given, float_graph(given, module), scheme, len(images))
 
 
 def measure(name: str, source: Path, test: Path, train: Path, seed: int) -> list[dict[str, Any]]:

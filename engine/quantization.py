@@ -80,10 +80,8 @@ def observed_ranges(module: nn.Module, images: Tensor, *, normalization: Normali
     of_pixels = image_range(normalization)
 
     def observe(name: str, inputs: Tensor) -> None:
-        if inputs is fed:
-            seen[name] = of_pixels
-            return
-        low, high = (float(value) for value in inputs.detach().float().aminmax())
+        is_image = inputs is fed
+        low, high = of_pixels if is_image else (float(value) for value in inputs.detach().float().aminmax())
         before = seen.get(name, (0.0, 0.0))  # zero is always on the grid
         seen[name] = min(before[0], low), max(before[1], high)
 

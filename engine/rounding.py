@@ -16,8 +16,8 @@ from engine.quantization import Grid, Ranges, hooked, quantized_layers, rounded_
 
 PLACES = 14  # a side, of an image, at which a convolution's windows are looked at: every second one at 28 px
 DAMPING = 0.3  # of the mean second moment, added to each: what few samples say of an input is not all of it
-TOGETHER = 4608  # inputs, 512 windows of 3x3; a layer with more is cut into parts of so many, each on its own
-AT_ONCE = 128  # inputs whose errors are handed on together
+PART_INPUTS = 2304  # 256 windows of 3x3; a layer with more inputs is cut into parts of so many, each on its own
+BLOCK_INPUTS = 128  # whose errors are handed on to the rest of the part at once
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def rounded_weights(
 
     def look(name: str, inputs: Tensor) -> None:
         windows = _windows(layers[name], rounded_inputs(inputs, *ranges[name], symmetric=grid.symmetric_activations))
-        parts = [part @ part.transpose(1, 2) for part in windows.split(TOGETHER, dim=1)]
+        parts = [part @ part.transpose(1, 2) for part in windows.split(PART_INPUTS, dim=1)]
         moments[name] = [old + new for old, new in zip(moments[name], parts, strict=True)] if name in moments else parts
 
     with hooked(layers, look):
@@ -101,8 +101,8 @@ def _rounded_part(weights: Tensor, moments: Tensor, scale: Tensor, levels: int) 
 
     steps = weights.take_along_dim(order[:, None], 2) / scale[:, :, None]  # in steps of the grid
     ends = torch.where(steps.abs() > levels - 1e-3, steps.sign() * levels, 0)  # 0: no end
-    for first in range(0, steps.shape[2], AT_ONCE):
-        block = slice(first, min(first + AT_ONCE, steps.shape[2]))
+    for first in range(0, steps.shape[2], BLOCK_INPUTS):
+        block = slice(first, min(first + BLOCK_INPUTS, steps.shape[2]))
         errors = torch.empty_like(steps[:, :, block])
         for index in range(block.start, block.stop):
             wanted, largest = steps[:, :, index], ends[:, :, index]

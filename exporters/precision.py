@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
 from engine.errors import SSDKDError, first_line
 from exporters.integer_layout import integer_layout
-from exporters.metadata import ssdkd_version
+from exporters.metadata import UNIT, describe, ssdkd_version
 from exporters.quiet import quiet
 
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -60,7 +61,7 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     from onnxruntime.transformers.onnx_model import OnnxModel
 
     for tensor in model.graph.initializer:
-        values = onnx.numpy_helper.to_array(tensor)
+        values = numpy_helper.to_array(tensor)
         if values.dtype == np.float32 and values.size and np.abs(values).max() > LARGEST_HALF:
             raise SSDKDError(
                 f"{tensor.name} holds {np.abs(values).max():.3g}: expected at most {LARGEST_HALF:.0f}, "
@@ -89,8 +90,9 @@ def to_int8(
 ) -> onnx.ModelProto:
     """A copy that computes in 8 bits, with ranges taken from `inputs` [N, C, H, W], as the model takes them.
 
-    Ranges are the smallest and largest value of each tensor; `image_range`, where given, is that of the normalised
-    image. `float_layers`, named as `layer_names` names them, stay in float32.
+    Ranges are the smallest and largest value of each tensor; `image_range`, where given, is that of the image as the
+    network takes it, behind a normalisation that is embedded. `float_layers`, named as `layer_names` names them, stay
+    in float32.
 
     Raises:
         SSDKDError: inputs that are not finite or all the same, or a graph that cannot be quantized.
@@ -112,10 +114,11 @@ def to_int8(
         source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         laid_out = integer_layout(model, INTEGER_OPERATORS) if scheme.for_onnxruntime else model
         onnx.save(laid_out, source)
-        stated = {}
+        stated: dict[str, Any] = {}
         if image_range is not None:
             lowest, highest = (np.array(limit, np.float32) for limit in image_range)
-            stated[_image(laid_out)] = [{"rmin": lowest, "rmax": highest}]
+            read = {name for node in laid_out.graph.node if node.op_type in MAC_OPERATORS for name in node.input}
+            stated = {name: [{"rmin": lowest, "rmax": highest}] for name in _images(laid_out) & read}
         try:
             with quiet():
                 quantize_static(
@@ -233,14 +236,18 @@ def _producers(model: onnx.ModelProto) -> Mapping[str, str]:
     return {output: node.op_type for node in model.graph.node for output in node.output}
 
 
-def _image(model: onnx.ModelProto) -> str:
-    """The tensor that holds the image for the first layer: the input, or what normalisation and padding make of it."""
-    name = model.graph.input[0].name
-    while True:
-        takers = [node for node in model.graph.node if name in node.input]
-        if len(takers) != 1 or takers[0].op_type not in ("Sub", "Div", "Pad"):
-            return name
-        name = takers[0].output[0]
+def _images(model: onnx.ModelProto) -> set[str]:
+    """The tensors that hold the image: the input, behind a normalisation that is embedded, and what is padded of it."""
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    is_embedded = describe({entry.key: entry.value for entry in model.metadata_props}).input_range == UNIT
+    found = {model.graph.input[0].name}
+    for operator in ("Sub", "Div") if is_embedded else ():
+        found = {node.output[0] for node in model.graph.node if node.op_type == operator and node.input[0] in found}
+    for node in model.graph.node:  # in an order in which each comes behind what it takes
+        value = constants.get(node.input[2], np.nan) if len(node.input) > 2 and node.input[2] else 0
+        if node.op_type == "Pad" and node.input[0] in found and np.all(value == 0):
+            found.add(node.output[0])
+    return found
 
 
 def _reader(name: str, inputs: NDArray[np.float32]) -> Any:

@@ -15,7 +15,8 @@ from engine.errors import SSDKDError
 from engine.sampling import synthesize
 from engine.source import source_of
 from engine.teacher import Teacher, load_teacher
-from exporters.runtimes import inference_batch, predictor, to_input
+from exporters.evaluate import logits_of
+from exporters.runtimes import predictor
 from ssdkd_cli import console, runs
 from ssdkd_cli.precisions import Subject
 from ssdkd_cli.words import count, shape
@@ -79,7 +80,7 @@ def from_teacher(
         samples = inverted(teacher, compute=compute, seed=seed)
     else:
         noise = smooth_noise(NOISE_SAMPLES, card.input_shape)
-        samples = runs.Samples(noise, logits_of(teacher, noise), noise)
+        samples = runs.Samples(noise, said_of(teacher, noise), noise)
     subject = Subject(teacher.module, card, samples, embed_preprocessing)
     return Material(subject, None, () if needs_samples else (ON_NOISE,))
 
@@ -102,15 +103,13 @@ def inverted(teacher: Teacher, *, compute: Compute, seed: int) -> runs.Samples:
     teacher.module.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     images: NDArray[np.uint8] = torch.cat(parts).numpy()[:number]
     calibration, held_out = np.split(images, 2)
-    return runs.Samples(held_out, logits_of(teacher, held_out), calibration)
+    return runs.Samples(held_out, said_of(teacher, held_out), calibration)
 
 
-def logits_of(teacher: Teacher, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+def said_of(teacher: Teacher, images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """What the teacher says of images uint8 [N, H, W, C]: float32 [N, classes]."""
-    run, preprocessing = predictor(teacher.module), teacher.spec.preprocessing
-    batch = inference_batch(teacher.spec.input_shape)
-    parts = [images[first : first + batch] for first in range(0, len(images), batch)]
-    return np.concatenate([run(to_input(part, preprocessing.mean, preprocessing.std)) for part in parts])
+    preprocessing = teacher.spec.preprocessing
+    return logits_of(predictor(teacher.module), images, mean=preprocessing.mean, std=preprocessing.std)
 
 
 def smooth_noise(number: int, input_shape: tuple[int, int, int]) -> NDArray[np.uint8]:

@@ -1,7 +1,8 @@
 """The precision of a file as a stage between export and proof; INT8 with what keeps it from collapsing.
 
-The steps of INT8: ranges from synthetic samples, weights rounded together, biases corrected; then, each only where the
-one before lost too much, distillation with every layer on the integers' grid, and the layers that lose most in float32.
+The steps of INT8: ranges from synthetic samples; weights rounded together and biases corrected; then, each only where
+the one before lost too much, distillation with every layer on the integers' grid, and the layers that lose most left
+in float32.
 """
 
 import copy
@@ -36,7 +37,7 @@ from engine.quantization import (
 )
 from engine.rounding import rounded_weights
 from engine.task import Classification
-from exporters.evaluate import predicted_classes
+from exporters.evaluate import logits_of
 from exporters.metadata import metadata_for
 from exporters.precision import LEAST_INTEGER_SHARE, Scheme, integer_share, layer_names, to_fp16, to_int8
 from exporters.runtimes import Predict, open_runtime, predictor, to_input
@@ -48,8 +49,7 @@ MOST_LOST = 0.5  # points of agreement with the teacher that an INT8 file may lo
 Z_95 = 1.645  # standard deviations: 95 % of a normal distribution lie below
 CALIBRATION_IMAGES = 512  # that ranges are taken from: more widen them and gain nothing (docs/quantization.md)
 SENSITIVITY_IMAGES = 128
-UNTRAINABLE = ("its layers are a graph's operations: they can be neither corrected nor trained nor left in float32",)
-CALIBRATED, TOGETHER = "calibrated on synthetic samples", "weights rounded together, biases corrected"
+UNTRAINABLE = ("its layers are a graph's operations: they cannot be rounded together, trained or left in float32",)
 SEVEN_BITS, EIGHT_BITS = 64, 127  # the largest integer of a weight
 
 
@@ -63,10 +63,14 @@ class Subject:
     embed_preprocessing: bool
 
     @cached_property
+    def logits(self) -> NDArray[np.float32]:
+        """What the network says of each held-out sample, [M, classes]: asked once, for all that is compared."""
+        return logits_of(predictor(self.module), self.samples.held_out, mean=self.card.mean, std=self.card.std)
+
+    @property
     def predicted(self) -> NDArray[np.int64]:
-        """The class that the network predicts of each held-out sample, [M]: asked once, for all that is compared."""
-        mean, std = self.card.mean, self.card.std
-        return predicted_classes(predictor(self.module), self.samples.held_out, mean=mean, std=std)
+        """The class that the network predicts of each held-out sample, [M]."""
+        return self.logits.argmax(axis=1)
 
     @property
     def fed(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -98,6 +102,7 @@ class Graph:
     model: onnx.ModelProto
     integer_share: float = 0.0  # of the multiply-accumulates, 0 to 1
     loss: Loss = Loss()
+    error: float = 0.0  # of its logits against the float network's, squared, mean over the held-out samples
     float_layers: tuple[str, ...] = ()  # of an INT8 graph
     notes: tuple[str, ...] = ()
 
@@ -159,16 +164,20 @@ def integer_graph(subject: Subject, exported: onnx.ModelProto, integers: Integer
     The last one may still lose more than `most_lost`. Raises SSDKDError where the network cannot be quantized.
     """
     allowed = most_lost(len(subject.samples.held_out))
-    if not quantized_layers(subject.module):
-        graph = judged(subject, exported, integers, CALIBRATED)
+    module, graph = subject.module, judged(subject, exported, integers, "calibrated on synthetic samples")
+    if not quantized_layers(module):
         is_wanted = graph.loss.points > allowed or integers.qat == "on"
         return replace(graph, notes=(*graph.notes, *UNTRAINABLE)) if is_wanted else graph
-    module = rounded_together(subject, integers)
-    graph = judged(subject, float_graph(subject, module), integers, f"{CALIBRATED}, {TOGETHER}")
+    changed = rounded_together(subject, integers)
+    tried = judged(subject, float_graph(subject, changed), integers, "weights rounded together, biases corrected")
+    helps = tried.error < graph.error  # not by agreement, which as few samples are too coarse to tell apart
+    module, graph = (changed if helps else module), better(graph, tried, helps)
     if integers.qat == "on" or (integers.qat == "auto" and graph.loss.points > allowed):
         try:
             changed, done = aware(subject, module, integers), f"{STEPS} steps of quantization-aware distillation"
-            module, graph = better(subject, module, graph, changed, integers, done, keep=integers.qat == "on")
+            tried = judged(subject, float_graph(subject, changed), integers, done)
+            helps = tried.loss.points < graph.loss.points or integers.qat == "on"
+            module, graph = (changed if helps else module), better(graph, tried, helps)
         except NonFiniteLossError as error:
             graph = replace(graph, notes=(*graph.notes, f"{error.message}; it was left out"))
     if graph.loss.points > allowed and integers.fallback:
@@ -180,15 +189,22 @@ def judged(
     subject: Subject, exported: onnx.ModelProto, integers: Integers, done: str, float_layers: tuple[str, ...] = ()
 ) -> Graph:
     """`exported` in INT8, and what it loses; `done` says what was done for it."""
-    calibration = to_input(subject.samples.calibration[:CALIBRATION_IMAGES], *subject.fed)
-    constants = normalization(subject.card.mean, subject.card.std, torch.device("cpu"))
-    layers, pixels = graph_names(subject, float_layers), image_range(constants)
-    model = to_int8(exported, calibration, integers.scheme, image_range=pixels, float_layers=layers)
+    model = to_integers(subject, exported, integers.scheme, CALIBRATION_IMAGES, graph_names(subject, float_layers))
     with tempfile.TemporaryDirectory(prefix="ssdkd-") as folder:
         path = Path(folder) / "int8.onnx"
         onnx.save(model, path)
-        loss = loss_of(subject, predictions(subject, open_runtime(path).run))
-    return Graph("int8", model, integer_share(model), loss, float_layers, (f"{done}: {loss}",))
+        logits = held_out_logits(subject, open_runtime(path).run)
+    loss, error = loss_of(subject, logits.argmax(axis=1)), float(np.square(logits - subject.logits).mean())
+    return Graph("int8", model, integer_share(model), loss, error, float_layers, (f"{done}: {loss}",))
+
+
+def to_integers(
+    subject: Subject, exported: onnx.ModelProto, scheme: Scheme, images: int, float_layers: tuple[str, ...] = ()
+) -> onnx.ModelProto:
+    """`exported` in INT8, with ranges from so many calibration samples; `float_layers` as the graph names them."""
+    card, calibration = subject.card, to_input(subject.samples.calibration[:images], *subject.fed)
+    pixels = image_range(normalization(card.mean, card.std, torch.device("cpu")))
+    return to_int8(exported, calibration, scheme, image_range=pixels, float_layers=float_layers)
 
 
 def loss_of(subject: Subject, predicted: NDArray[np.int64]) -> Loss:
@@ -209,10 +225,15 @@ def graph_names(subject: Subject, layers: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"module.{name}" for name in layers) if subject.embed_preprocessing else layers
 
 
+def held_out_logits(subject: Subject, run: Predict) -> NDArray[np.float32]:
+    """What a file of the network, called as `run`, says of each held-out sample, [M, classes]."""
+    mean, std = subject.fed
+    return logits_of(run, subject.samples.held_out, mean=mean, std=std)
+
+
 def predictions(subject: Subject, run: Predict) -> NDArray[np.int64]:
     """The class that a file of the network, called as `run`, predicts of each held-out sample, [M]."""
-    mean, std = subject.fed
-    return predicted_classes(run, subject.samples.held_out, mean=mean, std=std)
+    return held_out_logits(subject, run).argmax(axis=1)
 
 
 def agreement(subject: Subject, predicted: NDArray[np.int64]) -> float:
@@ -220,21 +241,11 @@ def agreement(subject: Subject, predicted: NDArray[np.int64]) -> float:
     return 100 * float((predicted == subject.samples.held_out_logits.argmax(1)).mean())
 
 
-def better(
-    subject: Subject,
-    module: nn.Module,
-    graph: Graph,
-    changed: nn.Module,
-    integers: Integers,
-    done: str,
-    *,
-    keep: bool = False,
-) -> tuple[nn.Module, Graph]:
-    """The changed module and its graph where that loses less, or is to be kept anyway; the notes tell of both cases."""
-    other = judged(subject, float_graph(subject, changed), integers, done)
-    if other.loss.points < graph.loss.points or keep:
-        return changed, replace(other, notes=(*graph.notes, *other.notes))
-    return module, replace(graph, notes=(*graph.notes, f"{other.notes[0]}, no gain: it was left out"))
+def better(graph: Graph, tried: Graph, helps: bool) -> Graph:
+    """`tried` where it helps, else `graph`; the notes tell of both."""
+    if helps:
+        return replace(tried, notes=(*graph.notes, *tried.notes))
+    return replace(graph, notes=(*graph.notes, f"{tried.notes[0]}, no gain: it was left out"))
 
 
 def rounded_together(subject: Subject, integers: Integers) -> nn.Module:
@@ -273,7 +284,7 @@ def aware(subject: Subject, module: nn.Module, integers: Integers) -> nn.Module:
 def with_float_layers(subject: Subject, module: nn.Module, graph: Graph, integers: Integers) -> Graph:
     """As few of the most sensitive layers left in float32 as bring the loss down, doubling their number.
 
-    They are the float network's own: those of `module` are on the grid.
+    They get the float network's own weights and biases: those of `module` are rounded.
     """
     copied, constants, batch = on_device(module, subject, integers)
     own, _, _ = on_device(subject.module, subject, integers)

@@ -21,7 +21,7 @@ from engine.state import State, start
 from engine.teacher import Teacher
 from ssdkd_cli import console, replacing, runs
 from ssdkd_cli.boundary import is_out_of_memory, uninterrupted
-from ssdkd_cli.material import logits_of
+from ssdkd_cli.material import said_of
 from ssdkd_cli.words import shape
 
 SMALLEST_BATCH = 16
@@ -132,7 +132,7 @@ def distilled_so_far(state: State) -> Distilled:
 def with_exact_logits(distilled: Distilled, teacher: Teacher) -> Distilled:
     """What the teacher says of the held-out samples in float32: while distilling it may have been asked in less."""
     samples = distilled.samples
-    logits = logits_of(teacher, samples.held_out)
+    logits = said_of(teacher, samples.held_out)
     return dataclasses.replace(distilled, samples=dataclasses.replace(samples, held_out_logits=logits))
 
 

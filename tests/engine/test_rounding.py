@@ -96,11 +96,11 @@ def network() -> nn.Sequential:
     return nn.Sequential(*layers).eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("together", [rounding.TOGETHER, 5])
+@pytest.mark.parametrize("together", [rounding.PART_INPUTS, 5])
 def test_weights_are_on_the_grid_that_a_quantizer_will_find_again(
     images: Tensor, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rounding, "TOGETHER", together)  # 5: each layer in parts
+    monkeypatch.setattr(rounding, "PART_INPUTS", together)  # 5: each layer in parts
     module = network()
     before = {name: layer.weight.clone() for name, layer in quantized_layers(module).items()}
     ranges = observed_ranges(module, images, normalization=CONSTANTS, batch=32)
@@ -149,14 +149,66 @@ def test_the_network_on_the_grid_is_nearer_to_itself(images: Tensor) -> None:
     assert off() < before / 2
 
 
-def test_more_images_are_the_sum_of_their_batches(images: Tensor) -> None:
+def test_all_batches_count(images: Tensor) -> None:
+    """The first batch has rows alone, the second columns alone: a sum of both says otherwise than either."""
+    rows, columns = images[:32].float().mean(2, keepdim=True), images[32:].float().mean(1, keepdim=True)
+    uneven = torch.cat([rows.expand(32, 8, 8, 1), columns.expand(32, 8, 8, 1)]).to(torch.uint8)
     module = network()
-    ranges = observed_ranges(module, images, normalization=CONSTANTS, batch=64)
-    one, other = (
-        rounded_weights(module, images, ranges, COARSE, normalization=CONSTANTS, batch=batch) for batch in (64, 24)
-    )
-    same = [float((one[name] == other[name]).float().mean()) for name in one]
-    assert min(same) > 0.97  # sums in another order: a tie may fall otherwise
+    ranges = observed_ranges(module, uneven, normalization=CONSTANTS, batch=64)
+
+    def rounded(given: Tensor, batch: int) -> Tensor:
+        return rounded_weights(module, given, ranges, COARSE, normalization=CONSTANTS, batch=batch)["0"]
+
+    assert torch.allclose(rounded(uneven, 64), rounded(uneven, 32), atol=1e-6)
+    assert torch.allclose(rounded(uneven, 64), rounded(uneven.flip(0), 32), atol=1e-6)
+    assert not torch.allclose(rounded(uneven, 64), rounded(uneven[32:], 32), atol=1e-6)
+    assert not torch.allclose(rounded(uneven, 64), rounded(uneven[:32], 32), atol=1e-6)
+
+
+def brute_force(weights: Tensor, moments: Tensor, levels: int) -> list[float]:
+    """One output channel with a scale of 1: after each weight the best of the others anew, by least squares."""
+    damped = moments + rounding.DAMPING * moments.diagonal().mean() * torch.eye(len(moments))
+    order = moments.diagonal().argsort(descending=True).tolist()
+    rest, whole = weights.clone(), torch.zeros_like(weights)
+    ends = weights.abs() > levels - 1e-3
+    while order:
+        index, *order = order
+        value = float(rest[index].round().clamp(-levels, levels))
+        whole[index] = weights[index] if ends[index] else value
+        if order:  # minimise the error of the outputs over the weights that are left, the moved ones being known
+            error = rest[index] - whole[index]
+            rest[order] += torch.linalg.solve(damped[order][:, order], damped[order][:, index] * error)
+    return whole.tolist()
+
+
+@pytest.mark.parametrize("block", [rounding.BLOCK_INPUTS, 1, 3])
+def test_it_is_the_least_squares_of_what_is_left(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounding, "BLOCK_INPUTS", block)
+    inputs = torch.randn(8, 8) @ torch.randn(8, 40)
+    moments, weights = inputs @ inputs.T, 3 * torch.randn(4, 8)
+    weights[:, 0], weights[:, 5] = 7.0, torch.tensor([6.9, -6.9, 6.8, -6.8])  # the latter may be pushed past the end
+    rounded = rounding._rounded_part(weights.clamp(-6.9, 7.0)[None], moments[None], torch.ones(1, 4), levels=7)[0]
+    assert rounded.abs().max() == 7.0
+    for found, row in zip(rounded, weights.clamp(-6.9, 7.0), strict=True):
+        assert found.tolist() == pytest.approx(brute_force(row, moments, 7), abs=1e-4)
+
+
+def test_a_weight_is_not_pushed_past_the_end() -> None:
+    moments = torch.tensor([[[9.0, 8.0, 0.0], [8.0, 8.0, 0.0], [0.0, 0.0, 1.0]]])
+    rounded = rounding._rounded_part(torch.tensor([[[0.49, 2.9, 3.0]]]), moments, torch.ones(1, 1), levels=3)
+    assert rounded.tolist() == [[[0.0, 3.0, 3.0]]]  # 2.9 and 0.4 of the first: 3 is the end
+
+
+def test_inputs_count_as_they_are_rounded() -> None:
+    """Of a layer whose inputs are clipped to nothing there is nothing to make up for."""
+    module = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False)).requires_grad_(False)
+    smooth = torch.arange(64, dtype=torch.uint8).view(1, 8, 8, 1).repeat(8, 1, 1, 1) * 2
+
+    def rounded(limits: tuple[float, float]) -> Tensor:
+        return rounded_weights(module, smooth, {"0": limits}, COARSE, normalization=CONSTANTS, batch=8)["0"]
+
+    assert torch.allclose(rounded((-1e-9, 0.0)), nearest(quantized_layers(module)["0"], COARSE), atol=1e-6)
+    assert not torch.allclose(rounded((-2.0, 2.0)), nearest(quantized_layers(module)["0"], COARSE), atol=1e-6)
 
 
 def test_the_strongest_input_is_the_first_to_be_rounded() -> None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from engine.errors import SSDKDError
-from exporters.metadata import describe
+from exporters.metadata import UNIT, describe
 from exporters.precision import Scheme, integer_share, layer_names, precision_problem, to_fp16, to_int8
 from exporters.runtimes import open_runtime, to_input
 
@@ -119,39 +119,64 @@ def test_integers_stay_near_the_float_network(
     assert 0 < np.abs(rounded - exact).max() < 0.1 * exact.std(axis=0).mean() + 0.05
 
 
+def scales_of_quantizers(model: ModelProto) -> list[float]:
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    return [float(values[node.input[1]]) for node in model.graph.node if node.op_type == "QuantizeLinear"]
+
+
 @pytest.mark.parametrize("scheme", [Scheme(), TENSORRT])
-@pytest.mark.parametrize("embeds", [False, True])
-def test_the_image_has_the_range_that_is_stated(
-    model: ModelProto, inputs: NDArray[np.float32], scheme: Scheme, embeds: bool
-) -> None:
-    inner = normalising(model) if embeds else model
-    made = to_int8(inner, inputs, scheme, image_range=(-5.0, 5.2))
-    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in made.graph.initializer}
-    scales = [float(values[node.input[1]]) for node in made.graph.node if node.op_type == "QuantizeLinear"]
-    wanted = 5.2 / 127 if scheme.symmetric_activations else 10.2 / 255
-    assert scales[0] == pytest.approx(wanted)
-    assert scales.count(scales[0]) == 1
-    unstated = to_int8(inner, inputs, scheme).graph.initializer
-    other = {tensor.name: numpy_helper.to_array(tensor) for tensor in unstated}
-    differing = {name for name, value in values.items() if not np.array_equal(value, other[name])}
-    assert {name.rpartition("_")[2] for name in differing} <= {"scale", "point", "quantized"}
-    assert len([name for name in differing if name.endswith("_scale")]) <= 2  # its own, and its layer's bias's
+def test_the_image_has_the_range_that_is_stated(model: ModelProto, inputs: NDArray[np.float32], scheme: Scheme) -> None:
+    stated = scales_of_quantizers(to_int8(model, inputs, scheme, image_range=(-5.0, 5.2)))
+    assert stated[0] == pytest.approx(5.2 / 127 if scheme.symmetric_activations else 10.2 / 255)
+    assert stated[1:] == scales_of_quantizers(to_int8(model, inputs, scheme))[1:]
 
 
-def normalising(model: ModelProto) -> ModelProto:
-    """The model with (images - 0.25) / 0.5 in front of it."""
-    made, images = ModelProto(), model.graph.input[0].name
+def in_front(model: ModelProto, *operators: str, takes: str = "normalised") -> ModelProto:
+    """The model behind (images - 0.25) / 0.5, as a network that normalises by itself."""
+    made, name = ModelProto(), model.graph.input[0].name
     made.CopyFrom(model)
     for node in made.graph.node:
-        for index, name in enumerate(node.input):
-            if name == images:
-                node.input[index] = "normalised"
-    for index, (operator, given, value, output) in enumerate(
-        [("Sub", images, 0.25, "moved"), ("Div", "moved", 0.5, "normalised")]
-    ):
-        made.graph.initializer.append(numpy_helper.from_array(np.float32(value), f"{operator}_constant"))
-        made.graph.node.insert(index, helper.make_node(operator, [given, f"{operator}_constant"], [output]))
+        node.input[:] = [takes if given == name else given for given in node.input]
+    outputs = [*(f"{takes}_{index}" for index in range(len(operators) - 1)), takes]
+    for index, (operator, output) in enumerate(zip(operators, outputs, strict=True)):
+        constant = numpy_helper.from_array(np.float32({"Sub": 0.25, "Div": 0.5}[operator]), f"constant_{output}")
+        made.graph.initializer.append(constant)
+        made.graph.node.insert(index, helper.make_node(operator, [name, constant.name], [output]))
+        name = output
     return made
+
+
+@pytest.mark.parametrize("operators", [("Sub", "Div"), ("Sub",)])
+def test_a_network_that_normalises_by_itself_keeps_the_range_that_was_seen(
+    model: ModelProto, inputs: NDArray[np.float32], operators: tuple[str, ...]
+) -> None:
+    made = in_front(model, *operators)
+    assert scales_of_quantizers(to_int8(made, inputs, Scheme(), image_range=(-5.0, 5.2))) == scales_of_quantizers(
+        to_int8(made, inputs, Scheme())
+    )
+
+
+def test_the_embedded_normalisation_is_passed_and_no_other(model: ModelProto, inputs: NDArray[np.float32]) -> None:
+    made = in_front(model, "Sub", "Div")
+    made.metadata_props.add(key="ssdkd.input_range", value=UNIT)
+    entries = [entry for entry in made.metadata_props if entry.key == "ssdkd.input_range"]
+    for entry in entries:
+        entry.value = UNIT
+    stated = to_int8(made, inputs, Scheme(), image_range=(-5.0, 5.2))
+    assert scales_of_quantizers(stated)[0] == pytest.approx(10.2 / 255)
+    twice = in_front(in_front(model, "Sub", "Div"), "Sub", "Div", takes="embedded")
+    twice.metadata_props.extend(entries[:1])
+    for entry in twice.metadata_props:
+        entry.value = UNIT if entry.key == "ssdkd.input_range" else entry.value
+    assert 10.2 / 255 not in scales_of_quantizers(to_int8(twice, inputs, Scheme(), image_range=(-5.0, 5.2)))
+
+
+def test_an_image_that_others_take_as_well_has_its_range(model: ModelProto, inputs: NDArray[np.float32]) -> None:
+    made = ModelProto()
+    made.CopyFrom(model)
+    made.graph.node.append(helper.make_node("ReduceMean", [made.graph.input[0].name], ["brightness"]))
+    stated = to_int8(made, inputs, Scheme(), image_range=(-5.0, 5.2))
+    assert scales_of_quantizers(stated)[0] == pytest.approx(10.2 / 255)
 
 
 def test_ranges_come_from_the_images(model: ModelProto, inputs: NDArray[np.float32]) -> None:

@@ -11,9 +11,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
+from torch import nn
 
 from engine.device import choose_device
-from engine.quantization import quantized_layers
+from engine.images import normalization
+from engine.quantization import image_range, quantized_layers
 from engine.teacher import load_teacher
 from exporters.precision import Scheme
 from exporters.runtimes import open_runtime, to_input
@@ -30,6 +32,8 @@ from ssdkd_cli.precisions import (
     loss_of,
     most_lost,
 )
+
+RANGES, TOGETHER = "calibrated on synthetic samples", "weights rounded together, biases corrected"
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +83,13 @@ def losing(monkeypatch: pytest.MonkeyPatch) -> Any:
     return until
 
 
-def test_where_nothing_is_lost_the_ranges_are_enough(subject: Subject, losing: Any) -> None:
+def test_where_nothing_is_lost_ranges_and_rounding_are_enough(subject: Subject, losing: Any) -> None:
     losing(0)  # x86 without VNNI saturates and loses some
     graph = int8(subject)
     assert graph.loss.points <= most_lost(200)
     assert graph.integer_share == 1.0
     assert graph.float_layers == ()
-    assert len(graph.notes) == 1
+    assert [note.partition(":")[0] for note in graph.notes] == [RANGES, TOGETHER]
 
 
 def test_float16_needs_no_steps(subject: Subject) -> None:
@@ -93,36 +97,65 @@ def test_float16_needs_no_steps(subject: Subject) -> None:
     assert (graph.precision, graph.notes, graph.loss) == ("fp16", (), Loss())
 
 
-def test_weights_are_rounded_together_before_anything_is_judged(subject: Subject, losing: Any) -> None:
+def test_weights_rounded_together_are_nearer_to_the_float_network(subject: Subject, losing: Any) -> None:
     losing(0)
-    graph = int8(subject)
-    plain = precisions.judged(subject, float_graph(subject), integers_for(Scheme()), "")
-    exact = subject.samples.held_out_logits
-    assert graph.notes[0].startswith(f"{precisions.CALIBRATED}, {precisions.TOGETHER}: ")
-    errors = [float(((logits(made, subject) - exact) ** 2).mean()) for made in (graph.model, plain.model)]
+    graph, plain = int8(subject), precisions.judged(subject, float_graph(subject), integers_for(Scheme()), "")
+    errors = [float(((logits(made, subject) - subject.logits) ** 2).mean()) for made in (graph.model, plain.model)]
+    assert errors == pytest.approx([graph.error, plain.error])
     assert errors[0] < 0.8 * errors[1]
+
+
+def test_rounding_that_moves_the_logits_further_is_left_out(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of layers that compute with another weight than the one they hold (timm's StdConv2d)."""
+    together = precisions.rounded_together
+
+    def harmed(subject: Subject, integers: Integers) -> nn.Module:
+        module = together(subject, integers)
+        for layer in quantized_layers(module).values():
+            layer.weight.mul_(1.2)
+        return module
+
+    monkeypatch.setattr(precisions, "rounded_together", harmed)
+    graph = int8(subject, qat="off", fallback=False)
+    plain = precisions.judged(subject, float_graph(subject), integers_for(Scheme()), RANGES)
+    assert graph.notes[0] == plain.notes[0]
+    assert graph.notes[1].startswith(f"{TOGETHER}: ")
+    assert graph.notes[1].endswith(", no gain: it was left out")
+    assert graph.error == plain.error
+
+
+@pytest.mark.parametrize("embeds", [False, True])
+def test_the_image_of_a_file_has_the_range_of_all_pixels(subject: Subject, embeds: bool) -> None:
+    within = Subject(subject.module, subject.card, subject.samples, embeds)
+    graph = precisions.judged(within, float_graph(within), integers_for(Scheme()), "").model.graph
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    first = next(node for node in graph.node if node.op_type == "QuantizeLinear")
+    low, high = image_range(normalization((0.5,), (0.5,), torch.device("cpu")))
+    assert float(values[first.input[1]]) == pytest.approx((high - low) / 255)
+    assert high > 1.0
 
 
 def test_the_step_that_helps_is_kept(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     judged, calls = precisions.judged, []
 
-    def first_is_bad(*given: Any) -> Graph:
+    def first_two_are_bad(*given: Any) -> Graph:
         calls.append(given)
-        return dataclasses.replace(judged(*given), loss=Loss(9.0 if len(calls) == 1 else 0.25))
+        return dataclasses.replace(judged(*given), loss=Loss(9.0 if len(calls) < 3 else 0.25))
 
-    monkeypatch.setattr(precisions, "judged", first_is_bad)
+    monkeypatch.setattr(precisions, "judged", first_two_are_bad)
     monkeypatch.setattr(precisions, "STEPS", 3)
     graph = int8(subject)
     assert graph.loss.points == 0.25
-    assert len(graph.notes) == 2
-    assert graph.notes[1].startswith("3 steps of quantization-aware distillation: ")
+    assert len(graph.notes) == 3
+    assert graph.notes[2].startswith("3 steps of quantization-aware distillation: ")
 
 
 def test_every_step_is_tried_in_turn_and_said(subject: Subject, losing: Any) -> None:
     losing(2)
     graph = int8(subject)
     words = " | ".join(graph.notes)
-    assert f"{precisions.CALIBRATED}, {precisions.TOGETHER}: 9.0 points" in words
+    assert f"{RANGES}: 9.0 points" in words
+    assert f"{TOGETHER}: 9.0 points" in words
     assert "3 steps of quantization-aware distillation: 9.0 points lost, no gain: it was left out" in words
     assert f"2 layers left in float32 ({', '.join(graph.float_layers)})" in words
     assert len(graph.float_layers) == 2

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from engine.teacher import load_teacher
 from ssdkd_cli import again, artifacts, files, report_page
-from ssdkd_cli.material import logits_of
+from ssdkd_cli.material import said_of
 from ssdkd_cli.report import Percentiles
 from ssdkd_cli.timing import Timing
 
@@ -69,7 +69,7 @@ def test_labels_in_another_order_are_warned_of(ssdkd: Any, shared: Path, tmp_pat
     described = ("--input", "1x16x16", *NORMALISED)
     arrays = dict(np.load(shared / "test.npz"))
     teacher = load_teacher(shared / "teacher.pt", input_shape=(1, 16, 16), mean=(0.5,), std=(0.5,))
-    right = logits_of(teacher, arrays["images"][..., None]).argmax(1)
+    right = said_of(teacher, arrays["images"][..., None]).argmax(1)
     for shift, is_warned in ((0, False), (1, True)):
         np.savez(tmp_path / "test.npz", images=arrays["images"], labels=(right + shift) % 4)
         ran = ssdkd("eval", shared / "teacher.pt", "--data", tmp_path / "test.npz", *described, "--json")
