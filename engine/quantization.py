@@ -27,7 +27,7 @@ from engine.teaching import rate_factor
 
 STEPS = 300  # of the quantization-aware distillation
 RATE = 1e-4  # Adam, falling to 0 as a half cosine: the weights are to move by parts of a grid step
-SMALLEST_RANGE = 1e-6
+SMALLEST_RANGE = 1e-30  # of weights or inputs that are all zero
 
 Ranges = Mapping[str, tuple[float, float]]  # layer name -> smallest and largest value of its input
 Look = Callable[[str, Tensor], Tensor | None]
@@ -293,9 +293,17 @@ def rounded_inputs(inputs: Tensor, low: float, high: float, *, symmetric: bool) 
 
 @contextlib.contextmanager
 def hooked(layers: Mapping[str, nn.Module], look: Look) -> Iterator[None]:
-    """Within the context `look(name, input)` is called before each layer; what it returns takes the input's place."""
+    """Within the context `look(name, input)` is called before each layer; what it returns takes the input's place.
+
+    Not where a layer is called otherwise than with one batch: such a call is left alone.
+    """
+
+    def called(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor | None:
+        ranks = (4,) if isinstance(layer, nn.Conv2d) else range(2, 9)
+        return look(name, inputs[0]) if len(inputs) == 1 and inputs[0].dim() in ranks and inputs[0].numel() else None
+
     handles = [
-        layer.register_forward_pre_hook(lambda _, inputs, name=name: look(name, inputs[0]))
+        layer.register_forward_pre_hook(lambda layer, inputs, name=name: called(name, layer, inputs))
         for name, layer in layers.items()
     ]
     with removing(handles):

@@ -90,6 +90,8 @@ def _rounded_part(weights: Tensor, moments: Tensor, scale: Tensor, levels: int) 
 
     Those of the strongest inputs come first, while there are many left to make up for them.
     """
+    if not moments.isfinite().all():  # inputs beyond 1e19: each weight on its own
+        moments = torch.ones_like(moments).diagonal(dim1=1, dim2=2).diag_embed()
     strength = moments.diagonal(dim1=1, dim2=2)  # [G, K]
     order = strength.argsort(1, descending=True)
     damping = DAMPING * strength.mean(1, keepdim=True).clamp_min(torch.finfo(strength.dtype).tiny)

@@ -23,6 +23,7 @@ from engine.quantization import (
     sensitivities,
     with_layers_of,
 )
+from engine.rounding import rounded_weights
 from engine.task import Classification
 
 CONSTANTS = normalization((0.5,), (0.25,), torch.device("cpu"))
@@ -265,6 +266,35 @@ def test_the_layers_that_are_asked_about_are_those_on_the_grid(network: Network,
     assert next(iter(moved)) == "head"
     assert moved["first"] == pytest.approx(float((first - network(to_input(images, CONSTANTS))).square().mean()))
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+class Unusual(nn.Module):
+    """Beside a convolution, layers that are called with a keyword, no batch, no rows, and two arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(1, 4, 3), nn.Linear(4, 3)
+        self.keyword, self.single = nn.Conv2d(1, 4, 3), nn.Conv2d(1, 4, 3)
+        self.vector, self.empty = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.first(images) + self.keyword(input=images)
+        features = features + self.single(images[0])
+        means = features.mean((2, 3))
+        logits: Tensor = self.head(means) + self.vector(means[0]) + self.empty(means[:0]).sum()
+        return logits
+
+
+def test_layers_that_are_called_otherwise_are_left_alone(images: Tensor) -> None:
+    module = Unusual().eval().requires_grad_(False)
+    ranges = observed_ranges(module, images, normalization=CONSTANTS, batch=32)
+    assert list(ranges) == ["first", "head"]
+    weights = rounded_weights(module, images, ranges, ASYMMETRIC, normalization=CONSTANTS, batch=32)
+    assert list(weights) == ["first", "head"]
+    before = module.vector.weight.clone()
+    put_on_grid(module, weights, images, ranges, ASYMMETRIC, normalization=CONSTANTS, batch=32)
+    assert torch.equal(module.first.weight, weights["first"])
+    assert torch.equal(module.vector.weight, before)
 
 
 def test_layers_are_taken_from_another_network(network: Network) -> None:

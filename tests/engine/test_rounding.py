@@ -90,6 +90,25 @@ def test_a_dead_input_harms_no_other() -> None:
     assert rounding._rounded_part(weights, dead, torch.ones(1, 1), levels=7).tolist() == [[[7.0, 2.0, 1.0]]]
 
 
+def test_moments_that_overflow_leave_it_at_the_nearest() -> None:
+    weights = torch.tensor([[[7.0, 2.4, 1.4]]])
+    endless = torch.full((1, 3, 3), torch.inf)
+    assert rounding._rounded_part(weights, endless, torch.ones(1, 1), levels=7).tolist() == [[[7.0, 2.0, 1.0]]]
+
+
+def test_tiny_weights_are_rounded_like_any(images: Tensor) -> None:
+    module, tiny = network(), network()
+    tiny.load_state_dict(module.state_dict())
+    first = quantized_layers(tiny)["0"]
+    first.weight.mul_(1e-9)
+
+    def rounded(given: nn.Module) -> Tensor:
+        ranges = observed_ranges(given, images, normalization=CONSTANTS, batch=32)
+        return rounded_weights(given, images, ranges, COARSE, normalization=CONSTANTS, batch=32)["0"]
+
+    assert torch.allclose(1e9 * rounded(tiny), rounded(module), atol=1e-5)
+
+
 def network() -> nn.Sequential:
     layers: list[nn.Module] = [nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8, bias=False)]
     layers += [nn.ReLU(), nn.Conv2d(8, 12, 1), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 36, 5)]
@@ -207,7 +226,7 @@ def test_inputs_count_as_they_are_rounded() -> None:
     def rounded(limits: tuple[float, float]) -> Tensor:
         return rounded_weights(module, smooth, {"0": limits}, COARSE, normalization=CONSTANTS, batch=8)["0"]
 
-    assert torch.allclose(rounded((-1e-9, 0.0)), nearest(quantized_layers(module)["0"], COARSE), atol=1e-6)
+    assert torch.allclose(rounded((0.0, 0.0)), nearest(quantized_layers(module)["0"], COARSE), atol=1e-6)
     assert not torch.allclose(rounded((-2.0, 2.0)), nearest(quantized_layers(module)["0"], COARSE), atol=1e-6)
 
 
