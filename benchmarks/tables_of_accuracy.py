@@ -21,8 +21,8 @@ RESULTS_HEAD = (
 )
 ABLATION_HEAD = ("variant", "seeds", "student accuracy", "accuracy kept", f"against {BASELINE}", "distilling")
 INT8_HEAD = (
-    *("network", "ranges from", "seeds", "float accuracy", "INT8 accuracy", "points lost", "agreement with float"),
-    *("in integers", "file, of float's"),
+    *("network", "ranges and rounding by", "seeds", "float accuracy", "INT8 accuracy", "points lost"),
+    *("agreement with float", "in integers", "file, of float's"),
 )
 CALIBRATIONS = ("our samples", "real images", "noise")
 INT8_SUMMARY_HEAD = ("network", "float32", *(f"INT8, {name}" for name in CALIBRATIONS), "agreement with float32, ours")
