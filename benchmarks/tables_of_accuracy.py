@@ -21,7 +21,7 @@ RESULTS_HEAD = (
 )
 ABLATION_HEAD = ("variant", "seeds", "student accuracy", "accuracy kept", f"against {BASELINE}", "distilling")
 INT8_HEAD = (
-    *("network", "ranges and rounding by", "seeds", "float accuracy", "INT8 accuracy", "points lost"),
+    *("network", "calibrated on", "seeds", "float accuracy", "INT8 accuracy", "points lost"),
     *("agreement with float", "in integers", "file, of float's"),
 )
 CALIBRATIONS = ("our samples", "real images", "noise")
