@@ -75,30 +75,13 @@ def check_labelled(path: Path) -> None:
 
 
 def logits_of(
-    predict: Predict,
-    images: NDArray[np.uint8],
-    *,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    batch: int | None = None,
+    predict: Predict, images: NDArray[np.uint8], *, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> NDArray[np.float32]:
-    """What is said of each image uint8 [N, H, W, C]: float32 [N, classes]. The arguments are `accuracy`'s."""
+    """What is said of each image uint8 [N, H, W, C]: float32 [N, classes]. `mean` and `std` as in `accuracy`."""
     _, height, width, channels = images.shape
-    batch = batch or inference_batch((channels, height, width))
+    batch = inference_batch((channels, height, width))
     parts = [images[start : start + batch] for start in range(0, len(images), batch)]
     return np.concatenate([predict(to_input(part, mean, std)) for part in parts])
-
-
-def predicted_classes(
-    predict: Predict,
-    images: NDArray[np.uint8],
-    *,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    batch: int | None = None,
-) -> NDArray[np.int64]:
-    """The class of the largest logit of each image uint8 [N, H, W, C]; int64 [N]. The arguments are `accuracy`'s."""
-    return logits_of(predict, images, mean=mean, std=std, batch=batch).argmax(axis=1)
 
 
 def accuracy(

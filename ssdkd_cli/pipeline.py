@@ -24,7 +24,7 @@ from engine.replay import sample_bytes
 from engine.state import State
 from engine.students import STUDENTS, build_student, check_network_name
 from engine.teacher import Teacher
-from exporters.evaluate import LabelledImages, check_labelled, predicted_classes
+from exporters.evaluate import LabelledImages, check_labelled, logits_of
 from exporters.runtimes import predictor
 from ssdkd_cli import console, replacing, runs
 from ssdkd_cli.artifacts import artifact, make_files, timed_paths, try_target
@@ -289,9 +289,9 @@ def compare(
 ) -> Scores:
     """How often the student agrees with the teacher, and how often it is right where there are labelled images."""
     student, card = copy.deepcopy(subject.module).to(device), subject.card
-    predicted = predicted_classes(predictor(student), subject.samples.held_out, mean=card.mean, std=card.std)
+    logits = logits_of(predictor(student), subject.samples.held_out, mean=card.mean, std=card.std)
     return Scores(
-        agreement=agreement(subject, predicted),
+        agreement=agreement(subject, logits.argmax(axis=1)),
         teacher_accuracy=teacher_accuracy,
         student_accuracy=network_accuracy(student, card, labelled) if labelled else None,
         labelled=labelled,

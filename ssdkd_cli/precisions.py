@@ -8,6 +8,7 @@ in float32.
 import copy
 import math
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -170,7 +171,7 @@ def integer_graph(subject: Subject, exported: onnx.ModelProto, integers: Integer
         return replace(graph, notes=(*graph.notes, *UNTRAINABLE)) if is_wanted else graph
     changed = rounded_together(subject, integers)
     tried = judged(subject, float_graph(subject, changed), integers, "weights rounded together, biases corrected")
-    helps = tried.error < graph.error  # not by agreement, which as few samples are too coarse to tell apart
+    helps = tried.error < graph.error  # not by agreement: a hundred samples cannot tell
     module, graph = (changed if helps else module), better(graph, tried, helps)
     if integers.qat == "on" or (integers.qat == "auto" and graph.loss.points > allowed):
         try:
@@ -181,7 +182,7 @@ def integer_graph(subject: Subject, exported: onnx.ModelProto, integers: Integer
         except NonFiniteLossError as error:
             graph = replace(graph, notes=(*graph.notes, f"{error.message}; it was left out"))
     if graph.loss.points > allowed and integers.fallback:
-        graph = with_float_layers(subject, module, graph, integers)
+        graph = with_float_layers(subject, module, graph, integers, known=set(layer_names(exported).values()))
     return graph
 
 
@@ -281,15 +282,17 @@ def aware(subject: Subject, module: nn.Module, integers: Integers) -> nn.Module:
     return on_cpu(copied)
 
 
-def with_float_layers(subject: Subject, module: nn.Module, graph: Graph, integers: Integers) -> Graph:
+def with_float_layers(
+    subject: Subject, module: nn.Module, graph: Graph, integers: Integers, *, known: Collection[str]
+) -> Graph:
     """As few of the most sensitive layers left in float32 as bring the loss down, doubling their number.
 
-    They get the float network's own weights and biases: those of `module` are rounded.
+    They get the float network's own weights and biases: those of `module` are rounded. `known`: the layers' names in
+    the graph, where the exporter did not rename their weight.
     """
     copied, constants, batch = on_device(module, subject, integers)
     own, _, _ = on_device(subject.module, subject, integers)
     few = calibration_images(subject, integers.compute, CALIBRATION_IMAGES)
-    known = set(layer_names(float_graph(subject)).values())  # whose weight the exporter did not rename
     ranges: Ranges = observed_ranges(copied, few, normalization=constants, batch=batch)
     named = {name: limits for name, limits in ranges.items() if graph_names(subject, (name,))[0] in known}
     if unnamed := len(ranges) - len(named):
