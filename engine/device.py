@@ -3,10 +3,12 @@
 import contextlib
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
+from engine.depthwise import QuickDepthwise
 from engine.errors import SSDKDError
 
 # First compute capability (Ampere) that multiplies bfloat16; older GPUs emulate it, slower than float32.
@@ -22,11 +24,15 @@ class Compute:
     device: torch.device
     autocast_dtype: torch.dtype | None
 
-    def autocast(self) -> contextlib.AbstractContextManager[object]:
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
         """A context in which eligible operations run in `autocast_dtype`."""
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+        with contextlib.ExitStack() as contexts:
+            if self.autocast_dtype is not None:
+                contexts.enter_context(torch.autocast(self.device.type, dtype=self.autocast_dtype))
+                if self.device.type == "cpu":
+                    contexts.enter_context(QuickDepthwise())
+            yield
 
     @property
     def has_graphs(self) -> bool:

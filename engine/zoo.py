@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.layers import global_average, initialise_convolutions
+from engine.layers import among_zeros, global_average, initialise_convolutions, layout_of
 from engine.mobilenets import MobileNetV2, ProjectedMobileNetV2
 
 
@@ -34,17 +34,13 @@ class Strided(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, stride: int) -> Tensor:
         """[B, C, H, W] -> [B, C, H / stride, W / stride]."""
-        last = x.is_contiguous(memory_format=torch.channels_last)
-        ctx.stride, ctx.shape, ctx.layout = stride, x.shape, torch.channels_last if last else torch.contiguous_format
+        ctx.stride, ctx.shape, ctx.layout = stride, x.shape, layout_of(x)
         return x[:, :, ::stride, ::stride]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         """Zero where no pixel was taken."""
-        where = {"dtype": upstream.dtype, "device": upstream.device, "memory_format": ctx.layout}
-        gradient = torch.empty(ctx.shape, **where).zero_()
-        gradient[:, :, :: ctx.stride, :: ctx.stride] = upstream
-        return gradient, None
+        return among_zeros(upstream, ctx.shape, (ctx.stride, ctx.stride), ctx.layout), None
 
 
 class ZeroPaddedShortcut(nn.Module):
