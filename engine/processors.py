@@ -1,4 +1,4 @@
-"""The processors that this process may use, and how its threads share them with other work. Imports no PyTorch."""
+"""The processors that this process may use, and how its threads wait for each other. Imports no PyTorch."""
 
 import os
 from collections.abc import MutableMapping

@@ -24,6 +24,7 @@ from engine.hooks import removing
 from engine.images import Normalization, normalize, to_input
 from engine.task import Classification
 from engine.teaching import rate_factor
+from engine.threads import shared_threads
 
 STEPS = 300  # of the quantization-aware distillation
 RATE = 1e-4  # Adam, falling to 0 as a half cosine: the weights are to move by parts of a grid step
@@ -217,9 +218,10 @@ def quantization_aware(
         NonFiniteLossError: a loss became NaN or infinite.
     """
     module.eval().requires_grad_(True)
-    with fake_quantized(module, ranges, grid):
+    with fake_quantized(module, ranges, grid), shared_threads(rng.device) as threads:
         optimizer = torch.optim.Adam(module.parameters(), lr=RATE)
         for step in range(steps):
+            threads.choose()
             for group in optimizer.param_groups:
                 group["lr"] = RATE * rate_factor(step / steps)
             drawn = torch.randint(len(images), (batch,), generator=rng, device=rng.device)

@@ -9,6 +9,7 @@ from engine.processors import available_threads
 # Read when PyTorch is first imported, here and in what the tests start.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_DYNAMIC", "false")  # what else runs must not change what a seed gives
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

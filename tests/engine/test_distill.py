@@ -318,6 +318,22 @@ def _two_threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_two_threads")
+@pytest.mark.parametrize(("speeds", "threads"), [({2: 1.0, 1: 2.0}, 1), ({2: 2.0, 1: 1.0}, 2)], ids=["busy", "idle"])
+def test_beside_other_work_there_are_fewer_threads_and_the_run_says_so(
+    speeds: dict[int, float], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_DYNAMIC", "true")
+    monkeypatch.setattr(
+        "engine.threads.measured_speeds", lambda numbers: {number: speeds[number] for number in numbers}
+    )
+    state = begin(rounds=2)
+    assert not state.crowded
+    assert [torch.get_num_threads() for _ in distill(state)] == [threads, threads]
+    assert state.crowded is (threads < 2)
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("_two_threads")
 @pytest.mark.parametrize("depth", [8, 14])
 def test_the_same_seed_gives_the_same_student_bit_for_bit(depth: int) -> None:
     (first, first_metrics), (again, again_metrics) = (finish(seed=3, teacher=network(0, depth=depth)) for _ in range(2))
