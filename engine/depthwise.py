@@ -1,8 +1,8 @@
 """Depthwise convolutions that are differentiated in bfloat16 on a CPU, where two gradients have no fast kernel.
 
-The gradient by the input of a depthwise convolution with a stride takes 20 to 100 times as long as of one without, that
-by kernels above 3x3 twice as long as in float32 (docs/experiments.md): a third of a MobileNetV2's step. Both are
-computed in another way here.
+The gradient by the input of a depthwise convolution with a stride takes 20 to 110 times as long as of one without, that
+by a kernel above 3x3 up to five times as long as in float32 (docs/experiments.md): a third of a MobileNetV2's step.
+Both are computed in another way here.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,13 +16,18 @@ from torch.overrides import TorchFunctionMode
 from engine.layers import among_zeros, layout_of
 
 CONVOLUTIONS = {F.conv2d, torch.ops.aten.conv2d.default}  # of a module, and of an exported graph
+TYPES = {torch.float32, torch.bfloat16}  # that autocast takes for bfloat16
 LARGEST_QUICK_KERNEL = 3
 
 Pair = tuple[int, int]
 
 
 class QuickDepthwise(TorchFunctionMode):
-    """A context, under autocast to bfloat16 on a CPU, in which no depthwise convolution has a slow gradient."""
+    """A context in which depthwise convolutions have quick gradients where autocast takes them for bfloat16 on a CPU.
+
+    Those of the usual kind: one kernel a channel, without a dilation or a padding that says "same". Calls from
+    TorchScript are not seen; functions of torch.func do not go through.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -33,49 +38,69 @@ class QuickDepthwise(TorchFunctionMode):
 
 
 class DepthwiseConvolution(torch.autograd.Function):
-    """F.conv2d with one kernel a channel, without a bias, and with gradients of its own."""
+    """F.conv2d with one kernel a channel, and with gradients of its own."""
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, kernels: Tensor, stride: Pair, padding: Pair) -> Tensor:
+    def forward(ctx: Any, images: Tensor, kernels: Tensor, bias: Tensor | None, stride: Pair, padding: Pair) -> Tensor:
         """[B, C, H, W] and [C, 1, K, L] to [B, C, (H + 2 P - K) // stride + 1, ...]."""
         ctx.save_for_backward(images, kernels)
         ctx.stride, ctx.padding = stride, padding
-        return F.conv2d(images, kernels, None, stride, padding, 1, len(kernels))
+        return F.conv2d(images, kernels, bias, stride, padding, 1, len(kernels))
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         """By the images as of the convolution without the stride; by large kernels in float32."""
         images, kernels = ctx.saved_tensors
-        by_images = by_kernels = None
+        by_images = by_kernels = by_bias = None
         if ctx.needs_input_grad[0]:
             everywhere = _without_stride(upstream, images, kernels, ctx.stride, ctx.padding)
             by_images, _ = _gradients(everywhere, images, kernels, (1, 1), ctx.padding, of=(True, False))
         if ctx.needs_input_grad[1]:
+            tensors = upstream, images, kernels
             if max(kernels.shape[2:]) > LARGEST_QUICK_KERNEL:
-                upstream, images, kernels = upstream.float(), images.float(), kernels.float()
-            _, by_kernels = _gradients(upstream, images, kernels, ctx.stride, ctx.padding, of=(False, True))
-        return by_images, by_kernels, None, None
+                tensors = upstream.float(), images.float(), kernels.float()
+            _, by_kernels = _gradients(*tensors, ctx.stride, ctx.padding, of=(False, True))
+        if ctx.needs_input_grad[2]:
+            by_bias = upstream.sum((0, 2, 3))
+        return by_images, by_kernels, by_bias, None, None
 
 
 def _conv2d(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: int | tuple[int, ...] = 1,
-    padding: str | int | tuple[int, ...] = 0,
-    dilation: int | tuple[int, ...] = 1,
+    stride: int | Iterable[int] = 1,
+    padding: str | int | Iterable[int] = 0,
+    dilation: int | Iterable[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """F.conv2d, in bfloat16 where one of its gradients would be slow."""
-    is_depthwise = input.dim() == weight.dim() == 4 and 1 < groups == len(weight) == input.shape[1]
-    is_learned = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
-    if not (is_depthwise and is_learned) or isinstance(padding, str) or _pair(dilation) != (1, 1):
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    if max(_pair(stride)) == 1 and max(weight.shape[2:]) <= LARGEST_QUICK_KERNEL:
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    images, kernels = (tensor.to(torch.bfloat16) for tensor in (input, weight))
-    out: Tensor = DepthwiseConvolution.apply(images, kernels, _pair(stride), _pair(padding))
-    return out if bias is None else out + bias.to(out.dtype).view(-1, 1, 1)
+    """F.conv2d, with quick gradients where one of its own would be slow."""
+    if not (_is_depthwise(input, weight, groups) and _is_learned_in_bfloat16(input, weight)):
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+    slow = max(_pair(stride)) > 1 or max(weight.shape[2:]) > LARGEST_QUICK_KERNEL
+    if not slow or padding == "same" or max(_pair(dilation)) > 1:
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+    images, kernels, offset = (None if t is None else t.to(torch.bfloat16) for t in (input, weight, bias))
+    places = (0, 0) if isinstance(padding, str) else _pair(padding)  # "valid"
+    out: Tensor = DepthwiseConvolution.apply(images, kernels, offset, _pair(stride), places)
+    return out
+
+
+def _is_depthwise(images: Tensor, kernels: Tensor, groups: int) -> bool:
+    """Whether it is a batch of images, and a kernel for each of their channels."""
+    return images.dim() == kernels.dim() == 4 and 1 < groups == len(kernels) == images.shape[1]
+
+
+def _is_learned_in_bfloat16(images: Tensor, kernels: Tensor) -> bool:
+    """Whether a gradient is wanted of what autocast computes in bfloat16 on a CPU; a network may have it off."""
+    return (
+        torch.is_grad_enabled()
+        and (images.requires_grad or kernels.requires_grad)
+        and images.device.type == kernels.device.type == "cpu"
+        and {images.dtype, kernels.dtype} <= TYPES
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    )
 
 
 def _without_stride(upstream: Tensor, images: Tensor, kernels: Tensor, stride: Pair, padding: Pair) -> Tensor:
@@ -83,7 +108,7 @@ def _without_stride(upstream: Tensor, images: Tensor, kernels: Tensor, stride: P
     if stride == (1, 1):
         return upstream
     size = (n + 2 * p - k + 1 for n, p, k in zip(images.shape[2:], padding, kernels.shape[2:], strict=True))
-    return among_zeros(upstream, (*upstream.shape[:2], *size), stride, layout_of(upstream))
+    return among_zeros(upstream, (*upstream.shape[:2], *size), stride, layout_of(images))
 
 
 def _gradients(
@@ -97,7 +122,5 @@ def _gradients(
 
 
 def _pair(value: int | Iterable[int]) -> Pair:
-    if isinstance(value, int):
-        return value, value
-    values = tuple(value)
-    return (values[0], values[-1])
+    values = tuple(value) if isinstance(value, Iterable) else (value,)
+    return int(values[0]), int(values[-1])

@@ -1,15 +1,16 @@
-"""Where a run computes: the device and its precision. The one file of the engine that asks what the machine is."""
+"""Where a run computes: the device, its precision and its threads. The one file that asks what the machine is."""
 
 import contextlib
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from engine.depthwise import QuickDepthwise
 from engine.errors import SSDKDError
+from engine.threads import Threads
 
 # First compute capability (Ampere) that multiplies bfloat16; older GPUs emulate it, slower than float32.
 NATIVE_BFLOAT16 = 8
@@ -19,10 +20,11 @@ BATCHES_AT_ONCE = 8  # of a GPU in a forward pass that keeps no gradients; not m
 
 @dataclass(frozen=True)
 class Compute:
-    """A device and the type that matrix products and convolutions use on it (`None`: plain float32)."""
+    """A device, the type that matrix products and convolutions use on it (`None`: plain float32), and its threads."""
 
     device: torch.device
     autocast_dtype: torch.dtype | None
+    threads: Threads = field(default_factory=lambda: Threads(1), compare=False)  # of which nothing is chosen
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
@@ -30,7 +32,7 @@ class Compute:
         with contextlib.ExitStack() as contexts:
             if self.autocast_dtype is not None:
                 contexts.enter_context(torch.autocast(self.device.type, dtype=self.autocast_dtype))
-                if self.device.type == "cpu":
+                if self.device.type == "cpu" and torch.is_grad_enabled():
                     contexts.enter_context(QuickDepthwise())
             yield
 
@@ -76,6 +78,8 @@ class Compute:
 def choose_device(name: str) -> Compute:
     """The `Compute` for `auto`, `cpu`, `cuda` or `cuda:N`; `auto` takes the first GPU, else the CPU.
 
+    Beside other work a CPU's threads become fewer, unless the environment says OMP_DYNAMIC=false.
+
     Raises:
         SSDKDError: an unknown name, or a GPU that is not there.
     """
@@ -86,7 +90,8 @@ def choose_device(name: str) -> Compute:
     except RuntimeError:
         raise SSDKDError(f"'{name}' is not a device", "use --device auto, cpu, cuda or cuda:1") from None
     if device.type == "cpu":
-        return Compute(device, torch.bfloat16 if cpu_computes_bfloat16() else None)
+        most = 1 if os.environ.get("OMP_DYNAMIC", "").lower() == "false" else torch.get_num_threads()
+        return Compute(device, torch.bfloat16 if cpu_computes_bfloat16() else None, Threads(most))
     if device.type != "cuda":
         raise SSDKDError(f"device '{name}' is not supported: expected a CPU or a CUDA GPU", "use --device cpu or cuda")
     if not torch.cuda.is_available():

@@ -21,7 +21,6 @@ from engine.losses import modulation
 from engine.replay import ReplayBuffer
 from engine.state import State, looks_on
 from engine.teaching import averaged_tensors, learning_parameters, rate_factor, update_average
-from engine.threads import shared_threads
 
 HELD_OUT_SHARES = 8, 32  # one new image in so many is held out: until there are enough, and then
 LONGEST_WARMUP = 0.2  # of the time limit
@@ -57,41 +56,40 @@ def distill(state: State, *, time_limit_seconds: float | None = None) -> Iterato
 
     With a time limit the learning rate falls with the time as well, so that a run that is cut short has still cooled
     down. Where the clock was ahead of the rounds it is not repeatable bit for bit, and `state.hurried` says so; nor is
-    it where other work changed the number of threads, and `state.crowded` says so.
+    it where other work changed the number of threads, and `state.compute.threads.changed` says so.
 
     Raises:
         NonFiniteLossError: a loss became NaN or infinite; names the round.
     """
     settings, started = state.settings, time.perf_counter() - state.seconds
     progress = done_share(state, time_limit_seconds)
-    with shared_threads(state.compute.device) as threads:
-        while progress < 1:
-            round_started = time.perf_counter()
-            state.crowded |= threads.choose()
-            targets = choose_targets(state)
-            images, inversion_losses = synthesize(state, targets, progress)
-            remember(state, images, progress)
-            learns = is_taught(state, progress)
-            losses = teach(state, progress) if learns else inversion_losses.total.new_full((1, 2), math.nan)
+    while progress < 1:
+        round_started = time.perf_counter()
+        state.compute.threads.choose()
+        targets = choose_targets(state)
+        images, inversion_losses = synthesize(state, targets, progress)
+        remember(state, images, progress)
+        learns = is_taught(state, progress)
+        losses = teach(state, progress) if learns else inversion_losses.total.new_full((1, 2), math.nan)
 
-            state.round += 1
-            measured = measure(state, inversion_losses, losses)
-            now = time.perf_counter()
-            state.seconds = now - started
-            progress = done_share(state, time_limit_seconds)
-            state.hurried |= progress > state.round / settings.rounds
-            yield RoundMetrics(
-                round=state.round,
-                rounds=settings.rounds,
-                phase="distill" if learns else "warm-up",
-                seconds=state.seconds,
-                seconds_left=state.seconds * (1 - progress) / progress if progress < 1 else 0.0,
-                images_per_second=learns * len(losses) * settings.student_batch / (now - round_started),
-                images_seen=state.images_seen,
-                steps=state.steps,
-                buffer_size=state.buffer.size,
-                **measured,
-            )
+        state.round += 1
+        measured = measure(state, inversion_losses, losses)
+        now = time.perf_counter()
+        state.seconds = now - started
+        progress = done_share(state, time_limit_seconds)
+        state.hurried |= progress > state.round / settings.rounds
+        yield RoundMetrics(
+            round=state.round,
+            rounds=settings.rounds,
+            phase="distill" if learns else "warm-up",
+            seconds=state.seconds,
+            seconds_left=state.seconds * (1 - progress) / progress if progress < 1 else 0.0,
+            images_per_second=learns * len(losses) * settings.student_batch / (now - round_started),
+            images_seen=state.images_seen,
+            steps=state.steps,
+            buffer_size=state.buffer.size,
+            **measured,
+        )
 
 
 def done_share(state: State, time_limit_seconds: float | None) -> float:

@@ -22,7 +22,7 @@ from engine.generator import Generator
 from engine.images import Normalization, normalization, normalize, to_bytes
 from engine.leaves import dead_leaves
 from engine.losses import BatchNormPrior, batchnorm_loss, batchnorm_prior, flat_statistics, image_prior_loss, modulation
-from engine.modes import evaluating
+from engine.modes import evaluating, frozen
 from engine.recording import Outputs, Recorded, laid_out_as
 from engine.source import Source
 from engine.spread import spread_loss, spread_of_leaves
@@ -166,7 +166,7 @@ def invert(
         problem.adversarial_weight.fill_(adversarial_weight)
         problem.has_adversary.fill_(1)[:spared].zero_()
     restart(inverter.optimizer)
-    with evaluating(problem.student):
+    with evaluating(problem.student), frozen(problem.student):
         for _ in range(settings.inversion_steps):
             losses, gradients = inner_step()
             for variable, gradient in zip([*parameters, latent], gradients, strict=True):

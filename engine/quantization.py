@@ -24,7 +24,7 @@ from engine.hooks import removing
 from engine.images import Normalization, normalize, to_input
 from engine.task import Classification
 from engine.teaching import rate_factor
-from engine.threads import shared_threads
+from engine.threads import Threads
 
 STEPS = 300  # of the quantization-aware distillation
 RATE = 1e-4  # Adam, falling to 0 as a half cosine: the weights are to move by parts of a grid step
@@ -193,6 +193,7 @@ def quantization_aware(
     temperature: float,
     batch: int,
     rng: torch.Generator,
+    threads: Threads,
     steps: int = STEPS,
 ) -> Iterator[float]:
     """Train `module` in place to say on the grid what the float network says: distillation, with every layer rounded.
@@ -209,6 +210,7 @@ def quantization_aware(
         task, normalization, temperature: as in the distillation.
         batch: images a step.
         rng: draws the images.
+        threads: that compute.
         steps: how many.
 
     Yields:
@@ -218,7 +220,7 @@ def quantization_aware(
         NonFiniteLossError: a loss became NaN or infinite.
     """
     module.eval().requires_grad_(True)
-    with fake_quantized(module, ranges, grid), shared_threads(rng.device) as threads:
+    with fake_quantized(module, ranges, grid):
         optimizer = torch.optim.Adam(module.parameters(), lr=RATE)
         for step in range(steps):
             threads.choose()

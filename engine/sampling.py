@@ -11,7 +11,6 @@ from engine.device import Compute
 from engine.errors import NonFiniteLossError
 from engine.inversion import invert, new_inverter
 from engine.source import Source
-from engine.threads import shared_threads
 
 LEARNING_ROUNDS = 24  # of the generator, before its images count: they are textures at first (docs/experiments.md)
 CLASS_WEIGHT = 5.0  # the teacher is to be sure of them, as it is of photographs: no student wants harder ones
@@ -50,18 +49,17 @@ def synthesize(
     inverter = new_inverter(source, None, settings=settings, compute=compute)
     counts = torch.zeros(task.classes, dtype=torch.int64, device=compute.device)
     rounds = rounds_for(number, settings)
-    with shared_threads(compute.device) as threads:
-        for index in range(rounds):
-            threads.choose()
-            targets = task.balanced_targets(counts, settings.inversion_batch, rng)
-            images, losses = invert(inverter, targets, class_counts=counts, adversarial_weight=0.0, rng=rng)
-            if not losses.total.isfinite():
-                raise NonFiniteLossError(
-                    f"the images' loss is not finite in round {index + 1}: {float(losses.total):.3g}",
-                    "check --mean and --std, and look at the teacher with `ssdkd inspect`",
-                )
-            if index < LEARNING_ROUNDS:
-                images = images[:0]
-            else:
-                counts += torch.bincount(targets, minlength=task.classes)
-            yield Progress(index + 1, rounds, float(losses.prior)), images
+    for index in range(rounds):
+        compute.threads.choose()
+        targets = task.balanced_targets(counts, settings.inversion_batch, rng)
+        images, losses = invert(inverter, targets, class_counts=counts, adversarial_weight=0.0, rng=rng)
+        if not losses.total.isfinite():
+            raise NonFiniteLossError(
+                f"the images' loss is not finite in round {index + 1}: {float(losses.total):.3g}",
+                "check --mean and --std, and look at the teacher with `ssdkd inspect`",
+            )
+        if index < LEARNING_ROUNDS:
+            images = images[:0]
+        else:
+            counts += torch.bincount(targets, minlength=task.classes)
+        yield Progress(index + 1, rounds, float(losses.prior)), images

@@ -47,7 +47,6 @@ class State:
     images_seen: int = 0
     seconds: float = 0.0
     hurried: bool = False  # the clock was ahead of the rounds once: the same seed may give another student
-    crowded: bool = False  # other work changed the number of threads, and so how sums are rounded: likewise
 
 
 def start(

@@ -25,7 +25,7 @@ from ssdkd_cli.plans import PLAN
 from ssdkd_cli.report import Artifact, Gate, Percentiles, Report, problem_of, read_report
 from ssdkd_cli.report_page import write_report
 from ssdkd_cli.target import Target
-from ssdkd_cli.timing import BATCHES, busy_warnings, measure, time_files, time_plan_file
+from ssdkd_cli.timing import BATCHES, busy_warnings, crowded_warnings, measure, time_files, time_plan_file
 from ssdkd_cli.words import percent
 
 TIMED_LATER = (
@@ -120,7 +120,7 @@ def export(
     proofs = make_files(subject, target, folder, compute=compute, seed=seed)
     _, timings = measure(*timed_paths(proofs), subject.samples.held_out, folder, batch=target.timed_batch)
     doubts = busy_warnings({path.name: timing for path, timing in timings.items()}, folder)
-    console.warn_all([*doubts, *profile_warnings(target.profile.name)])
+    console.warn_all([*doubts, *crowded_warnings(compute.threads), *profile_warnings(target.profile.name)])
     profile = target.profile.name if target.is_named else None
     artifacts = tuple(
         artifact(proof, subject, timings, labelled, profile=profile, notes=material.notes) for proof in proofs

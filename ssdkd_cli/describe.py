@@ -35,10 +35,6 @@ from ssdkd_cli.words import count
 
 METHOD = "SSD-KD"
 NOT_REPEATABLE = "the time limit hurried the run: the same seed does not give the same student again"
-CROWDED = (
-    "other work on this machine changed the number of threads during the run: the same seed does not give the same "
-    "student again; OMP_DYNAMIC=false keeps that number, and is slower"
-)
 SAMPLES_A_CLASS = 5  # with fewer on average, the counts of classes say nothing
 UNBALANCED = 10  # times as many samples in the largest class as in the smallest
 
@@ -192,7 +188,6 @@ def run_warnings(state: State) -> list[str]:
         *prior_warnings(class_histogram(state)),
         *([cut_short] if done < planned else []),
         *([NOT_REPEATABLE] if state.hurried else []),
-        *([CROWDED] if state.crowded else []),
         *slow,
     ]
 

@@ -70,7 +70,7 @@ SEED = typer.Option(
     min=0,
     max=2**63 - 1,
     metavar="N",
-    help="Of all random numbers: on a CPU the same seed gives the same result, bit for bit.",
+    help="Of all random numbers: on an idle CPU the same seed gives the same result, bit for bit.",
     rich_help_panel="Run",
 )
 EXPORT = typer.Option(

@@ -48,7 +48,7 @@ from ssdkd_cli.teaching import (
     keeping_student,
     teach,
 )
-from ssdkd_cli.timing import TEACHER, busy_warnings, measure
+from ssdkd_cli.timing import TEACHER, busy_warnings, crowded_warnings, measure
 from ssdkd_cli.words import count, percent, shape
 
 SPARE_BYTES = 4_000_000  # report, picture, metrics
@@ -125,7 +125,8 @@ def compress(options: Options, *, command: str) -> Finished:
             )
             of_teacher = {TEACHER: teacher_timing} if teacher_timing else {}
             of_files = {path.name: timing for path, timing in timings.items()}
-            warnings += console.warn_all(busy_warnings({**of_teacher, **of_files}, folder))
+            busy = busy_warnings({**of_teacher, **of_files}, folder)
+            warnings += console.warn_all([*busy, *crowded_warnings(compute.threads)])
             with console.stage("score", "comparing student and teacher") as done:
                 scores = compare(subject, labelled, teacher_accuracy, compute.device)
                 profile = target.profile.name if target.is_named else None

@@ -275,6 +275,7 @@ def aware(subject: Subject, module: nn.Module, integers: Integers) -> nn.Module:
         temperature=DistillationSettings.temperature,
         batch=batch,
         rng=torch.Generator(device).manual_seed(integers.seed),
+        threads=integers.compute.threads,
         steps=STEPS,
     )
     for _ in steps:

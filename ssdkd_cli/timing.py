@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import SSDKDError
+from engine.threads import Threads
 from exporters.bench import Latency, bench_together
 from exporters.files import write_atomically
 from exporters.runtimes import Runtime, open_runtime, to_input
@@ -21,6 +22,10 @@ from ssdkd_cli.words import milliseconds
 BATCHES = (32, 16, 8, 4, 2, 1)  # of the throughput: the largest that stays below BATCH_SECONDS a call
 BATCH_SECONDS = 0.4
 BUSY = 3  # times the median that one call of ten takes: other work held the processor
+CROWDED = (
+    "other work on this machine made this run take fewer threads for a while: the same seed may not give the same "
+    "result again; OMP_DYNAMIC=false in the environment keeps their number, and is slower beside other work"
+)
 TEACHER = "the teacher"  # as `busy_warnings` is given it
 BENCH_SECONDS = 0.5  # each file at each batch size is called for at least so long
 
@@ -83,6 +88,11 @@ def busy_warnings(timings: Mapping[str, Timing], model: Path) -> list[str]:
         for name, latency in ((name, timing.latency_ms) for name, timing in timings.items())
         if latency.p90 > BUSY * latency.p50
     ]
+
+
+def crowded_warnings(threads: Threads) -> list[str]:
+    """A sentence where other work on the machine made a run compute with fewer threads for a while."""
+    return [CROWDED] if threads.changed else []
 
 
 def _beside_teacher(

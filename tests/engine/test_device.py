@@ -30,6 +30,23 @@ def test_cpu_uses_bfloat16_only_where_the_processor_has_it(
     assert choose_device("cpu") == Compute(CPU, dtype)
 
 
+@pytest.mark.parametrize(("said", "numbers"), [(None, [3, 1]), ("true", [3, 1]), ("false", [1]), ("FALSE", [1])])
+def test_a_cpu_has_threads_to_choose_unless_the_environment_says_no(
+    said: str | None, numbers: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.delenv("OMP_DYNAMIC", raising=False)
+    if said is not None:
+        monkeypatch.setenv("OMP_DYNAMIC", said)
+    assert choose_device("cpu").threads.numbers == numbers
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_beside_a_gpu_threads_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_DYNAMIC", raising=False)
+    assert choose_device("cuda:1").threads.numbers == [1]
+
+
 @pytest.mark.parametrize(("amx", "avx512"), [(True, False), (False, True), (True, True), (False, False)])
 def test_either_instruction_set_is_enough_for_bfloat16(
     amx: bool, avx512: bool, monkeypatch: pytest.MonkeyPatch

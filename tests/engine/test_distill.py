@@ -317,20 +317,12 @@ def _two_threads() -> Iterator[None]:
     torch.set_num_threads(usual)
 
 
-@pytest.mark.usefixtures("_two_threads")
-@pytest.mark.parametrize(("speeds", "threads"), [({2: 1.0, 1: 2.0}, 1), ({2: 2.0, 1: 1.0}, 2)], ids=["busy", "idle"])
-def test_beside_other_work_there_are_fewer_threads_and_the_run_says_so(
-    speeds: dict[int, float], threads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OMP_DYNAMIC", "true")
-    monkeypatch.setattr(
-        "engine.threads.measured_speeds", lambda numbers: {number: speeds[number] for number in numbers}
-    )
-    state = begin(rounds=2)
-    assert not state.crowded
-    assert [torch.get_num_threads() for _ in distill(state)] == [threads, threads]
-    assert state.crowded is (threads < 2)
-    assert torch.get_num_threads() == 2
+def test_threads_are_chosen_once_a_round() -> None:
+    state = begin()
+    looks: list[int] = []
+    state.compute.threads.choose = lambda: looks.append(state.round)  # type: ignore[method-assign]
+    list(distill(state))
+    assert looks == [0, 1, 2, 3]
 
 
 @pytest.mark.usefixtures("_two_threads")

@@ -1,6 +1,6 @@
 from torch import nn
 
-from engine.modes import evaluating
+from engine.modes import evaluating, frozen
 
 
 def test_each_part_is_in_the_mode_again_that_it_had() -> None:
@@ -13,5 +13,13 @@ def test_each_part_is_in_the_mode_again_that_it_had() -> None:
 
 
 def test_nothing_is_asked_of_no_network() -> None:
-    with evaluating(None):
+    with evaluating(None), frozen(None):
         pass
+
+
+def test_the_parameters_learn_again_that_did() -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    network[1].bias.requires_grad_(False)
+    with frozen(network):
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+    assert [parameter.requires_grad for parameter in network.parameters()] == [True, True, True, False]

@@ -25,6 +25,7 @@ from engine.quantization import (
 )
 from engine.rounding import rounded_weights
 from engine.task import Classification
+from engine.threads import Threads
 
 CONSTANTS = normalization((0.5,), (0.25,), torch.device("cpu"))
 ASYMMETRIC, SYMMETRIC = Grid(False), Grid(True)
@@ -202,7 +203,15 @@ def test_the_last_batch_counts_by_its_images(network: Network, images: Tensor) -
     assert torch.allclose(*biases, atol=1e-5)
 
 
-def train(module: nn.Module, images: Tensor, logits: Tensor, *, seed: int = 0, steps: int = 60) -> list[float]:
+def train(
+    module: nn.Module,
+    images: Tensor,
+    logits: Tensor,
+    *,
+    seed: int = 0,
+    steps: int = 60,
+    threads: Threads | None = None,
+) -> list[float]:
     return list(
         quantization_aware(
             module,
@@ -215,6 +224,7 @@ def train(module: nn.Module, images: Tensor, logits: Tensor, *, seed: int = 0, s
             temperature=4.0,
             batch=64,
             rng=torch.Generator().manual_seed(seed),
+            threads=threads or Threads(1),
             steps=steps,
         )
     )
@@ -230,6 +240,13 @@ def test_training_on_the_grid_lowers_the_loss_there(
     assert torch.equal(network.norm.running_mean, statistics)  # BatchNorm keeps what the teacher remembers
     assert "weight" in dict(network.first.named_parameters())  # no parametrization is left
     assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_threads_are_chosen_once_a_step(network: Network, images: Tensor) -> None:
+    threads, looks = Threads(1), []
+    threads.choose = lambda: looks.append(None)  # type: ignore[method-assign]
+    train(network, images, torch.zeros(len(images), 3), steps=4, threads=threads)
+    assert len(looks) == 4
 
 
 def test_the_same_seed_trains_the_same_weights(network: Network, images: Tensor) -> None:

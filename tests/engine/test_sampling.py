@@ -13,6 +13,7 @@ from engine.errors import NonFiniteLossError
 from engine.sampling import LEARNING_ROUNDS, rounds_for, synthesize
 from engine.source import Source
 from engine.task import Classification
+from engine.threads import Threads
 from engine.zoo import resnet_cifar
 
 SETTINGS = settings_for("smoke", image_shape=(1, 16, 16), inversion_batch=16, inversion_steps=3, generator_width=4)
@@ -28,12 +29,14 @@ def teacher() -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def rounds(number: int, seed: int = 0, network: nn.Module | None = None) -> list[tuple[float, torch.Tensor]]:
+def rounds(
+    number: int, seed: int = 0, network: nn.Module | None = None, threads: Threads | None = None
+) -> list[tuple[float, torch.Tensor]]:
     network = network or teacher()
     source = Source(
         network, Classification(5), (1, 16, 16), (0.5,), (0.25,), batchnorm_layers=tuple(batchnorm_layers(network))
     )
-    compute = Compute(torch.device("cpu"), None)
+    compute = Compute(torch.device("cpu"), None, threads or Threads(1))
     made = synthesize(source, number, settings=SETTINGS, compute=compute, seed=seed)
     return [(progress.prior_loss, images) for progress, images in made]
 
@@ -50,6 +53,13 @@ def test_the_first_rounds_teach_the_generator_and_give_no_images() -> None:
 def test_the_images_match_the_teacher_s_statistics_better_and_better() -> None:
     losses = [loss for loss, _ in rounds(16)]
     assert losses[-1] < 0.75 * losses[0]
+
+
+def test_threads_are_chosen_once_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "LEARNING_ROUNDS", 2)
+    threads, looks = Threads(1), []
+    threads.choose = lambda: looks.append(None)  # type: ignore[method-assign]
+    assert len(rounds(16, threads=threads)) == len(looks) == 3
 
 
 def test_the_same_seed_makes_the_same_images(monkeypatch: pytest.MonkeyPatch) -> None:

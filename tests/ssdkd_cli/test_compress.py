@@ -16,11 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine import device
 from engine.config import DistillationSettings
 from engine.distill import distill
 from engine.errors import NonFiniteLossError
 from engine.students import build_student
 from engine.teacher import load_teacher
+from engine.threads import Threads
 from exporters.verify import Verification
 from ssdkd_cli import (
     artifacts,
@@ -88,15 +90,25 @@ def test_doubts_of_the_machine_are_in_the_report(ssdkd: Any, shared: Path, tmp_p
     (tmp_path / "cpuinfo").write_text("flags : avx2\n")
     monkeypatch.setattr(environment, "CPU_INFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(timing, "BUSY", 0)
+    monkeypatch.setattr(device, "Threads", CrowdedThreads)
     ran = ssdkd(*arguments(shared, tmp_path / "run", "--json", "--profile", "x86-vnni"))
     assert ran.code == 0, ran.err
-    for words in ("has no VNNI", "busy when the teacher was timed", "busy when model.onnx was timed"):
+    for words in ("has no VNNI", "busy when the teacher was timed", "busy when model.onnx was timed", "fewer threads"):
         (warning,) = [text for text in ran.json["warnings"] if words in text]
         assert warning in ran.err
         assert ("ssdkd bench" in warning) == ("model.onnx" in words)  # it times no teacher
     exported = ssdkd("export", tmp_path / "run", "--overwrite", "--profile", "x86-vnni", "--precision", "fp32")
     assert "has no VNNI" in exported.err
     assert "busy when model.onnx was timed" in exported.err
+    assert "fewer threads" in exported.err
+
+
+class CrowdedThreads(Threads):
+    """Threads that once made room for other work."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(most)
+        self.changed = True
 
 
 def test_what_fails_is_said_beside_the_json(ssdkd: Any, shared: Path, tmp_path: Path) -> None:

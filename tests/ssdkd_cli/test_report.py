@@ -164,7 +164,6 @@ def state_of_two_samples() -> Any:
         buffer=types.SimpleNamespace(size=2, classes=torch.tensor([0, 1])),
         task=Classification(2),
         hurried=False,
-        crowded=False,
         round=150,
         settings=types.SimpleNamespace(rounds=150, alter=False, looking_share=0.5),
         inverter=types.SimpleNamespace(inner_step={False: called, True: called}),
@@ -178,14 +177,6 @@ def test_a_run_that_the_clock_hurried_says_so() -> None:
     assert run_warnings(state) == []
     state.hurried = True
     assert ["time limit" in warning for warning in run_warnings(state)] == [True]
-
-
-def test_a_run_whose_threads_made_room_for_other_work_says_so() -> None:
-    state = state_of_two_samples()
-    state.crowded = True
-    (warning,) = run_warnings(state)
-    assert warning.startswith("other work on this machine changed the number of threads")
-    assert "OMP_DYNAMIC=false" in warning
 
 
 def test_a_run_that_the_time_limit_ended_says_after_how_many_rounds() -> None:
