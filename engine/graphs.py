@@ -62,6 +62,18 @@ def loosen_device(module: fx.GraphModule) -> None:
     module.recompile()
 
 
+def rename_convolutions(module: fx.GraphModule) -> None:
+    """Writes the convolutions of a trace, which says how a GPU shall compute them, as exporters know them; in place."""
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target is aten._convolution.default:
+            *shared, transposed, output_padding, groups = node.args[:9]
+            if transposed or len(output_padding) != 2:
+                node.target, node.args = aten.convolution.default, node.args[:9]
+            else:
+                node.target, node.args = aten.conv2d.default, (*shared, groups)
+    module.recompile()
+
+
 def restore_batchnorm(module: fx.GraphModule) -> fx.GraphModule:
     """Puts a BatchNorm layer in the place of every BatchNorm operation with stored statistics; in place.
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from engine.errors import SSDKDError
-from engine.graphs import Graph, loosen_device, restore_batchnorm
+from engine.graphs import Graph, loosen_device, rename_convolutions, restore_batchnorm
 from engine.probing import FORWARD_ERRORS, TRIED_PIXELS, noise
 from engine.safe_archive import FILE_OPERATIONS, needs_trust, packed, read_members, without_folder
 from engine.safe_pickle import UNREADABLE, damaged
@@ -91,6 +91,7 @@ def read_torchscript(
         try:
             operations = _as_operations(frozen.graph, noise(shape))
             loosen_device(operations)
+            rename_convolutions(operations)
             module = restore_batchnorm(operations)
         except _NotPlainError as error:
             notes.append(f"The TorchScript graph has {error}, so its BatchNorm layers cannot be used.")

@@ -118,7 +118,7 @@ def export(
     labelled = labelled_images(eval_data, card) if eval_data else None
     teacher_accuracy = _teacher_accuracy(material, labelled, is_needed=limits.max_drop is not None)
     proofs = make_files(subject, target, folder, compute=compute, seed=seed)
-    _, timings = measure(*timed_paths(proofs), subject.samples.held_out, folder, batch=target.timed_batch)
+    _, timings, _ = measure(*timed_paths(proofs), subject.samples.held_out, folder, batch=target.timed_batch)
     doubts = busy_warnings({path.name: timing for path, timing in timings.items()}, folder)
     console.warn_all([*doubts, *crowded_warnings(compute.threads), *profile_warnings(target.profile.name)])
     profile = target.profile.name if target.is_named else None

@@ -116,7 +116,7 @@ def compress(options: Options, *, command: str) -> Finished:
             save_picture(folder, distilled.state, class_names(teacher))
             subject = Subject(distilled.student, card, distilled.samples, options.embed_preprocessing)
             proofs = make_files(subject, target, folder, compute=compute, seed=options.seed)
-            teacher_timing, timings = measure(
+            teacher_timing, timings, unknown = measure(
                 *timed_paths(proofs),
                 distilled.samples.held_out,
                 folder,
@@ -126,7 +126,7 @@ def compress(options: Options, *, command: str) -> Finished:
             of_teacher = {TEACHER: teacher_timing} if teacher_timing else {}
             of_files = {path.name: timing for path, timing in timings.items()}
             busy = busy_warnings({**of_teacher, **of_files}, folder)
-            warnings += console.warn_all([*busy, *crowded_warnings(compute.threads)])
+            warnings += [*unknown, *console.warn_all([*busy, *crowded_warnings(compute.threads)])]
             with console.stage("score", "comparing student and teacher") as done:
                 scores = compare(subject, labelled, teacher_accuracy, compute.device)
                 profile = target.profile.name if target.is_named else None

@@ -52,28 +52,33 @@ def measure(
     *,
     batch: int | None,
     teacher: Subject | None = None,
-) -> tuple[Timing | None, dict[Path, Timing]]:
+) -> tuple[Timing | None, dict[Path, Timing], list[str]]:
     """The timings of ONNX files (and of the teacher as one, in turn with them), then of plans on the GPU.
 
     `samples`: uint8 [N, H, W, C]. `batch`: of the throughput; None: as large as suits the machine. What cannot be timed
-    has none, and is said.
+    has none; the warnings, which were said, name it.
     """
     if not paths and not plans:
-        return None, {}
+        return None, {}, []
+    warnings: list[str] = []
     with console.stage("speed", f"timing {', '.join(path.name for path in (*paths, *plans))}") as done:
         runtimes = [open_runtime(path) for path in paths]
-        of_teacher, timed = _beside_teacher(runtimes, samples, folder, batch, teacher) if runtimes else (None, [])
+        of_teacher = None
+        if runtimes and teacher is not None:
+            of_teacher, timed, warnings = _beside_teacher(runtimes, samples, folder, batch, teacher)
+        else:
+            timed = time_files(runtimes, samples, batch=batch) if runtimes else []
         timings = dict(zip(paths, timed, strict=True))
         for plan in plans:
             try:
                 timings[plan] = time_plan_file(plan, batch or BATCHES[0])
             except SSDKDError as error:
-                console.warn(f"the latency of {plan.name} is unknown: {error.message}")
+                warnings += console.warn_all([f"the latency of {plan.name} is unknown: {error.message}"])
         words = [f"{path.name} {milliseconds(timing.latency_ms.p50)}" for path, timing in timings.items()]
         if of_teacher:
             words.insert(0, f"teacher {milliseconds(of_teacher.latency_ms.p50)}")
         done(", ".join(words))
-    return of_teacher, timings
+    return of_teacher, timings, warnings
 
 
 def busy_warnings(timings: Mapping[str, Timing], model: Path) -> list[str]:
@@ -100,19 +105,17 @@ def _beside_teacher(
     samples: NDArray[np.uint8],
     folder: Path,
     batch: int | None,
-    teacher: Subject | None,
-) -> tuple[Timing | None, list[Timing]]:
-    if teacher is None:
-        return None, time_files(runtimes, samples, batch=batch)
+    teacher: Subject,
+) -> tuple[Timing | None, list[Timing], list[str]]:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".teacher-") as temporary:
         beside = Path(temporary) / "teacher.onnx"
         try:
             write_atomically(beside, float_graph(teacher).SerializeToString())
             of_teacher, *timed = time_files([open_runtime(beside), *runtimes], samples, batch=batch)
         except SSDKDError as error:
-            console.warn(f"the teacher's latency is unknown: {error.message}")
-            return None, time_files(runtimes, samples, batch=batch)
-    return of_teacher, timed
+            warnings = console.warn_all([f"the teacher's latency is unknown: {error.message}"])
+            return None, time_files(runtimes, samples, batch=batch), warnings
+    return of_teacher, timed, []
 
 
 def time_files(runtimes: Sequence[Runtime], samples: NDArray[np.uint8], *, batch: int | None = None) -> list[Timing]:

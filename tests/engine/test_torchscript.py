@@ -11,6 +11,7 @@ from engine.graphs import GraphBatchNorm, check_graph, relative_error
 from engine.safe_archive import FILE_OPERATIONS
 from engine.students import build_network
 from engine.torchscript import Bare, read_torchscript
+from exporters.to_onnx import to_onnx
 
 
 class Awkward(nn.Module):
@@ -72,6 +73,28 @@ def test_a_traced_network_makes_its_tensors_where_the_images_are(tmp_path):
     assert notes == []
     check_graph(graph, (3, 8, 8), "a.pt")
     assert graph.module.to("meta")(torch.zeros(5, 3, 8, 8, device="meta")).shape == (5, 3)
+
+
+def test_the_convolutions_of_a_trace_are_those_that_exporters_know(tmp_path):
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2, padding=1),
+        nn.Conv2d(4, 4, (3, 1), padding="same", dilation=2, groups=4, bias=False),
+        nn.ConvTranspose2d(4, 5, 3, 2, output_padding=1),
+        nn.Flatten(2),
+        nn.Conv1d(5, 6, 4, 2),
+        nn.AdaptiveAvgPool1d(1),
+        nn.Flatten(),
+    ).eval()
+    path = save(tmp_path / "a.pt", lambda: torch.jit.trace(network, torch.zeros(2, 3, 8, 8)))
+    _, graph, _ = read_torchscript(path, (3, 8, 8))
+    aten = torch.ops.aten
+    targets = [node.target for node in graph.module.graph.nodes if "conv" in str(node.target)]
+    as_it_was = aten._convolution_mode.default  # with its padding in words
+    assert targets == [aten.conv2d.default, as_it_was, aten.convolution.default, aten.convolution.default]
+    check_graph(graph, (3, 8, 8), "a.pt")
+    proto = to_onnx(graph.module, input_shape=(3, 8, 8), metadata={})
+    kinds = [node.op_type for node in proto.graph.node if "Conv" in node.op_type]
+    assert kinds == ["Conv", "Conv", "ConvTranspose", "Conv"]
 
 
 def test_a_loop_is_run_as_it_is_and_said(tmp_path):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from engine import device
 from engine.config import DistillationSettings
 from engine.distill import distill
-from engine.errors import NonFiniteLossError
+from engine.errors import NonFiniteLossError, SSDKDError
 from engine.students import build_student
 from engine.teacher import load_teacher
 from engine.threads import Threads
@@ -101,6 +101,20 @@ def test_doubts_of_the_machine_are_in_the_report(ssdkd: Any, shared: Path, tmp_p
     assert "has no VNNI" in exported.err
     assert "busy when model.onnx was timed" in exported.err
     assert "fewer threads" in exported.err
+
+
+def test_a_teacher_that_cannot_be_timed_is_in_the_report(
+    ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def refused(_subject: object) -> None:
+        raise SSDKDError("the network cannot be exported", "")
+
+    monkeypatch.setattr(timing, "float_graph", refused)
+    ran = ssdkd(*arguments(shared, tmp_path / "run", "--json"))
+    assert ran.code == 0, ran.err
+    assert ran.json["teacher"]["latency_ms"] is None
+    said = "the teacher's latency is unknown: the network cannot be exported"
+    assert ran.json["warnings"].count(said) == ran.err.count(said) == 1
 
 
 class CrowdedThreads(Threads):
