@@ -92,7 +92,10 @@ class Loss:
     margin: float = 0.0
 
     def __str__(self) -> str:
-        return f"{abs(self.points):.2f} points of agreement {'lost' if self.points >= 0 else 'gained'}"
+        if not self.points:
+            return "as much agreement with the teacher as in float32"
+        way = "less" if self.points > 0 else "more"
+        return f"{abs(self.points):.2f} points {way} agreement with the teacher than in float32"
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def to_markdown(report: Report) -> str:
             [artifact_row(item) for item in report.artifacts],
         ),
         "",
-        *(f"- `{item.path}`: {item.verified_reason}. {' '.join(item.notes)}".rstrip() for item in report.artifacts),
+        *(f"- `{item.path}`: {'; '.join((item.verified_reason, *item.notes))}." for item in report.artifacts),
         "",
         f"Recommended: `{report.recommendation.artifact}`, {report.recommendation.why}."
         if report.recommendation
