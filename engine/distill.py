@@ -52,7 +52,7 @@ class RoundMetrics:
 
 
 def distill(state: State, *, time_limit_seconds: float | None = None) -> Iterator[RoundMetrics]:
-    """Run the rounds that are left, one metrics a round; stop early when the time is spent.
+    """Run the rounds that are left, one metrics a round; stop early, with the round that ends nearest to a time limit.
 
     With a time limit the learning rate falls with the time as well, so that a run that is cut short has still cooled
     down. Where the clock was ahead of the rounds it is not repeatable bit for bit, and `state.hurried` says so; nor is
@@ -77,6 +77,8 @@ def distill(state: State, *, time_limit_seconds: float | None = None) -> Iterato
         now = time.perf_counter()
         state.seconds = now - started
         progress = done_share(state, time_limit_seconds)
+        if time_limit_seconds is not None and state.steps:  # one more round would end farther from the limit
+            progress = max(progress, state.seconds + (now - round_started) / 2 >= time_limit_seconds)
         state.hurried |= progress > state.round / settings.rounds
         yield RoundMetrics(
             round=state.round,

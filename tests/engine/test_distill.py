@@ -397,6 +397,20 @@ def test_a_time_limit_ends_the_run_and_takes_the_rate_with_it(monkeypatch: pytes
     assert found == sorted(found, reverse=True)
 
 
+@pytest.mark.parametrize(("limit", "rounds"), [(42.0, 4), (43.0, 5), (51.0, 5)])
+def test_a_time_limit_ends_the_run_with_the_round_that_is_nearest(
+    limit: float, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 10_000, 5))  # a round takes 5 s, and who shows it as long
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    state = begin(rounds=1000, warmup_rounds=0, student_steps=1)
+    state.seconds = 0.0
+    metrics = list(distill(state, time_limit_seconds=limit))
+    assert (len(metrics), metrics[-1].seconds) == (rounds, 10.0 * rounds)
+    assert metrics[-1].seconds_left == 0
+    assert state.hurried
+
+
 def test_a_run_that_goes_on_under_a_time_limit_goes_on_at_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(10_000))
     monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: float(next(clock))))
