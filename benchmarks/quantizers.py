@@ -35,7 +35,7 @@ from benchmarks.quantizer_recipes import (
     Recipe,
     run_over,
 )
-from engine.processors import available_threads
+from engine.processors import computing_threads
 from engine.students import build_network
 from engine.teacher import load_teacher
 from exporters.bench import bench_together
@@ -264,7 +264,7 @@ def main() -> None:
     source["versions"] |= {
         package: version(package) for library, package in PACKAGES.items() if importlib.util.find_spec(library)
     }
-    source["machine"]["threads"] = available_threads()
+    source["machine"]["threads"] = computing_threads()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.files or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,12 @@ def available_threads() -> int:
     return min(_processors(), share) if share else _processors()
 
 
+def computing_threads() -> int:
+    """How many threads a runtime shall compute with: as many as OMP_NUM_THREADS says, which is PyTorch's, or all."""
+    said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(said) if said.isdecimal() and int(said) > 0 else available_threads()
+
+
 def share_processors(environment: MutableMapping[str, str]) -> None:
     """Tell the OpenMP threads of PyTorch, which reads this when it is first imported, to mind other work.
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import SSDKDError
-from engine.processors import available_threads
+from engine.processors import computing_threads
 from exporters.files import check_utf8
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _open_onnx(path: Path, input_shape: Shape | None) -> Runtime:
         return logits
 
     return Runtime(
-        name=f"onnxruntime {onnxruntime.__version__} {ONNX_PROVIDER}, {available_threads()} threads",
+        name=f"onnxruntime {onnxruntime.__version__} {ONNX_PROVIDER}, {computing_threads()} threads",
         path=path,
         input_shape=shape,
         classes=classes,
@@ -154,7 +154,7 @@ def _onnx_session(path: Path) -> tuple[Any, Sequence[Any], Any, dict[str, str]]:
     onnxruntime.set_default_logger_severity(ONLY_FATAL)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ONLY_FATAL
-    options.intra_op_num_threads = available_threads()  # or ONNX Runtime pins threads to cores a container may lack
+    options.intra_op_num_threads = computing_threads()  # or ONNX Runtime pins threads to cores a container may lack
     try:
         session = onnxruntime.InferenceSession(path, options, providers=[ONNX_PROVIDER])
         metadata = dict(session.get_modelmeta().custom_metadata_map)

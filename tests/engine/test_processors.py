@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from engine import processors
-from engine.processors import SPINS, available_threads, share_processors
+from engine.processors import SPINS, available_threads, computing_threads, share_processors
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,16 @@ def test_threads_follow_the_share_of_a_container(
     (tmp_path / "cpu.max").write_text(content)
     monkeypatch.setattr(processors, "CPU_QUOTA", tmp_path / "cpu.max")
     assert available_threads() == (threads or len(os.sched_getaffinity(0)))
+
+
+@pytest.mark.parametrize(("said", "threads"), [("3", 3), ("5,2", 5), ("0", None), ("many", None), (None, None)])
+def test_runtimes_compute_with_the_threads_that_pytorch_is_given(
+    said: str | None, threads: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    assert computing_threads() == (threads or available_threads())
 
 
 @pytest.mark.parametrize(("quota", "threads"), [("200000 100000", {"OMP_NUM_THREADS": "2"}), ("max 100000", {})])

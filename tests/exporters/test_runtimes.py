@@ -12,7 +12,7 @@ from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from torch import nn
 
 from engine.errors import SSDKDError
-from engine.processors import available_threads
+from engine.processors import computing_threads
 from exporters.metadata import describe
 from exporters.runtimes import inference_batch, open_runtime, predictor, to_input
 
@@ -54,7 +54,7 @@ def classifier(
 
 def test_opened_file_says_what_it_takes_and_gives(exported: Path) -> None:
     runtime = open_runtime(exported)
-    threads = available_threads()
+    threads = computing_threads()
     assert runtime.name == f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider, {threads} threads"
     assert (runtime.input_shape, runtime.classes, runtime.fixed_batch) == ((3, 8, 8), 5, None)
     assert runtime.path == exported
@@ -65,7 +65,7 @@ def test_logits_do_not_depend_on_the_threads(exported: Path, monkeypatch: pytest
     images = np.random.default_rng(0).standard_normal((9, 3, 8, 8), dtype=np.float32)
     logits = []
     for threads in (1, 2):
-        monkeypatch.setattr("exporters.runtimes.available_threads", lambda threads=threads: threads)
+        monkeypatch.setattr("exporters.runtimes.computing_threads", lambda threads=threads: threads)
         logits.append(open_runtime(exported).run(images))
     np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-6)
 
