@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import shlex
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -113,6 +114,12 @@ def default_folder(teacher: Path, student: str) -> Path:
     """runs/<teacher>-<student>, without what a file name cannot hold."""
     name = f"{teacher.stem}-{student}".replace(":", ".").replace("/", ".")
     return Path("runs") / name
+
+
+def export_command(folder: Path) -> str:
+    """What to type for a file of the student in `folder`; a run that was interrupted may have left one there."""
+    overwrite = ["--overwrite"] if (folder / f"{MODEL}.onnx").exists() else []
+    return shlex.join(["ssdkd", "export", str(folder), *overwrite])
 
 
 def save_student(folder: Path, module: "nn.Module", card: StudentCard) -> None:

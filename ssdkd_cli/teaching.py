@@ -166,7 +166,10 @@ def keeping_student(folder: Path) -> Iterator[None]:
         with uninterrupted():
             replacing.recover(folder)
         if (folder / replacing.PREVIOUS).exists():  # else no student came
-            console.warn(f"{where_it_is(folder)}, the metrics are {folder / runs.METRICS}; --overwrite runs it again")
+            console.warn(
+                f"{where_it_is(folder)}, the metrics are {folder / runs.METRICS}; "
+                "the same command with --overwrite runs it again"
+            )
             replacing.remove_folder(folder / replacing.PREVIOUS)
         if (folder / replacing.PREVIOUS).exists():
             console.warn(f"the run that was to be replaced is {folder / replacing.PREVIOUS}")
@@ -176,7 +179,7 @@ def keeping_student(folder: Path) -> Iterator[None]:
 
 def where_it_is(folder: Path) -> str:
     """Where the student of a run that did not end is, and what can be done with it."""
-    return f"the student so far is {folder / runs.STUDENT}, make files of it with `ssdkd export {folder}`"
+    return f"the student so far is {folder / runs.STUDENT}, make files of it with `{runs.export_command(folder)}`"
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@ import errno
 import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -261,6 +262,27 @@ def test_an_interrupted_run_keeps_the_student_so_far(
     assert scored.code == 0, scored.err
     assert [row["images"] for row in scored.json] == [20]
     exported = ssdkd("export", tmp_path / "run", "--json")  # as the warning says
+    assert exported.code == 0, exported.err
+    assert exported.json[0]["verified"] is True
+
+
+def test_what_is_said_after_an_interruption_works_where_a_file_is_there(
+    ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    folder = tmp_path / "a run"
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "integer_graph", interrupt)
+        ran = ssdkd(*arguments(shared, folder, "--precision", "int8"))
+    assert ran.code == 130
+    assert (folder / "model.onnx").exists()
+    command = f"ssdkd export '{folder}' --overwrite"
+    assert f"make files of it with `{command}`" in ran.err
+    assert f"make files of the student with `{command}`" in ssdkd("report", folder).err
+    exported = ssdkd(*shlex.split(command)[1:], "--json")
     assert exported.code == 0, exported.err
     assert exported.json[0]["verified"] is True
 
