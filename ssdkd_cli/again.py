@@ -299,10 +299,14 @@ def bench(model: Path, *, input_shape: tuple[int, int, int] | None) -> list[File
         SSDKDError: no model file there, or one that cannot be run.
     """
     paths = files_of(model) if model.is_dir() else [model]
+    if not paths and not (model / runs.STUDENT).exists():
+        raise SSDKDError(
+            f"{model} is no run: it holds no {runs.STUDENT}, and no model file that can be run here",
+            "give a model file, for example ssdkd bench model.onnx, or the folder that `ssdkd compress` wrote",
+        )
     if not paths:
         raise SSDKDError(
-            f"{model} holds no exported file that can be run here",
-            f"export it first: ssdkd export {model} --export onnx",
+            f"{model} holds no exported file that can be run here", f"export it first: {runs.export_command(model)}"
         )
     if model.is_dir():
         warn_of_replaced_files(model)

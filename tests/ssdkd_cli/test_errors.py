@@ -210,7 +210,7 @@ ROWS: list[tuple[str, Callable[[Path], None], tuple[str, ...], int, str, str]] =
      (*COMPRESS, "--profile", "jetson-orin", "--max-latency-ms", "1"), 1, "cannot be judged here", "device"),
     ("eval no model", nothing, ("eval", "{in}/gone.onnx", "--data", "{in}/test.npz"), 1, "gone.onnx", ""),
     ("eval no teacher", nothing, ("eval", "{in}/gone.pt", "--data", "{in}/test.npz"), 1, "gone.pt", "spelling"),
-    ("bench no run", empty_folder, ("bench", "{in}/empty"), 1, "no exported file", "ssdkd export"),
+    ("bench no run", empty_folder, ("bench", "{in}/empty"), 1, "is no run: it holds no", "ssdkd bench model.onnx"),
     ("bench no plan", nothing, ("bench", "{in}/gone.engine"), 1, "gone.engine is not there", "ssdkd bench"),
     ("bench no model", no_checkpoint, ("bench", "{in}/teacher.txt"), 1, ".onnx", "export"),
     ("report no run", empty_folder, ("report", "{in}/empty"), 1, "report.json", "ssdkd report"),

@@ -86,6 +86,17 @@ def test_bench_of_a_run_and_of_a_file(ssdkd: Any, compressed: Path) -> None:
     assert "CPUExecutionProvider" in ssdkd("bench", compressed).out
 
 
+def test_bench_of_a_run_without_a_file_says_how_to_make_one(ssdkd: Any, run_folder: Path) -> None:
+    (run_folder / "model.onnx").unlink()
+    ran = ssdkd("bench", run_folder)
+    assert ran.code == 1
+    assert f"{run_folder} holds no exported file that can be run here" in ran.err
+    command = f"ssdkd export {run_folder}"
+    assert ran.err.splitlines()[-1].endswith(f"export it first: {command}")
+    assert ssdkd(*command.split()[1:]).code == 0
+    assert (run_folder / "model.onnx").exists()
+
+
 def test_a_busy_machine_is_said(ssdkd: Any, compressed: Path, monkeypatch: Any) -> None:
     for p90, is_said in ((1.6, False), (41.4, True)):
         busy = Timing(Percentiles(p50=1.58, p90=p90, p99=50.0), 1, 100.0, 32, "onnxruntime")
