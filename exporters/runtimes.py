@@ -1,6 +1,7 @@
 """A model file, or a module, as something callable: images in, logits out."""
 
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ def open_runtime(path: Path, *, input_shape: Shape | None = None) -> Runtime:
     if opener is None:
         raise SSDKDError(
             f"{path}: expected a model file ending in {' or '.join(OPENERS)}, found {path.suffix or 'no suffix'!r}",
-            "export the run first: ssdkd export RUN --export onnx",
+            f"if it is a trained network, make an ONNX file of it: {shlex.join(['ssdkd', 'export', str(path)])}",
         )
     return opener(path, input_shape)
 
