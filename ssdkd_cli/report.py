@@ -193,6 +193,9 @@ def read_report(folder: Path) -> Report:
     Raises:
         SSDKDError: no report there, or one that does not follow the schema.
     """
+    hint = "give the folder of a finished run: ssdkd report runs/NAME"
+    if not folder.exists():
+        raise SSDKDError(f"there is no folder {folder}", hint)
     path = folder / "report.json"
     if not path.exists() and (folder / STUDENT).exists():
         raise SSDKDError(
@@ -204,7 +207,7 @@ def read_report(folder: Path) -> Report:
     except (OSError, UnicodeDecodeError) as error:
         raise SSDKDError(
             f"{path} cannot be read: {error.strerror if isinstance(error, OSError) else 'it is no text'}",
-            "give the folder of a finished run: ssdkd report runs/NAME",
+            hint,
         ) from None
     try:
         return SCHEMA.validate_json(content)

@@ -215,6 +215,7 @@ ROWS: list[tuple[str, Callable[[Path], None], tuple[str, ...], int, str, str]] =
     ("bench no model", no_checkpoint, ("bench", "{in}/teacher.txt"), 1, ".onnx", "teacher.txt"),
     ("bench teacher", nothing, ("bench", "{in}/teacher.pt"), 1, "found '.pt'", "ssdkd export {in}/teacher.pt"),
     ("report no run", empty_folder, ("report", "{in}/empty"), 1, "report.json", "ssdkd report"),
+    ("report no folder", nothing, ("report", "{in}/gone"), 1, "there is no folder", "ssdkd report runs/NAME"),
     ("inspect nothing", no_checkpoint, ("inspect", "{in}/teacher.txt"), 1, "teacher.txt", ""),
 ]  # fmt: skip
 
