@@ -117,9 +117,11 @@ def preprocessing_of(
     mean = description.mean if mean is None else mean
     std = description.std if std is None else std
     if mean is None or std is None:
+        half = ",".join(["0.5"] * channels)
+        means, stds = ("0.485,0.456,0.406", "0.229,0.224,0.225") if channels == 3 else (half, half)
         raise SSDKDError(
             "the model file does not say how its images are normalised (it was not written by ssdkd)",
-            "state it with --mean and --std, for example --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225",
+            f"state it with --mean and --std, for example --mean {means} --std {stds}",
         )
     for flag, values in (("--mean", mean), ("--std", std)):
         if len(values) != channels:

@@ -66,8 +66,10 @@ def test_a_file_that_is_not_ours_needs_the_flags() -> None:
     assert foreign == Description(None, None, None, None)
     with pytest.raises(SSDKDError, match="does not say how its images are normalised") as caught:
         preprocessing_of(foreign, channels=3, mean=MEAN)
-    assert "--mean" in caught.value.hint
-    assert "--std" in caught.value.hint
+    assert caught.value.hint.endswith("--mean 0.485,0.456,0.406 --std 0.229,0.224,0.225")
+    with pytest.raises(SSDKDError) as caught:
+        preprocessing_of(foreign, channels=1)
+    assert caught.value.hint.endswith("for example --mean 0.5 --std 0.5")
     assert preprocessing_of(foreign, channels=3, mean=MEAN, std=STD) == (MEAN, STD)
 
 
