@@ -18,6 +18,7 @@ from ssdkd_cli.config_file import apply_config
 from ssdkd_cli.outcome import Outcome
 from ssdkd_cli.parsing import (
     finite,
+    in_unit,
     parse_classes,
     parse_duration,
     parse_effort,
@@ -44,12 +45,14 @@ INPUT = typer.Option(
 )
 MEAN = typer.Option(
     parser=parse_numbers,
+    callback=in_unit,
     metavar="R,G,B",
-    help="Mean of the normalisation, a number a channel.",
+    help="Mean of the normalisation, a number a channel, of images in 0...1.",
     rich_help_panel="Teacher",
 )
 STD = typer.Option(
     parser=parse_spread,
+    is_eager=True,  # read before --mean, whose error may name it
     metavar="R,G,B",
     help="Standard deviation of the normalisation, a number a channel.",
     rich_help_panel="Teacher",

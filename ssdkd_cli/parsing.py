@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import typer
@@ -10,6 +11,7 @@ from engine.config import EFFORTS
 
 QAT_CHOICES = ("auto", "on", "off")
 LARGEST = 1e6  # no constant of images in 0...1 or 0...255 is larger
+LARGEST_PIXEL = 255
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
@@ -38,6 +40,27 @@ def parse_spread(text: str) -> tuple[float, ...]:
     if min(numbers) < 1 / LARGEST:
         raise typer.BadParameter(f"expected numbers above 0, {1 / LARGEST:g} or more; found {text!r}")
     return numbers
+
+
+def in_unit(context: typer.Context, mean: tuple[float, ...] | None) -> tuple[float, ...] | None:
+    """The mean itself. Raises typer.BadParameter for one of images in 0...255, with what to type instead.
+
+    A callback of --mean, for which --std has been read already.
+    """
+    if mean is None or max(mean) <= 1:
+        return mean
+    found = f"expected numbers up to 1, as images are in 0...1 here; found {max(mean):g}"
+    if max(mean) > LARGEST_PIXEL:
+        raise typer.BadParameter(found)
+    hint = f"--mean {_joined(value / LARGEST_PIXEL for value in mean)}"
+    std = context.params.get("std")
+    if std and max(std) >= 1:  # below, it is of images in 0...1 already
+        hint += f" --std {_joined(value / LARGEST_PIXEL for value in std)}"
+    raise typer.BadParameter(f"{found}. If it is of images in 0...255, divide by 255: {hint}")
+
+
+def _joined(numbers: Iterable[float]) -> str:
+    return ",".join(f"{number:.3g}" for number in numbers)
 
 
 def parse_duration(text: str) -> float:

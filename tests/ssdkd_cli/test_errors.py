@@ -114,6 +114,8 @@ HERE = (*COMPRESS, "--out", "{in}")
 OVER = (*RUN, "--out", "{in}", "--overwrite")
 DEMO = ("demo", "--config", "{in}/bad.toml")
 CONFIGURED = (*COMPRESS, "--config", "{in}/bad.toml")
+PIXELS = ("--std", "58,57,57", "--mean", "123,116,103")
+DIVIDE = "If it is of images in 0...255, divide by 255:"
 # (name, what to prepare, arguments, exit code, part of the message, part of the hint)
 ROWS: list[tuple[str, Callable[[Path], None], tuple[str, ...], int, str, str]] = [
     ("more samples than memory", nothing, (*COMPRESS, "--samples", "999999999"), 1, "GB of memory", "fewer --samples"),
@@ -144,6 +146,15 @@ ROWS: list[tuple[str, Callable[[Path], None], tuple[str, ...], int, str, str]] =
     ("labels against head", wrong_labels, (*COMPRESS, "--classes", "{in}/three.txt"), 1, "3", "--classes"),
     ("labels file gone", nothing, (*COMPRESS, "--classes", "gone.txt"), 1, "gone.txt", "one name a line"),
     ("mean of three", nothing, (*COMPRESS, "--mean", ".5,.5,.5", "--std", "1,1,1"), 1, "--mean", "--mean"),
+    *((f"mean of pixels {name}", bad_config("[compress]\nmean=[123,116,103]\nstd=[58,57,57]"), words, 2,
+       f"up to 1, as images are in 0...1 here; found {found}", "") for name, words, found in (
+        ("typed", (*COMPRESS, *PIXELS), f"123. {DIVIDE} --mean 0.482,0.455,0.404 --std 0.227,0.224,0.224"),
+        ("of a file", ("inspect", "{in}/teacher.pt", *PIXELS), f"123. {DIVIDE} --mean 0.482,0.455,0.404 --std 0.2"),
+        ("configured", CONFIGURED, f"123. {DIVIDE} --mean 0.482,0.455,0.404 --std 0.227,0.224,0.224"),
+        ("alone", (*COMPRESS, "--mean", "51"), f"51. {DIVIDE} --mean 0.2 "),
+        ("half", (*COMPRESS, "--mean", "51", "--std", "0.3"), f"51. {DIVIDE} --mean 0.2 "),
+        ("never", (*COMPRESS, "--mean", "256"), "256 "),
+    )),
     ("other classes", other_classes, (*COMPRESS, "--eval-data", "{in}/three"), 1, "4 class", ""),
     ("no folder", nothing, (*COMPRESS, "--eval-data", "{in}/gone"), 1, "gone", ""),
     ("before the teacher", nothing, (*NO_TEACHER, "--eval-data", "{in}/gone"), 1, "found nothing there", "a class"),
