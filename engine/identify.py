@@ -7,8 +7,10 @@ epsilons show nowhere, so an agreement by order is always said to be one.
 """
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from engine.catalogue import (
     IGNORED_SUFFIXES,
@@ -82,25 +84,27 @@ def fitting(state: State, *, keeps_order: bool, hint: Architecture | None = None
     return list({match.architecture.name: match for match in reversed(by_name or matches)}.values())
 
 
-def identify(state: State, *, keeps_order: bool, hint: Architecture | None = None, file_stem: str = "") -> Match:
+def identify(state: State, *, keeps_order: bool, hint: Architecture | None = None, path: Path = Path("FILE")) -> Match:
     """The one architecture that `state` belongs to; where several fit, the one that the file names (`hint`).
 
-    The arguments are those of `fitting`.
+    The arguments are those of `fitting`, which takes the stem of the file's `path`.
 
     Raises:
         SSDKDError: several fit, or none. Lists the nearest and what differs, and asks for --arch.
     """
-    matches = fitting(state, keeps_order=keeps_order, hint=hint, file_stem=file_stem)
+    matches = fitting(state, keeps_order=keeps_order, hint=hint, file_stem=path.stem)
     if not matches:
         raise _no_match(shapes_of(state), hint, keeps_order)
     named = [match for match in matches if hint and match.architecture.name == hint.name]
     if named or len(matches) == 1:
         return [*named, *matches][0]
-    names = sorted(match.architecture.name for match in matches)
+    found = sorted((match.architecture for match in matches), key=lambda architecture: architecture.name)
+    known = [f"{one.name} (usually {one.pixels} px)" if one.pixels else one.name for one in found]
+    command = shlex.join(["ssdkd", "inspect", str(path), "--arch", found[0].name])
     raise SSDKDError(
-        f"several architectures fit these weights ({matches[0].evidence}): {', '.join(names)}. "
+        f"several architectures fit these weights ({matches[0].evidence}): {', '.join(known)}. "
         "They differ in what a state dict does not show, such as strides and padding",
-        f"say which it is, for example --arch {names[0]}",
+        f"say which it is with --arch, for example: {command}",
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -51,18 +52,18 @@ def rebuild(
     named_in_file: str | None,
     pixels: int | None,
     is_our_student: bool = False,
-    file_stem: str = "",
+    path: Path,
 ) -> Rebuilt:
     """Finds the architecture of `state` and builds it with these weights.
 
     `named_in_file`: what the file says it is, if it does; `is_our_student`: ssdkd wrote it. `pixels`: the image side,
-    where it is known. `file_stem`: the file's name, which may be a network's.
+    where it is known. `path`: the file's, whose name may be a network's.
 
     Raises:
         SSDKDError: several architectures fit, or none.
     """
     hint = _hint(named_in_file, pixels, is_our_student) if named_in_file else None
-    match = identify(state, keeps_order=keeps_order, hint=hint, file_stem=file_stem)
+    match = identify(state, keeps_order=keeps_order, hint=hint, path=path)
     return _with_weights(state, match, named_in_file)
 
 

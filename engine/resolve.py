@@ -18,8 +18,8 @@ from engine.unwrap import State
 GRAPH = "graph"
 
 
-def resolve_network(checkpoint: Checkpoint, name: str, *, arch: str | None, input_shape: Shape | None) -> Rebuilt:
-    """The network of a checkpoint; `name` of the file is for messages, `arch` and `input_shape` are the user's.
+def resolve_network(checkpoint: Checkpoint, path: Path, *, arch: str | None, input_shape: Shape | None) -> Rebuilt:
+    """The network of a checkpoint; `path` is the file's, `arch` and `input_shape` are the user's.
 
     An exported graph is rebuilt as the architecture that its weights fit if that computes the same logits; else the
     graph itself is run.
@@ -30,10 +30,10 @@ def resolve_network(checkpoint: Checkpoint, name: str, *, arch: str | None, inpu
     weights = checkpoint.weights
     if weights.module is not None:
         return _as_pickled(weights.module, arch)
-    notes = _check_numbers(weights.state, name)
+    notes = _check_numbers(weights.state, path.name)
     shape = input_shape or input_shape_in(weights.metadata, 3) or input_shape_in(weights.metadata, 1)
     if checkpoint.graph is not None:
-        found = _from_graph(checkpoint, checkpoint.graph, name, arch, shape or checkpoint.graph.input_shape)
+        found = _from_graph(checkpoint, checkpoint.graph, path.name, arch, shape or checkpoint.graph.input_shape)
     else:
         pixels = min(shape[1:]) if shape else None
         if arch:
@@ -46,7 +46,7 @@ def resolve_network(checkpoint: Checkpoint, name: str, *, arch: str | None, inpu
                 named_in_file=named,
                 pixels=pixels,
                 is_our_student=is_our_student(weights.metadata),
-                file_stem=Path(name).stem,
+                path=path,
             )
     return replace(found, warnings=(*notes, *found.warnings))
 

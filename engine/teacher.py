@@ -98,7 +98,7 @@ def load_teacher(
     metadata = checkpoint.weights.metadata
     if not allow_nonfinite:
         _refuse_nonfinite(checkpoint.weights.state, path)
-    network = resolve_network(checkpoint, path.name, arch=arch, input_shape=input_shape)
+    network = resolve_network(checkpoint, path, arch=arch, input_shape=input_shape)
     module = network.module.cpu().float().eval().requires_grad_(False)
     if not allow_nonfinite:
         _refuse_nonfinite(module.state_dict(), path)

@@ -1,5 +1,6 @@
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,9 +161,10 @@ def test_blocks_cross_where_neither_holds_the_other(ours, theirs, crossing):
 def test_where_several_fit_it_stops_and_lists_them():
     """torchvision's MobileNetV2 and the one with a CIFAR stem differ in strides alone."""
     state = meta_state(models.mobilenet_v2, num_classes=10)
-    with pytest.raises(SSDKDError, match=r"several architectures fit .*mobilenet_v2, mobilenetv2_cifar") as caught:
-        identify(state, keeps_order=True)
-    assert "--arch mobilenet_v2" in caught.value.hint
+    with pytest.raises(SSDKDError, match=r"several architectures fit .*: mobilenet_v2 \(.*224 px\), ") as caught:
+        identify(state, keeps_order=True, path=Path("my nets/mbv2.pt"))
+    assert "mobilenetv2_cifar (usually 32 px). They differ in" in caught.value.message
+    assert caught.value.hint.endswith("for example: ssdkd inspect 'my nets/mbv2.pt' --arch mobilenet_v2")
     named = identify(state, keeps_order=True, hint=architecture_of("mobilenetv2_cifar"))
     assert named.architecture.name == "mobilenetv2_cifar"
     assert {match.architecture.name for match in fitting(state, keeps_order=True)} == {

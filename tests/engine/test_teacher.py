@@ -348,8 +348,11 @@ def test_a_file_called_after_a_network_of_timms_is_compared_with_those(tmp_path)
     network = trained(timm.create_model("tf_efficientnet_lite0", num_classes=4))
     path = tmp_path / "EfficientNet-lite0-57934424.pth"
     torch.save(network.state_dict(), path)
-    with pytest.raises(SSDKDError, match=r"several architectures fit .*: efficientnet_lite0, tf_efficientnet_lite0\."):
+    with pytest.raises(
+        SSDKDError, match=r"several architectures fit .*: efficientnet_lite0, tf_efficientnet_lite0\."
+    ) as caught:
         load_teacher(path)
+    assert caught.value.hint.endswith(f": ssdkd inspect {path} --arch efficientnet_lite0")
 
 
 def test_statistics_that_another_wiring_computed_are_noticed(tmp_path):
