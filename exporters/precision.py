@@ -51,8 +51,8 @@ class Scheme:
         return self.int32_bias and self.per_channel
 
 
-def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy that computes in float16 between a float32 input and a float32 output.
+def to_fp16(model: onnx.ModelProto, *, half_io: bool = False) -> onnx.ModelProto:
+    """A copy that computes in float16 between a float32 input and output; with `half_io` these are float16 too.
 
     Raises:
         SSDKDError: a weight is beyond what float16 holds, or the graph cannot be converted.
@@ -70,7 +70,7 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
             )
     try:
         with quiet():
-            converted = convert_float_to_float16(_copied(model), keep_io_types=True)
+            converted = convert_float_to_float16(_copied(model), keep_io_types=not half_io)
             OnnxModel.graph_topological_sort(converted.graph)  # the converter puts its casts at the end
             onnx.checker.check_model(converted, full_check=True)
     except Exception as error:  # the converter and the checker raise what they like
@@ -179,13 +179,16 @@ def integer_share(model: onnx.ModelProto) -> float:
 def precision_problem(model: onnx.ModelProto, precision: str) -> str | None:
     """The sentence for a graph that does not compute in `precision`, or None.
 
-    fp32 and fp16: the weights of all multiplying layers are of that type, input and output are float32. int8: at least
-    half of the multiply-accumulates are between integers; how many is said in the report.
+    fp32 and fp16: the weights of all multiplying layers are of that type. int8: at least half of the
+    multiply-accumulates are between integers; how many is said in the report. Inputs and outputs are float32, or all of
+    an fp16 graph's are float16.
     """
-    for value in (*model.graph.input, *model.graph.output):
-        found = onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type)
-        if found != "FLOAT":
-            return f"{precision} was asked for, and {value.name} is {found}: expected float32 inputs and outputs"
+    values = (*model.graph.input, *model.graph.output)
+    outside = {value.name: onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type) for value in values}
+    if precision != "fp16" or set(outside.values()) != {"FLOAT16"}:
+        for name, found in outside.items():
+            if found != "FLOAT":
+                return f"{precision} was asked for, and {name} is {found}: expected float32 inputs and outputs"
     share = integer_share(model)
     if precision == "int8":
         if share >= LEAST_INTEGER_SHARE:

@@ -23,7 +23,8 @@ Shape = tuple[int, int, int]  # C, H, W
 WHOLE_BATCH, WHOLE_PIXELS = 256, 64 * 64  # so many images at once up to this area; beyond, fewer
 
 ONNX_PROVIDER = "CPUExecutionProvider"
-ONNX_FLOATS = ("tensor(float)", "tensor(float16)", "tensor(double)")
+ONNX_FLOATS = ("tensor(float)", "tensor(float16)", "tensor(double)")  # of the logits
+ONNX_IMAGES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 ONNX_ERRORS = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented", "RuntimeException")
 ONLY_FATAL = 4  # of ONNX Runtime's log levels: what goes wrong comes as an exception, too
 
@@ -97,7 +98,7 @@ def _open_onnx(path: Path, input_shape: Shape | None) -> Runtime:
 
     session, inputs, output, metadata = _onnx_session(path)
     fixed_batch, shape = _onnx_input(path, inputs, input_shape)
-    input_name = inputs[0].name
+    input_name, image_type = inputs[0].name, ONNX_IMAGES[inputs[0].type]
     if output.type not in ONNX_FLOATS:
         raise SSDKDError(
             f"{path}: expected float logits [batch, classes], found {output.name} {output.type}",
@@ -106,7 +107,7 @@ def _open_onnx(path: Path, input_shape: Shape | None) -> Runtime:
 
     def call(images: NDArray[np.float32]) -> NDArray[np.float32]:
         try:
-            (logits,) = session.run([output.name], {input_name: images})
+            (logits,) = session.run([output.name], {input_name: images.astype(image_type, copy=False)})
         except _onnx_errors() as error:
             takes = f"it takes [{fixed_batch or 'batch'}, {', '.join(map(str, shape))}]"
             raise SSDKDError(
@@ -172,11 +173,11 @@ def _onnx_session(path: Path) -> tuple[Any, Sequence[Any], Any, dict[str, str]]:
 
 def _onnx_input(path: Path, inputs: Sequence[Any], input_shape: Shape | None) -> tuple[int | None, Shape]:
     """Return the batch that the graph fixes (None: any) and the shape of its images, completed by what was stated."""
-    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
+    if len(inputs) != 1 or inputs[0].type not in ONNX_IMAGES or len(inputs[0].shape) != 4:
         found = ", ".join(f"{value.name} {value.type} {value.shape}" for value in inputs)
         raise SSDKDError(
-            f"{path}: expected one float32 input [batch, channels, height, width], found {found}",
-            "ssdkd runs image classifiers with one float32 input",
+            f"{path}: expected one float32 or float16 input [batch, channels, height, width], found {found}",
+            "ssdkd runs image classifiers with one such input",
         )
     batch, *sizes = (size if isinstance(size, int) and size > 0 else None for size in inputs[0].shape)
     declared = "x".join("any" if size is None else str(size) for size in sizes)

@@ -53,7 +53,7 @@ def try_target(module: nn.Module, target: Target, input_shape: tuple[int, int, i
     random = np.random.default_rng(0).standard_normal((TRIAL_IMAGES, *input_shape), dtype=np.float32)
     graphs = {"fp32": exported}
     if "fp16" in target.asked:
-        graphs["fp16"] = to_fp16(exported)
+        graphs["fp16"] = to_fp16(exported, half_io=target.half_io)
     if "int8" in target.asked:
         graphs["int8"] = to_int8(exported, random, target.scheme)
     if target.flavour is None:
@@ -115,7 +115,7 @@ def _graph(
     if precision == "fp32":
         return Graph(precision, exported)
     if precision == "fp16":
-        return half_graph(exported)
+        return half_graph(exported, half_io=target.half_io)
     qat, fallback = (target.qat, target.fallback) if is_asked else ("off", False)
     with console.stage("int8", "quantizing, calibrated on synthetic samples") as done:
         graph = integer_graph(subject, exported, Integers(target.scheme, qat, fallback, compute, seed))

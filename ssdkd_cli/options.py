@@ -140,6 +140,11 @@ MIN_AGREEMENT = typer.Option(
     help="Exit code 3 where a file predicts the teacher's class less often, on held-out synthetic samples.",
     rich_help_panel="Limits",
 )
+FP16_IO = typer.Option(
+    "--fp16-io",
+    help="An FP16 file takes images and gives logits in float16 too; without it these are float32.",
+    rich_help_panel="Result",
+)
 EMBED_PREPROCESSING = typer.Option(
     "--embed-preprocessing",
     help="The exported file takes images in 0...1 and normalises them itself.",
@@ -243,6 +248,7 @@ class Options:
     profile: Annotated[str | None, PROFILE] = None
     qat: Annotated[str, QAT] = "auto"
     no_fallback: Annotated[bool, NO_FALLBACK] = False
+    fp16_io: Annotated[bool, FP16_IO] = False
     embed_preprocessing: Annotated[bool, EMBED_PREPROCESSING] = False
     eval_data: Annotated[Path | None, EVAL_DATA] = None
     max_drop: Annotated[float | None, MAX_DROP] = None

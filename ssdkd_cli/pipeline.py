@@ -214,6 +214,7 @@ def target_of(options: Options) -> Target:
         profile=options.profile,
         qat=options.qat,
         fallback=not options.no_fallback,
+        half_io=options.fp16_io,
     )
 
 

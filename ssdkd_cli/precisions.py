@@ -149,9 +149,10 @@ def float_graph(subject: Subject, module: nn.Module | None = None) -> onnx.Model
     return to_onnx(network, input_shape=card.input_shape, metadata=metadata)
 
 
-def half_graph(exported: onnx.ModelProto) -> Graph:
-    """The float32 model `exported` in float16. Raises SSDKDError."""
-    return Graph("fp16", to_fp16(exported))
+def half_graph(exported: onnx.ModelProto, *, half_io: bool = False) -> Graph:
+    """The float32 model `exported` in float16, with `half_io` outside as well. Raises SSDKDError."""
+    notes = ("its input and output are float16",) if half_io else ()
+    return Graph("fp16", to_fp16(exported, half_io=half_io), notes=notes)
 
 
 def most_lost(samples: int) -> float:

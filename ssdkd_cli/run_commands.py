@@ -16,6 +16,7 @@ from ssdkd_cli.options import (
     EMBED_PREPROCESSING,
     EVAL_DATA,
     EXPORT,
+    FP16_IO,
     INPUT,
     JSON,
     MAX_DROP,
@@ -70,6 +71,7 @@ def export(
     profile: Annotated[str | None, PROFILE] = None,
     qat: Annotated[Any, QAT] = "auto",
     no_fallback: Annotated[bool, NO_FALLBACK] = False,
+    fp16_io: Annotated[bool, FP16_IO] = False,
     embed_preprocessing: Annotated[bool, EMBED_PREPROCESSING] = False,
     eval_data: Annotated[Path | None, EVAL_DATA] = None,
     max_drop: Annotated[float | None, MAX_DROP] = None,
@@ -113,7 +115,9 @@ def export(
     from ssdkd_cli.target import resolve_target
 
     precision = precision or ([] if profile or "trt" in export else ["fp32"])
-    target = resolve_target(formats=export, precisions=precision, profile=profile, qat=qat, fallback=not no_fallback)
+    target = resolve_target(
+        formats=export, precisions=precision, profile=profile, qat=qat, fallback=not no_fallback, half_io=fp16_io
+    )
     limits = with_budget(Limits(max_drop, max_latency_ms, max_size_mb, min_agreement), target)
     check_limits(limits, target, has_labels=eval_data is not None, has_gpu=torch.cuda.is_available())
     compute = choose_device(device)

@@ -31,6 +31,7 @@ class Target:
     qat: str  # "auto", "on", "off"
     fallback: bool
     flavour: Flavour | None  # of TensorRT, where a plan is built here
+    half_io: bool = False  # inputs and outputs of an FP16 file in float16 too
     with_float32: bool = True  # made beside the others, which are made of it and compared with it
 
     @property
@@ -64,7 +65,13 @@ class Target:
 
 
 def resolve_target(
-    *, formats: Sequence[str], precisions: Sequence[str], profile: str | None, qat: str, fallback: bool
+    *,
+    formats: Sequence[str],
+    precisions: Sequence[str],
+    profile: str | None,
+    qat: str,
+    fallback: bool,
+    half_io: bool = False,
 ) -> Target:
     """What was typed wins over the profile; without either it is float32 ONNX, with FP16 and INT8 beside it to compare.
 
@@ -100,12 +107,17 @@ def resolve_target(
             )
     compared = not precisions and device.runtime == "onnxruntime"
     tried = tuple(name for name in device.precisions if compared and name not in asked)
-    for flag, given in (("--qat on", qat == "on"), ("--no-fallback", not fallback)):
-        if given and "int8" not in asked:
+    for flag, given, name in (
+        ("--qat on", qat == "on", "int8"),
+        ("--no-fallback", not fallback, "int8"),
+        ("--fp16-io", half_io, "fp16"),
+    ):
+        if given and name not in asked:
             raise SSDKDError(
-                f"{flag} is for an INT8 file, and none is asked for", f"add --precision int8, or leave {flag} out"
+                f"{flag} is for an {name.upper()} file, and none is asked for",
+                f"add --precision {name}, or leave {flag} out",
             )
-    return Target(device, profile is not None, chosen, asked, tried, qat, fallback, flavour)
+    return Target(device, profile is not None, chosen, asked, tried, qat, fallback, flavour, half_io)
 
 
 def check_formats(names: Sequence[str]) -> None:

@@ -58,6 +58,19 @@ def test_float16_is_inside_and_float32_outside(model: ModelProto) -> None:
     assert model.graph.initializer[0].data_type == TensorProto.FLOAT  # the model itself is left alone
 
 
+def test_float16_may_be_outside_too(model: ModelProto, inputs: NDArray[np.float32], tmp_path: Path) -> None:
+    half = to_fp16(model, half_io=True)
+    assert {value.type.tensor_type.elem_type for value in (*half.graph.input, *half.graph.output)} == {
+        TensorProto.FLOAT16
+    }
+    assert precision_problem(half, "fp16") is None
+    assert "FLOAT16: expected float32 inputs" in str(precision_problem(half, "fp32"))
+    assert "Cast" not in {node.op_type for node in half.graph.node}
+    found, exact = (logits(graph, tmp_path, inputs) for graph in (half, model))
+    assert found.dtype == np.float32
+    assert 0 < np.abs(found - exact).max() < 0.02 * np.abs(exact).max()
+
+
 def test_a_weight_beyond_float16_is_refused_by_name(model: ModelProto) -> None:
     large = onnx.ModelProto()
     large.CopyFrom(model)

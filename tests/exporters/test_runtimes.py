@@ -104,8 +104,13 @@ def test_operator_that_the_runtime_lacks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shape", "kind", "pooled", "message"),
     [
-        (["n", 3, 8, 8], TensorProto.DOUBLE, True, r"expected one float32 input .* found x tensor\(double\)"),
-        (["n", 3, 8], TensorProto.FLOAT, False, "expected one float32 input"),
+        (
+            ["n", 3, 8, 8],
+            TensorProto.DOUBLE,
+            True,
+            r"one float32 or float16 input .* found x tensor\(double\)",
+        ),
+        (["n", 3, 8], TensorProto.FLOAT, False, "expected one float32 or float16 input"),
         (["n", 3, 8, 8], TensorProto.FLOAT, False, r"expected logits \[batch, classes\], found .* \[1, 3, 8, 8\]"),
         (["n", 3, "h", "w"], TensorProto.FLOAT, True, "leaves its image size open"),
     ],

@@ -178,6 +178,33 @@ def test_plans_are_built_and_described(ssdkd: Any, compressed: Path, tmp_path: P
     assert "GPU" in alone.err
 
 
+@pytest.mark.parametrize("half", [False, True], ids=["float32 outside", "float16 outside"])
+def test_an_fp16_file_has_the_interface_that_was_asked_for(
+    half: bool, ssdkd: Any, compressed: Path, tmp_path: Path
+) -> None:
+    folder, flags = tmp_path / "out", ["--fp16-io"] if half else []
+    ran = ssdkd("export", compressed, "--out", folder, "--precision", "fp16", *flags, "--json")
+    assert ran.code == 0, ran.err
+    (item,) = [item for item in ran.json if item["precision"] == "fp16"]
+    assert item["verified"] is True
+    assert ("its input and output are float16" in item["notes"]) is half
+    graph = onnx.load(folder / "model.fp16.onnx").graph
+    types = {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
+    assert types == {onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT}
+    timed = ssdkd("bench", folder / "model.fp16.onnx", "--json")
+    assert timed.json[0]["latency_ms"]["p50"] > 0
+
+
+@needs_rtx
+def test_a_plan_takes_and_gives_float16_where_that_was_asked_for(ssdkd: Any, compressed: Path, tmp_path: Path) -> None:
+    wanted = ("--precision", "fp16", "--fp16-io", "--export", "trt", "--profile", "rtx")
+    ran = ssdkd("export", compressed, "--out", tmp_path / "out", *wanted)
+    assert ran.code == 0, ran.err
+    sidecar = read_sidecar(tmp_path / "out" / "model.fp16.engine")
+    assert (sidecar.input.dtype, sidecar.output.dtype) == ("half", "half")  # in TensorRT's words
+    assert check_precision(sidecar) is None
+
+
 @needs_rtx
 def test_a_plan_can_be_asked_for_in_compress(ssdkd: Any, shared: Path, tmp_path: Path) -> None:
     ran = ssdkd(*arguments(shared, tmp_path / "run", "--export", "trt", "--profile", "rtx", "--json"))

@@ -80,7 +80,7 @@ def test_the_options_are_those_of_the_contract() -> None:
         *("--arch", "--input", "--mean", "--std", "--classes", "--trust-pickle", "--student", "--student-weights"),
         *("--effort", "--samples", "--time-limit", "--device", "--seed", "--config", "--batch-size"),
         *("--export", "--out", "--overwrite", "--json", "--eval-data", "--embed-preprocessing"),
-        *("--precision", "--profile", "--qat", "--no-fallback"),
+        *("--precision", "--profile", "--qat", "--no-fallback", "--fp16-io"),
         *("--max-drop", "--max-latency-ms", "--max-size-mb", "--min-agreement"),
     }
 
@@ -118,6 +118,7 @@ def test_config_toml_is_read_as_it_was_written(tmp_path: Path) -> None:
         "export": ["onnx"],
         "qat": "auto",
         "no-fallback": False,
+        "fp16-io": False,
         "embed-preprocessing": False,
     }
 

@@ -104,6 +104,7 @@ def test_a_profile_wants_its_own_flavour(installed: list[Flavour]) -> None:
         ({"qat": "on", "precisions": ["fp16"]}, "--qat on is for an INT8 file", "--precision int8"),
         ({"qat": "on"}, "--qat on is for an INT8 file, and none is asked for", "--precision int8"),
         ({"fallback": False}, "--no-fallback is for an INT8 file", "--precision int8"),
+        ({"half_io": True, "precisions": ["int8"]}, "--fp16-io is for an FP16 file", "--precision fp16"),
         ({"formats": ["trt"], "profile": "x86-vnni"}, "x86-vnni is of a device without TensorRT", "--profile rtx"),
     ],
 )
