@@ -15,6 +15,8 @@ from engine.recording import Outputs, laid_out_as
 from engine.replay import ReplayBuffer
 from engine.task import Classification
 
+LONGEST_MEMORY = 0.1  # of the steps so far, of the weight average
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -113,5 +115,9 @@ def averaged_tensors(network: nn.Module) -> list[Tensor]:
 
 @torch.no_grad()
 def update_average(average: list[Tensor], student: list[Tensor], decay: float, steps: int) -> None:
-    """Move the average towards the student, both `averaged_tensors`; its memory grows to 1 / (1 - decay) steps."""
-    torch._foreach_lerp_(average, student, max(1 - decay, 1 / (1 + steps)))
+    """Move the average towards the student, both `averaged_tensors`.
+
+    Its memory grows with the steps so far, to 1 / (1 - decay). One as long as a short run would mix students of which
+    each has BatchNorm statistics that do not fit the others' weights.
+    """
+    torch._foreach_lerp_(average, student, max(1 - decay, 1 / (1 + LONGEST_MEMORY * steps)))

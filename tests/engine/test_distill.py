@@ -731,18 +731,18 @@ def test_the_kept_student_is_a_float32_copy_on_the_cpu_in_eval_mode(
     assert same(before, copy_of(state.average))
 
 
-def test_the_average_is_plain_at_first_and_then_forgets() -> None:
+def test_the_average_forgets_soon_at_first_and_then_as_its_decay_says() -> None:
     average, student = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
     nn.init.constant_(average.weight, 100.0)
     for step, value in enumerate((2.0, 4.0, 9.0)):
         nn.init.constant_(student.weight, value)
         update_average(averaged_tensors(average), averaged_tensors(student), 0.5, step)
-    # the first is taken whole; then half of each: 2, 3, 6
-    assert average.weight.item() == pytest.approx(6.0)
-    update_average(averaged_tensors(average), averaged_tensors(student), 0.99, 9)
-    assert average.weight.item() == pytest.approx(6.0 + 0.1 * 3.0)
-    update_average(averaged_tensors(average), averaged_tensors(student), 0.99, 10**6)
-    assert average.weight.item() == pytest.approx(6.3 + 0.01 * 2.7)
+    # the first is taken whole, 10/11 of the second, 10/12 of the third
+    assert average.weight.item() == pytest.approx(((2 + 4 * 10) / 11 + 9 * 5) / 6)
+    for step, share in ((10, 0.5), (90, 0.1), (990, 0.01), (10**6, 0.01)):
+        nn.init.zeros_(average.weight)
+        update_average(averaged_tensors(average), averaged_tensors(student), 0.99, step)
+        assert average.weight.item() == pytest.approx(9 * share)
 
 
 def test_the_average_follows_the_statistics_of_batchnorm_too() -> None:
