@@ -79,11 +79,11 @@ def shared_stages(student: nn.Module, teacher: nn.Module, image_shape: tuple[int
 
 @torch.no_grad()
 def teacher_maps(stages: Stages, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The teacher's logits [B, K], and its map at the end of each stage as it is compared, [B, C, H, W]."""
+    """The teacher's logits [B, K], and its map at the end of each stage as it is compared, float32 [B, C, H, W]."""
     maps: dict[nn.Module, Tensor] = {}
 
     def keep(stage: nn.Module, _inputs: object, output: Tensor) -> None:
-        maps[stage] = output.clone()  # what follows may change it in place
+        maps[stage] = output.to(torch.float32, copy=True)  # what follows may change it in place
 
     with removing([pair.theirs.register_forward_hook(keep) for pair in stages.pairs]):
         logits = stages.teacher(inputs)
@@ -97,8 +97,7 @@ def compared(stages: Stages, targets: list[Tensor]) -> Iterator[list[Tensor]]:
     The error is the mean squared difference of the maps over the mean variance of the teacher's channels: 1 where the
     student knows no more than each channel's mean. Maps that grow with the weights are standardised first, as the
     BatchNorm that follows in such a network does, and the error is 1 less their correlation: as they are, they would
-    drive the student to infinity (docs/experiments.md). Maps are compared in the type that they come in: bfloat16 has
-    rounded them already, and float32 would take twice the memory traffic.
+    drive the student to infinity (docs/experiments.md).
     """
     errors: list[Tensor] = []
     expected = {pair.own: (pair, target) for pair, target in zip(stages.pairs, targets, strict=True)}
@@ -106,9 +105,9 @@ def compared(stages: Stages, targets: list[Tensor]) -> Iterator[list[Tensor]]:
     def compare(stage: nn.Module, _inputs: object, output: Tensor) -> None:
         pair, target = expected[stage]
         scale = 2.0 if pair.grows else mean_and_variance(target)[1].mean().clamp_min(SMALLEST_VARIANCE)
-        own = _seen(pair, output.clone() if pair.grows else output)  # its backward pass needs it as it is now
+        own = _seen(pair, output.to(torch.float32, copy=pair.grows))  # its backward pass needs it as it is now
         # Not a mean: its gradient comes in another memory layout, and what follows takes up to six times as long.
-        errors.append((own - target).square().sum((1, 2, 3), dtype=torch.float32) / (scale * target[0].numel()))
+        errors.append((own - target).square().sum((1, 2, 3)) / (scale * target[0].numel()))
 
     with removing([stage.register_forward_hook(compare) for stage in expected]):
         yield errors
