@@ -75,10 +75,12 @@ def _conv2d(
     groups: int = 1,
 ) -> Tensor:
     """F.conv2d, with quick gradients where one of its own would be slow."""
-    if not (_is_depthwise(input, weight, groups) and _is_learned_in_bfloat16(input, weight)):
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
-    slow = max(_pair(stride)) > 1 or max(weight.shape[2:]) > LARGEST_QUICK_KERNEL
-    if not slow or padding == "same" or max(_pair(dilation)) > 1:
+    is_slow = (
+        _is_depthwise(input, weight, groups)
+        and _is_learned_in_bfloat16(input, weight)
+        and (max(_pair(stride)) > 1 or max(weight.shape[2:]) > LARGEST_QUICK_KERNEL)
+    )
+    if not is_slow or padding == "same" or max(_pair(dilation)) > 1:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
     images, kernels, offset = (None if t is None else t.to(torch.bfloat16) for t in (input, weight, bias))
     places = (0, 0) if isinstance(padding, str) else _pair(padding)  # "valid"

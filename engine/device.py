@@ -1,4 +1,4 @@
-"""Where a run computes: the device, its precision and its threads. The one file that asks what the machine is."""
+"""Where a run computes: the device, its precision and its threads."""
 
 import contextlib
 import math
