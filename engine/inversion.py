@@ -166,6 +166,7 @@ def invert(
         problem.adversarial_weight.fill_(adversarial_weight)
         problem.has_adversary.fill_(1)[:spared].zero_()
     restart(inverter.optimizer)
+    # Frozen, for a gradient of ours (engine.depthwise) does not know that nobody asks for that of the weights.
     with evaluating(problem.student), frozen(problem.student):
         for _ in range(settings.inversion_steps):
             losses, gradients = inner_step()
