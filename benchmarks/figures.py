@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from benchmarks.markdown import Result, by
+from benchmarks.markdown import Result, buffers, by
 from benchmarks.tables import ROOT, read_results
 from benchmarks.tables_of_accuracy import OURS
 from benchmarks.tables_of_cost import GROWTH_NAMES
@@ -81,13 +81,11 @@ def mean_curve(curves: Sequence[Curve]) -> tuple[NDArray[np.float64], NDArray[np
 
 def buffer(result: Result, figure: Figure) -> None:
     """Accuracy at the end against the number of samples in the buffer."""
-    axes = figure.subplots()
-    runs = dict(sorted(by(result["runs"], "samples").items()))
-    for samples, own in runs.items():
-        axes.plot([samples] * len(own), [run["accuracy"] for run in own], "o", color=COLOURS[OURS], markersize=4)
-    means = [statistics.fmean(run["accuracy"] for run in own) for own in runs.values()]
-    axes.plot(list(runs), means, color=COLOURS[OURS])
-    axes.set(xlabel="samples in the buffer", ylabel="student accuracy, %", title=f"{result['task']}: the buffer's size")
+    axes, found = figure.subplots(), buffers(result)
+    for samples, own in found.ends.items():
+        axes.plot([samples] * len(own), own, "o", color=COLOURS[OURS], markersize=4)
+    axes.plot(list(found.ends), [statistics.fmean(own) for own in found.ends.values()], color=COLOURS[OURS])
+    axes.set(xlabel="samples in the buffer", ylabel="student accuracy, %", title=f"{found.task}: the buffer's size")
     finish(axes)
 
 
@@ -125,6 +123,7 @@ DRAWN: dict[str, tuple[Callable[[Result, Figure], None], tuple[float, float]]] =
     "buffer": (buffer, (6.4, 3.4)),
     "growth": (growth, (12.0, 5.2)),
     "gpu": (gpu, (12.0, 4.2)),
+    "gpu_buffer": (buffer, (6.4, 3.4)),
 }
 
 
@@ -149,6 +148,8 @@ def name_of(result: Result) -> str:
     """What tells a figure from others of its kind: its task, its machine, or pairs, methods and buffers."""
     if result["kind"] == "gpu":
         return "_".join(str(value) for key in ("pair", "method", "samples") for value in by(went_through(result), key))
+    if result["kind"] == "gpu_buffer":
+        return buffers(result).task
     if result["kind"] == "race":
         return f"{result['task']}_{re.split(r'[^a-z0-9]', result['machine']['cpu'].lower())[0]}"
     return str(result.get("task") or result["device"])

@@ -246,7 +246,7 @@ def run_pair(
         entry = {"kind": "gpu_run", **about, "method": method, "student": student, "samples": samples, "seed": seed}
         result = {**entry, **known, **result, "seconds_total": time.perf_counter() - started}
         save(out / "runs" / f"{name_of(pair, method, samples, seed)}.json", result)
-        merge(out, source)
+        merge(out, source, kind="gpu_buffer" if arguments.buffer else "gpu")
         says = result["failed"] or f"{result['student_accuracy']:.2f} % after {result['seconds']:.0f} s"
         print(f"{name_of(pair, method, samples, seed)}: {says}", flush=True)
 

@@ -55,7 +55,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def merge(out: Path, source: dict[str, Any]) -> None:
-    """Write gpu.json: every run in `out`, each with where it was measured, and their summary."""
+def merge(out: Path, source: dict[str, Any], *, kind: str) -> None:
+    """Write gpu.json, a result of this kind: every run in `out`, each with where it was measured, and their summary."""
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "runs").glob("*.json"))]
-    save(out / "gpu.json", {"kind": "gpu", **source, "summary": summary(runs), "runs": runs})
+    save(out / "gpu.json", {"kind": kind, **source, "summary": summary(runs), "runs": runs})

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 Result = Mapping[str, Any]
@@ -46,6 +47,26 @@ def pair(runs: Runs, name: str, form: str, unit: str) -> str:
     """`teacher → student`: the means of teacher_<name> and student_<name>."""
     sides = [column(runs, f"{network}_{name}") for network in ("teacher", "student")]
     return " → ".join(form.format(statistics.fmean(side)) if side else UNKNOWN for side in sides) + unit
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """What a result says of the buffer's size."""
+
+    task: str
+    teacher_accuracy: float  # percent
+    ends: Mapping[int, Sequence[float]]  # samples -> the student's accuracy at the end, percent, one a run; ascending
+
+
+def buffers(result: Result) -> Buffers:
+    """What a result of `benchmarks.buffer`, or of `benchmarks.gpu --buffer`, says."""
+    runs, accuracy = result["runs"], "accuracy"
+    about = result
+    if result["kind"] == "gpu_buffer":
+        runs, accuracy = [run for run in runs if run["failed"] is None], "student_accuracy"
+        about = {"task": runs[0]["pair"], **runs[0]}
+    ends = {samples: column(own, accuracy) for samples, own in sorted(by(runs, "samples").items())}
+    return Buffers(about["task"], about["teacher_accuracy"], ends)
 
 
 def provenance(result: Result) -> str:

@@ -48,7 +48,7 @@ PAGES = (
     Page("docs/quantization.md", "int8-speed", ("int8_speed",), int8_speed_table),
     Page("docs/benchmarks.md", "race", ("race",), race_table),
     Page("docs/benchmarks.md", "steps", ("steps",), steps_table),
-    Page("docs/benchmarks.md", "buffer", ("buffer",), buffer_table),
+    Page("docs/benchmarks.md", "buffer", ("buffer", "gpu_buffer"), buffer_table),
     Page("docs/benchmarks.md", "settings", ("settings",), settings_table),
     Page("docs/benchmarks.md", "growth", ("growth",), growth_table),
     Page("docs/benchmarks.md", "gpu", ("gpu",), gpu_table),

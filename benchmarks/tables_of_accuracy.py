@@ -4,7 +4,19 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.markdown import UNKNOWN, Result, by, column, markdown, mean, pair, provenance, spread, with_deviation
+from benchmarks.markdown import (
+    UNKNOWN,
+    Result,
+    buffers,
+    by,
+    column,
+    markdown,
+    mean,
+    pair,
+    provenance,
+    spread,
+    with_deviation,
+)
 
 BASELINE = "full"  # the variant that the others are compared with
 RESULTS_HEAD = (
@@ -174,24 +186,25 @@ def times(reached: Sequence[float | None], ends: Sequence[float], budget: float)
 
 
 def buffer_table(results: Sequence[Result]) -> list[str]:
-    """A row a buffer size, and what it loses against the default; the kind `buffer`."""
+    """A row a buffer size, and what it loses against the default; the kinds `buffer` and `gpu_buffer`."""
     lines: list[str] = []
     for result in results:
-        ends = {samples: [run["accuracy"] for run in runs] for samples, runs in by(result["runs"], "samples").items()}
+        found_out = buffers(result)
+        ends = found_out.ends
         base = statistics.fmean(ends[DEFAULT_SAMPLES]) if DEFAULT_SAMPLES in ends else None
         table = [
             (
                 f"{samples:,}",
                 str(len(found)),
                 spread(found, " %", 2),
-                f"{100 * statistics.fmean(found) / result['teacher_accuracy']:.1f} %",
+                f"{100 * statistics.fmean(found) / found_out.teacher_accuracy:.1f} %",
                 UNKNOWN
                 if base is None or samples == DEFAULT_SAMPLES
                 else f"{statistics.fmean(found) - base:+.2f} points",
             )
-            for samples, found in sorted(ends.items())
+            for samples, found in ends.items()
         ]
-        lines += [*markdown(BUFFER_HEAD, table), "", provenance(result), ""]
+        lines += [f"**{found_out.task}**:", "", *markdown(BUFFER_HEAD, table), "", provenance(result), ""]
     return lines[:-1]
 
 

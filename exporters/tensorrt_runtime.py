@@ -12,12 +12,13 @@ from engine.errors import SSDKDError, first_line
 from exporters.bench import Latency
 from exporters.runtimes import Runtime
 from exporters.tensorrt_sidecar import Sidecar, check_sidecar, read_sidecar
-from exporters.to_tensorrt import find_flavour, import_flavour, logger_of, reason_of
+from exporters.to_tensorrt import Flavour, find_flavour, import_flavour, logger_of, reason_of
 
 if TYPE_CHECKING:
     import torch
 
 AGAIN = "build it here: ssdkd export RUN --export trt"
+WITH_A_GPU = "run it on a machine with a GPU and its driver"
 WARM_UP_CALLS = 50  # the first compile kernels (TensorRT for RTX) and raise the clocks
 ROUND = 100  # calls between two waits for the GPU
 FEWEST_ROUNDS = 3
@@ -63,6 +64,20 @@ def open_plan(path: Path) -> Runtime:
         metadata=plan.sidecar.onnx_metadata,
         run=run,
     )
+
+
+def check_gpu(flavour: Flavour) -> None:
+    """Raises SSDKDError where there is no GPU, or one that the library cannot run on, tried with a plan of nothing."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SSDKDError("there is no NVIDIA GPU", WITH_A_GPU)
+    trt, logger = import_flavour(flavour.name), logger_of(flavour.name)[0]
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    number = network.add_input("number", trt.float32, (1,))
+    network.mark_output(network.add_identity(number).get_output(0))
+    _engine_of(bytes(builder.build_serialized_network(network, builder.create_builder_config())), flavour, "a plan")
 
 
 def time_plan(path: Path, batch: int, *, cuda_graph: bool, min_seconds: float = 1.0) -> Latency:
@@ -123,7 +138,7 @@ def _load(path: Path) -> _Plan:
     if not torch.cuda.is_available():
         raise SSDKDError(
             f"{path} runs on an NVIDIA GPU: PyTorch {torch.__version__} finds none on this machine",
-            "run it on a machine with a GPU and its driver",
+            WITH_A_GPU,
         )
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
     if sidecar.flavour == "tensorrt" and sidecar.compute_capability not in (None, capability):
@@ -132,17 +147,25 @@ def _load(path: Path) -> _Plan:
             f"{capability} ({torch.cuda.get_device_name()})",
             AGAIN,
         )
-    trt, (logger, messages) = import_flavour(flavour.name), logger_of(flavour.name)
+    engine = _engine_of(path.read_bytes(), flavour, str(path))
+    name = f"{flavour.label} {flavour.version} {torch.cuda.get_device_name()}"
+    return _Plan(import_flavour(flavour.name), engine, sidecar, name, path)
+
+
+def _engine_of(plan: bytes, flavour: Flavour, said: str) -> Any:
+    """The engine of a plan on this machine's GPU. Raises SSDKDError, which calls the plan what is `said`."""
+    import torch
+
+    logger, messages = logger_of(flavour.name)
     messages.clear()
-    engine = trt.Runtime(logger).deserialize_cuda_engine(path.read_bytes())
+    engine = import_flavour(flavour.name).Runtime(logger).deserialize_cuda_engine(plan)
     if engine is None:
         raise SSDKDError(
-            f"{path} cannot be loaded by {flavour.label} {flavour.version} on {torch.cuda.get_device_name()}: "
+            f"{said} cannot be loaded by {flavour.label} {flavour.version} on {torch.cuda.get_device_name()}: "
             f"{reason_of(messages)}",
             AGAIN,
         )
-    name = f"{flavour.label} {flavour.version} {torch.cuda.get_device_name()}"
-    return _Plan(trt, engine, sidecar, name, path)
+    return engine
 
 
 def _run_once(plan: _Plan, context: Any, images: NDArray[np.float32]) -> NDArray[np.float32]:

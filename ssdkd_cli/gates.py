@@ -12,6 +12,7 @@ from ssdkd_cli.words import compared, times
 if TYPE_CHECKING:
     from ssdkd_cli.target import Target
 
+USEFUL = 50.0  # percent of held-out samples on which a student worth recommending predicts the teacher's class
 ROUNDING = 1e-9  # of a difference of two percentages, which is not to fail a limit that it meets
 
 
@@ -58,16 +59,15 @@ def with_budget(limits: Limits, target: "Target") -> Limits:
     return replace(limits, max_latency_ms=target.latency_budget_ms, budget_of=target.profile.name)
 
 
-def check_limits(limits: Limits, target: "Target", *, has_labels: bool, has_gpu: bool) -> None:
+def check_limits(limits: Limits, target: "Target", *, has_labels: bool) -> None:
     """Raises SSDKDError for a limit that cannot be judged at the end: better now than after the distillation."""
     if limits.max_drop is not None and not has_labels:
         raise SSDKDError(
             "--max-drop compares accuracies, and there are no labelled images", "add --eval-data DIR, or leave it out"
         )
-    runs_plans = target.flavour is not None and has_gpu
-    if limits.max_latency_ms is not None and target.profile.runtime != "onnxruntime" and not runs_plans:
+    if limits.max_latency_ms is not None and target.profile.runtime != "onnxruntime" and (why := _why_no_plan(target)):
         raise SSDKDError(
-            f"--max-latency-ms cannot be judged here: files for {target.profile.name} cannot be run on this machine",
+            f"--max-latency-ms cannot be judged here: files for {target.profile.name} cannot be run: {why}",
             f"leave it out and measure on the device; files for this machine are made without {_of_device(target)}",
         )
     if limits.max_size_mb is not None and target.formats == ("trt",) and target.flavour is None:
@@ -77,11 +77,24 @@ def check_limits(limits: Limits, target: "Target", *, has_labels: bool, has_gpu:
         )
     computed = {"--max-drop": limits.max_drop, "--min-agreement": limits.min_agreement}
     given = [flag for flag, limit in computed.items() if limit is not None]
-    if given and target.formats == ("trt",) and not runs_plans:
+    if given and target.formats == ("trt",) and (why := _why_no_plan(target)):
         raise SSDKDError(
-            f"{' and '.join(given)} cannot be judged here: a TensorRT plan runs on a GPU, and there is none",
+            f"{' and '.join(given)} cannot be judged here: no TensorRT plan can be run: {why}",
             "add --export onnx: the ONNX file, of which the plan is made, is judged then",
         )
+
+
+def _why_no_plan(target: "Target") -> str | None:
+    """Why none of the target's TensorRT plans runs on this machine, None where they do."""
+    if target.flavour is None:
+        return "the device builds its plan itself"
+    from exporters.tensorrt_runtime import check_gpu
+
+    try:
+        check_gpu(target.flavour)
+    except SSDKDError as error:
+        return error.message
+    return None
 
 
 def _of_device(target: "Target") -> str:
@@ -149,6 +162,11 @@ def recommend(passing: Sequence[Artifact], teacher_latency_ms: float | None) -> 
         return None
     best, *others = passing
     why = f"the fastest of {len(passing)} files that pass" if others else "the only file that is verified and passes"
+    if best.teacher_agreement is not None and best.teacher_agreement < USEFUL:
+        why += (
+            ", of a student that is of little use: it predicts the teacher's class on "
+            f"{best.teacher_agreement:.0f} % of held-out samples"
+        )
     if not best.latency_ms:
         return Recommendation(best.path, f"{why}; no latency was measured here")
     if teacher_latency_ms and best.format == "onnx":

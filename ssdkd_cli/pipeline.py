@@ -78,7 +78,7 @@ def compress(options: Options, *, command: str) -> Finished:
         check_labelled(options.eval_data)
     if options.student != runs.SAME:
         check_network_name(options.student)
-    check_limits(limits, target, has_labels=options.eval_data is not None, has_gpu=torch.cuda.is_available())
+    check_limits(limits, target, has_labels=options.eval_data is not None)
     compute = choose_device(options.device)
     folder = options.out or runs.default_folder(options.teacher, options.student)
     read = (options.teacher, options.student_weights, options.classes, options.eval_data, options.config)
@@ -90,7 +90,7 @@ def compress(options: Options, *, command: str) -> Finished:
         teacher = load(options)
         settings = settings_of(options, ablations, teacher, compute)
         student, inherited = build(options, teacher, settings, target)
-        doubts = [*size_warnings(student, teacher), *profile_warnings(target.profile.name)]
+        doubts = [*size_warnings(student, options.student, teacher), *profile_warnings(target.profile.name)]
         warnings = [*teacher.spec.warnings, *console.warn_all(doubts)]
         check_memory(teacher, settings, compute)
         check_space(folder, needed_bytes(teacher, student, settings))

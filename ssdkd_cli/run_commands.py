@@ -104,8 +104,6 @@ def export(
 
     A file that normalises by itself: [bold]ssdkd export runs/demo --embed-preprocessing --out deploy[/bold]
     """
-    import torch
-
     from engine.device import choose_device
     from engine.errors import SSDKDError
     from ssdkd_cli import again, material
@@ -119,7 +117,7 @@ def export(
         formats=export, precisions=precision, profile=profile, qat=qat, fallback=not no_fallback, half_io=fp16_io
     )
     limits = with_budget(Limits(max_drop, max_latency_ms, max_size_mb, min_agreement), target)
-    check_limits(limits, target, has_labels=eval_data is not None, has_gpu=torch.cuda.is_available())
+    check_limits(limits, target, has_labels=eval_data is not None)
     compute = choose_device(device)
     folder = out or (source if source.is_dir() else Path("runs") / source.stem)
     stated = {"--arch": arch, "--input": input, "--mean": mean, "--std": std, "--classes": classes}

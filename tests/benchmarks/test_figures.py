@@ -13,7 +13,15 @@ RACE = {"kind": "race", "task": "demo", "student": "resnet8", "machine": {"cpu":
 BUFFER = {
     "kind": "buffer",
     "task": "cifar",
+    "teacher_accuracy": 80.0,
     "runs": [{"samples": samples, "accuracy": 70.0} for samples in (500, 5000)],
+}
+GPU_BUFFER = {
+    "kind": "gpu_buffer",
+    "runs": [
+        {"samples": samples, "pair": "a-b", "teacher_accuracy": 90.0, "failed": None, "student_accuracy": 70.0}
+        for samples in (500, 5000)
+    ],
 }
 CASE = {"samples": 500, "classes": 10, "pixels": 32, "teacher_parameters": 1000}
 GROWTH = {
@@ -27,9 +35,11 @@ GROWTH = {
 
 
 def test_a_figure_a_result_named_by_what_it_shows_and_the_same_bytes_each_time(tmp_path: Path) -> None:
-    results = [RACE, {"kind": "demo"}, BUFFER, GROWTH]
+    results = [RACE, {"kind": "demo"}, BUFFER, GPU_BUFFER, GROWTH]
     drawn = draw(results, tmp_path / "one")
-    assert [path.name for path in drawn] == ["race_demo_some.svg", "buffer_cifar.svg", "growth_cpu.svg"]
+    assert [path.name for path in drawn] == [
+        *("race_demo_some.svg", "buffer_cifar.svg", "gpu_buffer_a-b.svg", "growth_cpu.svg")
+    ]
     text = drawn[0].read_text()
     assert all(f">{word}<" in text for word in ("ssdkd", "fast-5", "student accuracy, %", "seconds"))
     again = draw(results, tmp_path / "two")

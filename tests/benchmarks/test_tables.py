@@ -128,6 +128,14 @@ BUFFER = {
         for samples, seed, accuracy in ((5000, 0, 70.0), (5000, 1, 72.0), (500, 0, 69.0))
     ],
 }
+GPU_BUFFER = {
+    **{"kind": "gpu_buffer", "command": "python -m benchmarks.gpu DATA --buffer 500 5000", **ABOUT},
+    "runs": [
+        {"samples": samples, "pair": "wrn40_2-wrn16_2", "teacher_accuracy": 90.0, "failed": failed}
+        | ({} if failed else {"student_accuracy": accuracy})
+        for samples, accuracy, failed in ((500, 81.0, None), (5000, 82.5, None), (5000, 0.0, "no memory"))
+    ],
+}
 SETTINGS = {
     **{"kind": "settings", "command": "python -m benchmarks.settings demo", **ABOUT, "task": "demo"},
     "runs": [
@@ -271,6 +279,8 @@ def test_a_rival_is_reached_at_the_accuracy_where_it_ends_and_not_at_its_best(tm
     [
         (STEPS, "| demo | 64 | bfloat16 | 10.00 | – | 9.00 | 8.00 | 90 % | 83 % | 80 % | – |"),
         (BUFFER, "| 500 | 1 | 69.00 % | 86.2 % | -2.00 points |"),
+        (GPU_BUFFER, "| 500 | 1 | 81.00 % | 90.0 % | -1.50 points |"),
+        (GPU_BUFFER, "| 5,000 | 1 | 82.50 % | 91.7 % | – |"),
         (SETTINGS, "| nothing | 2 | 71.00 ± 1.41 % | – | – | 80.0 % |"),
         (SETTINGS, "| gamma 2.0 | 2 | 71.00 % | 0.00 ± 1.41 points | 1 of 2 | 80.0 % |"),
         (SETTINGS, "| beta 0.0, priority False | 1 | 73.00 % | 1.00 points | 1 of 1 | 80.0 % |"),
@@ -284,7 +294,8 @@ def test_rows_of_the_other_benchmarks(tmp_path: Path, result: dict[str, object],
 
 
 def test_writing_again_changes_nothing(tmp_path: Path) -> None:
-    tables.write_tables(project(tmp_path, DEMO, ABLATION, INT8, INT8_SPEED, RACE, STEPS, BUFFER, SETTINGS, GROWTH))
+    results = DEMO, ABLATION, INT8, INT8_SPEED, RACE, STEPS, BUFFER, GPU_BUFFER, SETTINGS, GROWTH, GPU
+    tables.write_tables(project(tmp_path, *results))
     pages = [tmp_path / "README.md", *(tmp_path / "docs").iterdir()]
     once = [page.read_text() for page in pages]
     tables.write_tables(tmp_path)

@@ -11,7 +11,7 @@ import torch
 
 from engine.errors import SSDKDError
 from exporters.runtimes import open_runtime
-from exporters.tensorrt_runtime import open_plan, time_plan
+from exporters.tensorrt_runtime import check_gpu, open_plan, time_plan
 from exporters.tensorrt_sidecar import read_sidecar, sidecar_path, write_sidecar
 from exporters.to_tensorrt import Flavour, build_plan, find_flavour
 
@@ -86,6 +86,8 @@ def test_library_that_cannot_load_says_why(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU that is not there")
     with pytest.raises(SSDKDError, match=r"cannot be loaded by .* on a GPU that is not there: .*CUDA"):
         open_plan(plan)
+    with pytest.raises(SSDKDError, match=r"^a plan cannot be loaded by .* on a GPU that is not there: .*CUDA"):
+        check_gpu(find_flavour("tensorrt_rtx"))
     assert capfd.readouterr() == ("", "")
 
 
@@ -102,13 +104,12 @@ def test_damaged_plan_and_missing_sidecar(plan: Path) -> None:
 
 
 def library_for_this_gpu() -> Flavour:
-    """The library for plans on this GPU; skips where only that for RTX is there and it does not know the GPU."""
+    """The library for plans on this GPU; skips where it does not run on that one."""
     flavour = find_flavour()
-    if flavour.name == "tensorrt_rtx":
-        major, minor = torch.cuda.get_device_capability()
-        known = importlib.import_module(flavour.name).ComputeCapability
-        if not hasattr(known, f"SM{major}{minor}"):
-            pytest.skip(f"{flavour.label} {flavour.version} has no kernels for compute capability {major}.{minor}")
+    try:
+        check_gpu(flavour)
+    except SSDKDError as error:
+        pytest.skip(error.message)
     return flavour
 
 

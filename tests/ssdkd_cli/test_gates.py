@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 
 from engine.errors import SSDKDError
+from exporters.to_tensorrt import Flavour
 from ssdkd_cli.gates import Limits, check_limits, decide, gate_line, has_failed, judge, recommend, with_budget
 from ssdkd_cli.report import Artifact, Percentiles
 from ssdkd_cli.target import Target, resolve_target
@@ -115,6 +116,13 @@ def test_the_speed_beside_the_teacher_s_is_named_by_its_direction(teacher_ms: fl
     assert words in recommendation.why
 
 
+@pytest.mark.parametrize(("agreement", "said"), [(49.0, True), (50.0, False), (None, False)])
+def test_a_file_of_a_poor_student_is_not_recommended_without_saying_so(agreement: float | None, said: bool) -> None:
+    recommendation = recommend([dataclasses.replace(SLOW, teacher_agreement=agreement)], 4.0)
+    assert recommendation is not None
+    assert ("it predicts the teacher's class on 49 % of held-out samples" in recommendation.why) is said
+
+
 def test_a_slower_precision_is_said_to_be_slower() -> None:
     lame = artifact("model.int8.onnx", "int8", latency_ms=fast(5.0))
     recommendation = recommend(decide(Limits(), (SLOW, lame), ANY, None)[0], None)
@@ -173,9 +181,26 @@ def test_what_has_failed(verified: bool | None, limit: float, failed: bool) -> N
     assert has_failed([item], judge(Limits(max_size_mb=1.0), item, None))
 
 
+@pytest.mark.parametrize("runs", [True, False])
+def test_limits_of_a_plan_are_judged_where_its_library_runs(runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(_flavour: Flavour) -> None:
+        if not runs:
+            raise SSDKDError("a plan cannot be loaded by TensorRT for RTX on an H200", "build it elsewhere")
+
+    monkeypatch.setattr("exporters.tensorrt_runtime.check_gpu", check)
+    target = dataclasses.replace(JETSON, formats=("trt",), flavour=Flavour("tensorrt_rtx", "TensorRT for RTX", "1.7"))
+    for limits in (Limits(max_latency_ms=1.0), Limits(min_agreement=1.0)):
+        if runs:
+            check_limits(limits, target, has_labels=False)
+            continue
+        with pytest.raises(SSDKDError, match=r"cannot be judged here: .*: a plan cannot be loaded by .* on an H200"):
+            check_limits(limits, target, has_labels=False)
+    check_limits(Limits(max_size_mb=1.0), target, has_labels=False)  # is judged of a plan that does not run
+
+
 def test_limits_that_cannot_be_judged_are_errors_before_the_run() -> None:
     with pytest.raises(SSDKDError, match="--max-drop compares accuracies") as caught:
-        check_limits(Limits(max_drop=1.0), ANY, has_labels=False, has_gpu=False)
+        check_limits(Limits(max_drop=1.0), ANY, has_labels=False)
     assert "--eval-data" in caught.value.hint
     of_profile = dataclasses.replace(JETSON, formats=("onnx",))  # --profile jetson-orin --export onnx
     of_format = dataclasses.replace(JETSON, is_named=False)
@@ -185,17 +210,17 @@ def test_limits_that_cannot_be_judged_are_errors_before_the_run() -> None:
         (of_format, "--export trt"),
     ):
         with pytest.raises(SSDKDError, match="--max-latency-ms cannot be judged here") as caught:
-            check_limits(Limits(max_latency_ms=1.0), wanted, has_labels=True, has_gpu=True)
+            check_limits(Limits(max_latency_ms=1.0), wanted, has_labels=True)
         assert caught.value.hint is not None
         assert caught.value.hint.endswith(f"are made without {leave_out}")
     plans_alone = dataclasses.replace(JETSON, formats=("trt",))
     with pytest.raises(SSDKDError, match="--max-drop and --min-agreement cannot be judged here") as caught:
-        check_limits(Limits(max_drop=1.0, min_agreement=1.0), plans_alone, has_labels=True, has_gpu=False)
+        check_limits(Limits(max_drop=1.0, min_agreement=1.0), plans_alone, has_labels=True)
     assert "--export onnx" in caught.value.hint
     with pytest.raises(SSDKDError, match="--max-size-mb cannot be judged here"):
-        check_limits(Limits(max_size_mb=1.0), plans_alone, has_labels=False, has_gpu=True)
-    check_limits(Limits(max_size_mb=1.0), JETSON, has_labels=False, has_gpu=False)  # of the ONNX file beside the script
-    check_limits(Limits(max_size_mb=1.0, min_agreement=1.0), ANY, has_labels=False, has_gpu=False)
+        check_limits(Limits(max_size_mb=1.0), plans_alone, has_labels=False)
+    check_limits(Limits(max_size_mb=1.0), JETSON, has_labels=False)  # of the ONNX file beside the script
+    check_limits(Limits(max_size_mb=1.0, min_agreement=1.0), ANY, has_labels=False)
 
 
 def test_a_gate_in_words() -> None:
