@@ -36,8 +36,6 @@ INT8_HEAD = (
     *("network", "calibrated on", "seeds", "float accuracy", "INT8 accuracy", "points lost"),
     *("agreement with float", "in integers", "file, of float's"),
 )
-CALIBRATIONS = ("our samples", "real images", "noise")
-INT8_SUMMARY_HEAD = ("network", "float32", *(f"INT8, {name}" for name in CALIBRATIONS), "agreement with float32, ours")
 OURS, LEAST_RIVAL = "ssdkd", 60.0  # percent: a rival that ends below it is no measure
 RACE_HEAD = ("method", "seeds", "ended after", "student accuracy at the end", "ours gets there in")
 DEFAULT_SAMPLES = 5000
@@ -113,30 +111,6 @@ def int8_table(results: Sequence[Result]) -> list[str]:
             for (network, calibration), rows in sorted(found.items(), key=lambda item: item[0][0])
         ]
         lines += [*markdown(INT8_HEAD, table), "", provenance(result), ""]
-    return lines[:-1]
-
-
-def int8_summary(results: Sequence[Result]) -> list[str]:
-    """A row a network: its accuracy in float32, and in INT8 by what its ranges come from; `int8`."""
-    lines: list[str] = []
-    for result in results:
-        networks = dict.fromkeys(row["network"] for row in result["rows"])
-        table = []
-        for network in networks:
-            of = {name: [row for row in result["rows"] if (row["network"], row["calibration"]) == (network, name)]
-                  for name in CALIBRATIONS}  # fmt: skip
-            ours = of[CALIBRATIONS[0]]
-            scores = (spread(column(of[name], "accuracy"), " %", 2) for name in CALIBRATIONS)
-            table.append(
-                (
-                    network,
-                    spread(column(ours, "float_accuracy")[:1], " %", 2),
-                    *scores,
-                    spread(column(ours, "agreement"), " %", 1),
-                )
-            )
-        seeds = len({row["seed"] for row in result["rows"]})
-        lines += [*markdown(INT8_SUMMARY_HEAD, table), "", f"{provenance(result)} {seeds} seeds.", ""]
     return lines[:-1]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import safetensors
 
 from engine.errors import SSDKDError
+from engine.files import ACCEPTED, check_readable
 from engine.graphs import Graph
 from engine.onnx_graph import read_onnx
 from engine.safe_pickle import ARCHIVE_MAGIC, LEGACY_MAGIC, UNREADABLE_ARCHIVE, damaged, safe_load, trusted_load
@@ -19,7 +20,6 @@ from engine.torch_export import read_export
 from engine.torchscript import read_torchscript
 from engine.unwrap import State, Weights, metadata_beside, plain, refuse_unusual, strip_prefixes, unwrap
 
-ACCEPTED = "a PyTorch checkpoint, .safetensors, a torch.export program (.pt2), TorchScript or ONNX"
 MOST_UNPACKED_BYTES, MOST_UNPACKED_TIMES = 64_000_000, 10  # of an archive: torch itself compresses nothing
 
 # What people pass by mistake, by the first bytes: (offset, bytes, what it is, what to do).
@@ -56,29 +56,6 @@ def read_checkpoint(path: Path, *, trust_pickle: bool = False, input_shape: Shap
     check_readable(path)
     kind = detect_format(path)
     return READERS[kind](path, trust_pickle, input_shape)
-
-
-def check_readable(path: Path) -> None:
-    """Raises SSDKDError unless `path` is a file that can be read and holds something."""
-    if path.is_dir():
-        inside = sorted(
-            file.name
-            for file in path.iterdir()
-            if file.suffix in {".pt", ".pth", ".th", ".bin", ".safetensors", ".pt2", ".onnx"}
-        )
-        hint = f"give one of its files, for example {path / inside[0]}" if inside else "give the checkpoint file itself"
-        raise SSDKDError(f"{path} is a folder: expected {ACCEPTED}", hint)
-    if not path.exists():
-        raise SSDKDError(f"there is no file {path}", "check the folder and the spelling of the file's name")
-    if not path.is_file():
-        raise SSDKDError(f"{path} is a pipe or a device: expected {ACCEPTED}", "write it to a file, and give that")
-    try:
-        with path.open("rb") as file:
-            first = file.read(1)
-    except OSError as error:
-        raise SSDKDError(f"{path} cannot be read: {error.strerror}", "check the permissions of the file") from error
-    if not first:
-        raise SSDKDError(f"{path.name} is empty: expected {ACCEPTED}, found 0 bytes", "copy or download the file again")
 
 
 def detect_format(path: Path) -> str:

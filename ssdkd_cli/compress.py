@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from engine.files import check_readable
 from ssdkd_cli import console
 from ssdkd_cli.boundary import VERIFICATION_FAILED
 from ssdkd_cli.options import Options, command_taking_options
@@ -36,6 +37,7 @@ def run_compress(context: typer.Context, options: Options) -> Outcome:
 
     A look at it in a minute: [bold]ssdkd compress teacher.pt --student resnet8 --effort smoke[/bold]
     """
+    check_readable(options.teacher)
     from ssdkd_cli import pipeline, report
     from ssdkd_cli.gates import gate_line, has_failed
     from ssdkd_cli.summary import show_report

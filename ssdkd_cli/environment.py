@@ -1,10 +1,12 @@
 """What this machine is and has, for `ssdkd doctor` and for report.json."""
 
+import contextlib
 import importlib
 import importlib.metadata
 import platform
 from pathlib import Path
 
+from engine.errors import SSDKDError
 from engine.processors import available_threads
 from exporters.tensorrt_sidecar import FLAVOURS
 from ssdkd_cli import __version__
@@ -102,9 +104,31 @@ def doctor_findings() -> list[str]:
             findings.append("computes in float32: this processor has no native bfloat16")
     if fitting := cpu_profile():
         findings.append(f"its processor fits --profile {fitting[0]} ({fitting[1]})")
-    findings.append("exports to ONNX and proves the file in ONNX Runtime on the CPU")
-    if torch.cuda.is_available():
-        findings.append("measures ONNX files on the CPU, TensorRT plans on the GPU")
+    findings.append("exports to ONNX, and proves and measures the file in ONNX Runtime on the CPU")
+    return [*findings, *_plan_findings()]
+
+
+def _plan_findings() -> list[str]:
+    """What becomes of TensorRT plans here, a sentence for each library that is installed."""
+    from exporters.tensorrt_runtime import check_gpu
+    from exporters.to_tensorrt import check_builder, find_flavour
+
+    findings = []
+    for name in FLAVOURS:
+        with contextlib.suppress(SSDKDError):  # why it is missing is among the facts
+            flavour = find_flavour(name)
+            plans = f"plans of {flavour.label}"
+            try:
+                check_builder(flavour)
+            except SSDKDError as error:
+                findings.append(error.message)
+                continue
+            try:
+                check_gpu(flavour)
+            except SSDKDError as error:
+                findings.append(f"builds {plans}, and cannot run them: {error.message}")
+            else:
+                findings.append(f"builds {plans}, and proves and measures them on the GPU")
     return findings
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from engine.files import check_readable
 from ssdkd_cli import console
 from ssdkd_cli.options import ARCH, CLASSES, INPUT, JSON, MEAN, STD, TRUST_PICKLE
 from ssdkd_cli.outcome import Outcome, printed
@@ -34,6 +35,7 @@ def inspect(
 
     Example: [bold]ssdkd inspect teacher.pt[/bold]
     """
+    check_readable(teacher)
     from engine.inspection import inspect_teacher
     from engine.teacher import load_teacher
     from ssdkd_cli.labels import read_classes

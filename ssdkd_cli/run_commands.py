@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engine.files import check_readable
 from ssdkd_cli import console
 from ssdkd_cli.boundary import VERIFICATION_FAILED
 from ssdkd_cli.options import (
@@ -104,6 +105,8 @@ def export(
 
     A file that normalises by itself: [bold]ssdkd export runs/demo --embed-preprocessing --out deploy[/bold]
     """
+    if not source.is_dir():
+        check_readable(source)
     from engine.device import choose_device
     from engine.errors import SSDKDError
     from ssdkd_cli import again, material

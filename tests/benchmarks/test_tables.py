@@ -183,7 +183,7 @@ def project(root: Path, *results: dict[str, object]) -> Path:
     (root / "docs" / "benchmarks.md").write_text(
         "".join(
             f"<!-- {marker} --><!-- /{marker} -->\n"
-            for marker in ("race", "steps", "buffer", "settings", "growth", "gpu", "gpu-latency")
+            for marker in ("results", "race", "steps", "buffer", "settings", "growth", "gpu", "gpu-latency")
         )
     )
     (root / "docs" / "method.md").write_text("<!-- ablation --><!-- /ablation -->\nafter\n")
@@ -208,17 +208,17 @@ def test_latencies_are_shown_and_what_was_not_run_says_why() -> None:
 
 def test_results_are_means_and_deviations_over_the_seeds(tmp_path: Path) -> None:
     tables.write_tables(project(tmp_path, CIFAR, DEMO))
-    text = (tmp_path / "README.md").read_text()
-    head, _, demo, cifar = [line for line in text.splitlines() if line.startswith("|")]
+    full = (tmp_path / "docs" / "benchmarks.md").read_text()
+    head, _, demo, cifar = [line for line in full.splitlines() if line.startswith("|")]
     assert head.split(" | ")[4] == "student accuracy"
     assert demo == (
         "| `ssdkd demo --seed N` | Some CPU | 3 | 90.00 % | **82.00 ± 1.00 %** | 91.1 ± 1.1 % | 174,778 → 75,002 "
         "| 0.500 → 0.260 ms | 150 s | 180 ± 10 s |"
     )
     assert cifar.startswith("| `ssdkd compress a.pt` | Some CPU | 1 | 90.00 % | **72.00 %** | 80.0 % |")
-    assert (
-        "- `ssdkd demo --seed N`: 2030-01-02, commit `abc1234`; cpu Some CPU, cores 2; python 3.11, torch 2.0." in text
-    )
+    said = "- `ssdkd demo --seed N`: 2030-01-02, commit `abc1234`; cpu Some CPU, cores 2; python 3.11, torch 2.0."
+    assert said in full.splitlines()
+    text = (tmp_path / "README.md").read_text()
     assert text.startswith("before\n<!-- results -->\n\n| command")
     assert "\n\n<!-- /results -->\nafter\n" in text
     assert "an old table" not in text
@@ -227,7 +227,42 @@ def test_results_are_means_and_deviations_over_the_seeds(tmp_path: Path) -> None
 def test_what_was_not_measured_is_a_dash(tmp_path: Path) -> None:
     run = measured(0, 80.0) | {"teacher_latency_ms": None, "seconds_total": None}
     tables.write_tables(project(tmp_path, {**DEMO, "runs": [run]}))
-    assert "| – → 0.250 ms | 150 s | – |" in (tmp_path / "README.md").read_text()
+    assert "| – → 0.250 ms | 150 s | – | 2030-01-02, `abc1234`, Some CPU |" in (tmp_path / "README.md").read_text()
+
+
+def test_the_readme_has_the_newest_of_each_and_the_docs_have_all(tmp_path: Path) -> None:
+    later = {"created": "2031-01-01", "machine": {"cpu": "Another", "cores": 2, "gpu": None}}
+    tables.write_tables(project(tmp_path, {**DEMO, **later, "runs": [measured(0, 70.0)]}, DEMO, CIFAR))
+    assert [row.split(" | ")[0] for row in rows_of(tmp_path / "README.md")] == [
+        "| `ssdkd demo --seed N`",
+        "| `ssdkd compress a.pt`",
+    ]
+    assert rows_of(tmp_path / "README.md")[0].endswith("| 2031-01-01, `abc1234`, Another |")
+    assert len(rows_of(tmp_path / "docs" / "benchmarks.md")) == 3
+
+
+def test_the_readme_shows_ours_beside_the_best_peer_and_without_the_method(tmp_path: Path) -> None:
+    off = race("SSD-KD off", 0, (50, 30.0), (100, 65.0))
+    tables.write_tables(project(tmp_path, {**RACE, "runs": [*RACE["runs"], off]}))
+    assert rows_of(tmp_path / "README.md") == [
+        "| demo, wrn10_1 | 100 | **81.0 ± 1.4 %** | 65.0 % | fast-5: 70.0 ± 1.4 % | 1/4.0 of its time, 25 ± 7 s "
+        "| 2030-01-02, `abc1234`, Some CPU |"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("peer", "shown"), [({}, "–"), ({"method": "nayer", "student_accuracy": 72.8}, "nayer: 72.80 %")]
+)
+def test_the_readme_shows_a_gpu_s_pair_beside_the_best_peer(
+    peer: dict[str, object], shown: str, tmp_path: Path
+) -> None:
+    (ours,) = GPU["summary"]
+    rows = [ours, *([{**ours, **peer, "student_accuracy_deviation": None}] if peer else [])]
+    tables.write_tables(project(tmp_path, {**GPU, "summary": rows, "machine": {"cpu": "a", "gpu": "NVIDIA H200"}}))
+    assert rows_of(tmp_path / "README.md") == [
+        f"| wrn40_2-wrn16_2 | 140 | 94.00 % | **92.50 ± 0.71 %** | {shown} | 98.4 ± 0.8 % "
+        "| 2030-01-02, `abc1234`, NVIDIA H200 |"
+    ]
 
 
 def test_variants_are_compared_with_the_full_method(tmp_path: Path) -> None:
@@ -241,8 +276,9 @@ def test_variants_are_compared_with_the_full_method(tmp_path: Path) -> None:
 
 def test_int8_is_shown_by_what_its_ranges_come_from(tmp_path: Path) -> None:
     tables.write_tables(project(tmp_path, INT8))
-    row = "| some net | 90.00 % | 89.60 ± 0.14 % | 89.80 % | 85.00 % | 99.2 ± 0.4 % |"
-    assert row in (tmp_path / "README.md").read_text().splitlines()
+    assert rows_of(tmp_path / "README.md") == [
+        "| some net | 90.00 % | 89.60 ± 0.14 % | 89.80 % | 85.00 % | 99.2 ± 0.4 % | 2030-01-02, `abc1234`, Some CPU |"
+    ]
     rows = [line for line in (tmp_path / "docs" / "quantization.md").read_text().splitlines() if line.startswith("|")]
     assert rows[2] == (
         "| some net | our samples | 2 | 90.00 % | 89.60 ± 0.14 % | 0.40 ± 0.14 | 99.25 ± 0.35 % | 100 % | 0.285 |"

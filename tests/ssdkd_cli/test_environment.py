@@ -1,11 +1,13 @@
 import importlib.metadata
+from collections.abc import Callable
 from pathlib import Path
 
 import onnxruntime
 import pytest
-import torch
 
 from engine import processors
+from engine.errors import SSDKDError
+from exporters.to_tensorrt import Flavour
 from ssdkd_cli import environment
 from ssdkd_cli.environment import _import_of, cpu_name, cpu_profile, doctor_facts, doctor_findings, profile_warnings
 
@@ -47,10 +49,34 @@ def test_the_profile_that_fits_this_machine(
     assert profile_warnings("x86-avx2") == []
 
 
-def test_onnx_files_are_measured_on_the_cpu_where_there_is_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+@pytest.mark.parametrize(
+    ("builder", "gpu", "said"),
+    [
+        (None, None, "builds plans of Some Library, and proves and measures them on the GPU"),
+        (None, "no GPU", "builds plans of Some Library, and cannot run them: no GPU"),
+        ("it cannot build here", "no GPU", "it cannot build here"),
+    ],
+)
+def test_what_becomes_of_plans_here(
+    builder: str | None, gpu: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(problem: str | None) -> Callable[[Flavour], None]:
+        def check(_flavour: Flavour) -> None:
+            if problem:
+                raise SSDKDError(problem, "")
+
+        return check
+
+    def find(name: str) -> Flavour:
+        if name == "tensorrt":
+            raise SSDKDError("it is not installed", "")
+        return Flavour(name, "Some Library", "1.0")
+
+    monkeypatch.setattr("exporters.to_tensorrt.find_flavour", find)
+    monkeypatch.setattr("exporters.to_tensorrt.check_builder", answer(builder))
+    monkeypatch.setattr("exporters.tensorrt_runtime.check_gpu", answer(gpu))
     findings = doctor_findings()
-    assert findings[-1] == "measures ONNX files on the CPU, TensorRT plans on the GPU"
+    assert findings[-2:] == ["exports to ONNX, and proves and measures the file in ONNX Runtime on the CPU", said]
     assert "pip install" not in " ".join(findings)
 
 
