@@ -11,7 +11,7 @@ from ssdkd_cli import console
 from ssdkd_cli.options import ARCH, CLASSES, INPUT, JSON, MEAN, STD, TRUST_PICKLE
 from ssdkd_cli.outcome import Outcome, printed
 from ssdkd_cli.parsing import parse_path
-from ssdkd_cli.words import SOURCES, count, shape, size
+from ssdkd_cli.words import SOURCES, count, network, shape, size
 
 TEACHER = typer.Argument(
     parser=parse_path, metavar="TEACHER", help="The file of a trained network.", show_default=False
@@ -59,7 +59,7 @@ def inspect(
     spec, images = found.spec, found.spec.preprocessing
     facts = {
         "format": spec.format,
-        "architecture": f"{spec.arch} ({spec.arch_evidence})",
+        "architecture": f"{network(spec.arch)} ({spec.arch_evidence})",
         "parameters": f"{spec.parameters:,}",
         "FLOPs": f"{count(found.flops)}, one image",
         "layers": ", ".join(f"{number} {kind}" for kind, number in found.layers.items()),

@@ -19,7 +19,7 @@ from exporters.evaluate import logits_of
 from exporters.runtimes import predictor
 from ssdkd_cli import console, runs
 from ssdkd_cli.precisions import Subject
-from ssdkd_cli.words import count, shape
+from ssdkd_cli.words import count, network, shape
 
 NOISE_SAMPLES = 64
 ON_NOISE = "proven on smooth random images: a teacher that was not distilled has no synthetic samples"
@@ -60,7 +60,7 @@ def read_teacher(path: Path, **stated: Any) -> Teacher:
         teacher = load_teacher(path, **stated)
         spec = teacher.spec
         done(
-            f"{spec.arch} ({spec.arch_evidence}), {count(spec.parameters)} parameters, "
+            f"{network(spec.arch)} ({spec.arch_evidence}), {count(spec.parameters)} parameters, "
             f"{shape(spec.input_shape)}, {spec.classes} classes"
         )
     console.warn_all(spec.warnings)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ssdkd_cli.files import write_text
 from ssdkd_cli.report import NOT_RECOMMENDED, Artifact, Gate, Percentiles, Report, TeacherReport, origin, to_json
-from ssdkd_cli.words import SOURCES, count, duration, markdown_table, percent, shape, size
+from ssdkd_cli.words import SOURCES, count, duration, markdown_table, network, percent, shape, size
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -18,7 +18,7 @@ def to_markdown(report: Report) -> str:
     teacher, student, distillation = report.teacher, report.student, report.distillation
     artifact = next((item for item in report.artifacts if item.latency_ms), None)
     comparison = [
-        ("architecture", teacher.arch, student.arch),
+        ("architecture", network(teacher.arch), network(student.arch)),
         ("accuracy", percent(teacher.accuracy), percent(student.accuracy)),
         ("agreement with the teacher", "", percent(student.agreement)),
         ("parameters", f"{teacher.parameters:,}", f"{student.parameters:,}"),
@@ -36,7 +36,7 @@ def to_markdown(report: Report) -> str:
         ),
     ]
     lines = [
-        f"# {teacher.arch} to {student.arch}",
+        f"# {network(teacher.arch)} to {network(student.arch)}",
         "",
         f"`{report.command}`",
         "",
@@ -89,7 +89,8 @@ def to_markdown(report: Report) -> str:
         "",
         "## Teacher",
         "",
-        f"`{teacher.path}` ({teacher.format}), sha256 `{teacher.sha256}`. {teacher.arch}: {teacher.arch_evidence}. "
+        f"`{teacher.path}` ({teacher.format}), sha256 `{teacher.sha256}`. "
+        f"{network(teacher.arch)}: {teacher.arch_evidence}. "
         f"Input {shape(teacher.input_shape)}, {teacher.classes} classes, {teacher.batchnorm_layers} BatchNorm layers; "
         f"mean {list(teacher.mean)}, std {list(teacher.std)} ({SOURCES[teacher.preprocessing_source]}).",
     ]

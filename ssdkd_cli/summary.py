@@ -6,7 +6,7 @@ from pathlib import Path
 from ssdkd_cli import console, runs
 from ssdkd_cli.gates import gate_line
 from ssdkd_cli.report import NOT_RECOMMENDED, Artifact, Report
-from ssdkd_cli.words import compared, count, milliseconds, percent, size
+from ssdkd_cli.words import compared, count, milliseconds, network, percent, size
 
 Words = Callable[[float | None], str]
 Row = tuple[str, str, str, str]  # name, teacher, student, gain
@@ -36,7 +36,7 @@ def comparison(report: Report) -> list[Row]:
         else ""
     )
     rows = [
-        ("", teacher.arch, student.arch, ""),
+        ("", network(teacher.arch), network(student.arch), ""),
         ("accuracy", percent(teacher.accuracy), percent(student.accuracy), kept),
         ("agreement", "", percent(student.agreement), "on held-out synthetic samples"),
         _row("parameters", teacher.parameters, student.parameters, count, ("fewer", "more")),

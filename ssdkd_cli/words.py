@@ -12,6 +12,11 @@ def escaped(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
+def network(arch: str) -> str:
+    """The name of an architecture; that of a network which is nothing but its graph is none."""
+    return "a network without a name" if arch == "graph" else arch
+
+
 def percent(value: float | None) -> str:
     """88.34 -> '88.3 %'."""
     return UNKNOWN if value is None else f"{value:.1f} %"

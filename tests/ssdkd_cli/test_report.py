@@ -93,6 +93,15 @@ def test_markdown_says_unknown_and_never_guesses(report: Report) -> None:
     assert "agreement" in names
 
 
+def test_a_teacher_that_is_a_bare_graph_has_no_name(report: Report) -> None:
+    bare = dataclasses.replace(report, teacher=dataclasses.replace(report.teacher, arch="graph"))
+    lines = to_markdown(bare).splitlines()
+    assert lines[0] == f"# a network without a name to {report.student.arch}"
+    row = next(line for line in lines if line.startswith("| architecture"))
+    assert [cell.strip() for cell in row.split("|")[2:4]] == ["a network without a name", report.student.arch]
+    assert comparison(bare)[0][1] == "a network without a name"
+
+
 def test_each_agreement_has_its_column(report: Report) -> None:
     (artifact,) = report.artifacts
     changed = dataclasses.replace(artifact, agreement=99.5, teacher_agreement=61.5)
