@@ -9,7 +9,6 @@ import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -17,9 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from benchmarks.markdown import Result, buffers, by
+from benchmarks.markdown import Result, by, processor, went_through
+from benchmarks.names import OFF, OURS
 from benchmarks.tables import ROOT, read_results
-from benchmarks.tables_of_accuracy import OURS
+from benchmarks.tables_of_accuracy import by_buffer
 from benchmarks.tables_of_cost import GROWTH_NAMES
 
 Curve = Sequence[Sequence[float]]  # (seconds, percent) of its points
@@ -27,7 +27,7 @@ Curve = Sequence[Sequence[float]]  # (seconds, percent) of its points
 GRID = 200  # points of a mean curve
 FOLDER = ROOT / "docs" / "figures"
 COLOURS = {
-    **{OURS: "#d1495b", "SSD-KD off": "#edae49", "logits alone": "#a05c7b", "ssdkd afresh": "#b58db6"},
+    **{OURS: "#d1495b", OFF: "#edae49", "logits alone": "#a05c7b", "ssdkd afresh": "#b58db6"},
     **{"fast-2": "#8cb9bd", "fast-5": "#30638e", "fast-10": "#003d5b", "nayer": "#5b8e7d"},
 }
 
@@ -37,7 +37,7 @@ def race(result: Result, figure: Figure) -> None:
     axes = figure.subplots()
     runs = by(result["runs"], "method").items()
     against_seconds(axes, {method: [run["points"] for run in own] for method, own in runs})
-    axes.set_title(f"{result['task']}, to {result['student']}; {result['machine']['cpu']}")
+    axes.set_title(f"{result['task']}, to {result['student']}; {processor(result)}")
 
 
 def gpu(result: Result, figure: Figure) -> None:
@@ -52,11 +52,6 @@ def gpu(result: Result, figure: Figure) -> None:
             curves.setdefault(method, []).append([(at["seconds"], at["accuracy"]) for at in run["curve"]])
         against_seconds(axes, curves)
         axes.set_title(name)
-
-
-def went_through(result: Result) -> list[Mapping[str, Any]]:
-    """The runs of a GPU's result that did not fail."""
-    return [run for run in result["runs"] if run["failed"] is None]
 
 
 def against_seconds(axes: Axes, curves: Mapping[str, Sequence[Curve]]) -> None:
@@ -81,11 +76,11 @@ def mean_curve(curves: Sequence[Curve]) -> tuple[NDArray[np.float64], NDArray[np
 
 def buffer(result: Result, figure: Figure) -> None:
     """Accuracy at the end against the number of samples in the buffer."""
-    axes, found = figure.subplots(), buffers(result)
-    for samples, own in found.ends.items():
+    axes, (task, _, ends) = figure.subplots(), by_buffer(result)
+    for samples, own in ends.items():
         axes.plot([samples] * len(own), own, "o", color=COLOURS[OURS], markersize=4)
-    axes.plot(list(found.ends), [statistics.fmean(own) for own in found.ends.values()], color=COLOURS[OURS])
-    axes.set(xlabel="samples in the buffer", ylabel="student accuracy, %", title=f"{found.task}: the buffer's size")
+    axes.plot(list(ends), [statistics.fmean(own) for own in ends.values()], color=COLOURS[OURS])
+    axes.set(xlabel="samples in the buffer", ylabel="student accuracy, %", title=f"{task}: the buffer's size")
     finish(axes)
 
 
@@ -133,7 +128,7 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for result in results:
-        if result["kind"] not in DRAWN or (result["kind"] == "gpu" and not went_through(result)):
+        if result["kind"] not in DRAWN or (result["kind"] in ("gpu", "gpu_buffer") and not went_through(result)):
             continue
         how, inches = DRAWN[result["kind"]]
         figure = Figure(figsize=inches, layout="constrained")
@@ -149,9 +144,10 @@ def name_of(result: Result) -> str:
     if result["kind"] == "gpu":
         return "_".join(str(value) for key in ("pair", "method", "samples") for value in by(went_through(result), key))
     if result["kind"] == "gpu_buffer":
-        return buffers(result).task
+        return by_buffer(result).task
     if result["kind"] == "race":
-        return f"{result['task']}_{re.split(r'[^a-z0-9]', result['machine']['cpu'].lower())[0]}"
+        brand = re.split(r"[^a-z0-9]", result["machine"]["cpu"].lower())[0]
+        return f"{result['task']}_{brand}{'_bfloat16' if processor(result).endswith('bfloat16') else ''}"
     return str(result.get("task") or result["device"])
 
 

@@ -11,7 +11,8 @@ FOLDER does not hold yet. A pair takes --minutes at most: its runs share what th
 that is there already, so that all of them have the same time; --seconds gives each run a time of its own instead. Goes
 on where it was stopped: runs that FOLDER holds are not repeated, one that was interrupted starts again.
 
-FOLDER: teachers/NAME.pt, runs/PAIR-METHOD-SAMPLES-SEED.json, and gpu.json with all of them.
+FOLDER: teachers/NAME.pt, runs/PAIR-METHOD-SAMPLES-SEED.json, and gpu.json with all of them; those of --buffer are in
+buffers/ and gpu_buffer.json.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from torch import nn
 
 from benchmarks.common import provenance, save
 from benchmarks.gpu_data import load_split, pack
-from benchmarks.gpu_results import finished, merge, name_of
+from benchmarks.gpu_results import finished, merge, name_of, path_of
 from benchmarks.gpu_teachers import Schedule, open_teacher, percent_correct, train_and_save
 from benchmarks.peer_code import METHODS as PEERS
 from benchmarks.peers import run_peer
@@ -221,7 +222,8 @@ def run_pair(
     if seconds <= 0:
         sys.exit(f"{arguments.minutes} minutes are too few for a teacher and {len(jobs)} runs: give more --minutes")
     about = {**source, "pair": pair, "seconds_limit": seconds, "rounds_limit": arguments.rounds, "tiny": arguments.tiny}
-    done = finished(out, about, [name_of(pair, *job) for job in jobs])
+    kind = "gpu_buffer" if arguments.buffer else "gpu"
+    done = finished(out, kind, about, [name_of(pair, *job) for job in jobs])
     left = [job for job in jobs if name_of(pair, *job) not in done]
     if not left:
         print(f"{pair}: all {len(jobs)} runs are there", flush=True)
@@ -245,8 +247,8 @@ def run_pair(
             result["failed"] = error.message
         entry = {"kind": "gpu_run", **about, "method": method, "student": student, "samples": samples, "seed": seed}
         result = {**entry, **known, **result, "seconds_total": time.perf_counter() - started}
-        save(out / "runs" / f"{name_of(pair, method, samples, seed)}.json", result)
-        merge(out, source, kind="gpu_buffer" if arguments.buffer else "gpu")
+        save(path_of(out, kind, name_of(pair, method, samples, seed)), result)
+        merge(out, kind, source)
         says = result["failed"] or f"{result['student_accuracy']:.2f} % after {result['seconds']:.0f} s"
         print(f"{name_of(pair, method, samples, seed)}: {says}", flush=True)
 
@@ -286,6 +288,8 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     if not arguments.out:
         parser.error("give --out FOLDER, or --pack FOLDER")
+    if arguments.buffer and (arguments.rivals or arguments.changed):
+        parser.error("--buffer is of ours as it is: run --rivals and --changed by themselves")
     source = provenance(
         shlex.join(["python", "-m", "benchmarks.gpu", *without_paths(words or sys.argv[1:], arguments)])
     )

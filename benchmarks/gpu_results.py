@@ -1,4 +1,4 @@
-"""The runs of benchmarks.gpu on disk: a file each, and all of them in gpu.json."""
+"""The runs of benchmarks.gpu on disk: a file each, and all of a kind in one: gpu.json, gpu_buffer.json."""
 
 import json
 import sys
@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.common import save
 
+FOLDERS = {"gpu": "runs", "gpu_buffer": "buffers"}  # of the runs of each kind of result
 SAME = ("seconds_limit", "rounds_limit", "tiny", "commit")  # what runs of one result share, beside GPU and torch
 
 
@@ -17,14 +18,19 @@ def name_of(pair: str, method: str, samples: int, seed: int) -> str:
     return f"{pair}-{method}-{samples}-seed{seed}"
 
 
-def finished(out: Path, wanted: dict[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The runs called `names` that `out` holds. Stops where one was measured otherwise than `wanted`.
+def path_of(out: Path, kind: str, name: str) -> Path:
+    """Where the run called `name` is written."""
+    return out / FOLDERS[kind] / f"{name}.json"
+
+
+def finished(out: Path, kind: str, wanted: dict[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The runs of a kind called `names` that `out` holds. Stops where one was measured otherwise than `wanted`.
 
     `wanted` holds SAME, and `machine` and `versions` of this run's provenance.
     """
     found = {}
     for name in names:
-        path = out / "runs" / f"{name}.json"
+        path = path_of(out, kind, name)
         if not path.exists():
             continue
         run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -55,7 +61,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def merge(out: Path, source: dict[str, Any], *, kind: str) -> None:
-    """Write gpu.json, a result of this kind: every run in `out`, each with where it was measured, and their summary."""
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "runs").glob("*.json"))]
-    save(out / "gpu.json", {"kind": kind, **source, "summary": summary(runs), "runs": runs})
+def merge(out: Path, kind: str, source: dict[str, Any]) -> None:
+    """Write the result of a kind: every run of it in `out`, each with where it was measured, and their summary."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / FOLDERS[kind]).glob("*.json"))]
+    save(out / f"{kind}.json", {"kind": kind, **source, "summary": summary(runs), "runs": runs})

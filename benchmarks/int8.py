@@ -20,6 +20,7 @@ import onnx
 from numpy.typing import NDArray
 
 from benchmarks.common import RESULTS, provenance, save, unfinished
+from benchmarks.names import NOISE, OUR_SAMPLES, REAL_IMAGES
 from engine.device import choose_device
 from engine.teacher import load_teacher
 from exporters.evaluate import LabelledImages
@@ -37,7 +38,7 @@ from ssdkd_cli.precisions import (
     to_integers,
 )
 
-REAL_IMAGES = 1000
+REAL_NUMBER = 1000
 PROFILE = "x86-vnni"
 Images = NDArray[np.uint8]  # [N, H, W, C]
 
@@ -73,9 +74,9 @@ def calibrations(subject: Subject, train: LabelledImages, seed: int) -> dict[str
         return np.rint(255 * (normalised * card.std + card.mean)).clip(0, 255).astype(np.uint8)
 
     return {
-        "our samples": lambda: drawn(subject.samples.calibration, CALIBRATION_IMAGES),
-        "real images": lambda: drawn(train.images, REAL_IMAGES),
-        "noise": noise,
+        OUR_SAMPLES: lambda: drawn(subject.samples.calibration, CALIBRATION_IMAGES),
+        REAL_IMAGES: lambda: drawn(train.images, REAL_NUMBER),
+        NOISE: noise,
     }
 
 

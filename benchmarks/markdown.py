@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 Result = Mapping[str, Any]
@@ -49,24 +48,18 @@ def pair(runs: Runs, name: str, form: str, unit: str) -> str:
     return " → ".join(form.format(statistics.fmean(side)) if side else UNKNOWN for side in sides) + unit
 
 
-@dataclass(frozen=True)
-class Buffers:
-    """What a result says of the buffer's size."""
+def processor(result: Result) -> str:
+    """`AMD EPYC, bfloat16`: what a CPU's result was measured on; or the GPU of a GPU's result."""
+    machine = result["machine"]
+    if result["kind"].startswith("gpu"):
+        return str(machine["gpu"])
+    quick = "bf16" in machine.get("instructions", "")  # older results do not say
+    return f"{machine['cpu']}{', bfloat16' if quick else ''}"
 
-    task: str
-    teacher_accuracy: float  # percent
-    ends: Mapping[int, Sequence[float]]  # samples -> the student's accuracy at the end, percent, one a run; ascending
 
-
-def buffers(result: Result) -> Buffers:
-    """What a result of `benchmarks.buffer`, or of `benchmarks.gpu --buffer`, says."""
-    runs, accuracy = result["runs"], "accuracy"
-    about = result
-    if result["kind"] == "gpu_buffer":
-        runs, accuracy = [run for run in runs if run["failed"] is None], "student_accuracy"
-        about = {"task": runs[0]["pair"], **runs[0]}
-    ends = {samples: column(own, accuracy) for samples, own in sorted(by(runs, "samples").items())}
-    return Buffers(about["task"], about["teacher_accuracy"], ends)
+def went_through(result: Result) -> list[Mapping[str, Any]]:
+    """The runs of a GPU's result that did not fail."""
+    return [run for run in result["runs"] if run["failed"] is None]
 
 
 def provenance(result: Result) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from benchmarks.names import OFF, OURS
 from engine.config import DistillationSettings, settings_for
 from engine.device import Compute, choose_device
 from engine.distill import RoundMetrics, averaged_student, distill
@@ -25,8 +26,8 @@ from ssdkd_cli.compress import DEMO_DEFAULTS, DEMO_TEACHER
 PLAIN = {"diversity": False, "difficulty": False, "priority": False, "replay": False}
 AFRESH = {"inherit": False, "feature_weight": 0.0}
 OWN: Mapping[str, Mapping[str, Any]] = {
-    "ssdkd": {},
-    "SSD-KD off": PLAIN,
+    OURS: {},
+    OFF: PLAIN,
     "logits alone": {"feature_weight": 0.0},
     "ssdkd afresh": AFRESH,
 }

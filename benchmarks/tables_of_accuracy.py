@@ -2,21 +2,23 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.markdown import (
     UNKNOWN,
     Result,
-    buffers,
     by,
     column,
     markdown,
     mean,
     pair,
+    processor,
     provenance,
     spread,
+    went_through,
     with_deviation,
 )
+from benchmarks.names import OURS
 
 BASELINE = "full"  # the variant that the others are compared with
 RESULTS_HEAD = (
@@ -36,7 +38,7 @@ INT8_HEAD = (
     *("network", "calibrated on", "seeds", "float accuracy", "INT8 accuracy", "points lost"),
     *("agreement with float", "in integers", "file, of float's"),
 )
-OURS, LEAST_RIVAL = "ssdkd", 60.0  # percent: a rival that ends below it is no measure
+LEAST_RIVAL = 60.0  # percent: a rival that ends below it is no measure
 RACE_HEAD = ("method", "seeds", "ended after", "student accuracy at the end", "ours gets there in")
 DEFAULT_SAMPLES = 5000
 BUFFER_HEAD = ("samples", "seeds", "student accuracy", "accuracy kept", f"against {DEFAULT_SAMPLES:,}")
@@ -52,7 +54,7 @@ def results_table(results: Sequence[Result]) -> list[str]:
     rows = [
         (
             f"`{result['command']}`",
-            result["machine"]["cpu"],
+            processor(result),
             str(len(runs)),
             spread(column(runs, "teacher_accuracy"), " %", 2),
             f"**{spread(column(runs, 'student_accuracy'), ' %', 2)}**",
@@ -134,7 +136,7 @@ def race_table(results: Sequence[Result]) -> list[str]:
                 )
             )
         student = f"{result['task']}, to {result['student']}, {result['seconds']:g} s each"
-        accuracy = f"teacher {result['runs'][0]['teacher_accuracy']:.2f} %; {result['machine']['cpu']}"
+        accuracy = f"teacher {result['runs'][0]['teacher_accuracy']:.2f} %; {processor(result)}"
         lines += [f"**{student}** ({accuracy}):", "", *markdown(RACE_HEAD, table), "", provenance(result), ""]
     return lines[:-1]
 
@@ -159,26 +161,46 @@ def times(reached: Sequence[float | None], ends: Sequence[float], budget: float)
     return f"1/{budget / seconds:.1f} of its time, {spread(known, ' s', 0)}"
 
 
+class Buffers(NamedTuple):
+    """What a result says of the buffer's size."""
+
+    task: str
+    teacher_accuracy: float  # percent
+    ends: Mapping[int, Sequence[float]]  # samples -> the student's accuracy at the end, percent, one a run; ascending
+
+
+def by_buffer(result: Result) -> Buffers:
+    """Of a result of `benchmarks.buffer`, or of `benchmarks.gpu --buffer`, whose runs all are of one pair."""
+    if result["kind"] == "buffer":
+        runs, accuracy, task, teacher = result["runs"], "accuracy", result["task"], result["teacher_accuracy"]
+    else:
+        runs, accuracy = went_through(result), "student_accuracy"
+        task, teacher = runs[0]["pair"], runs[0]["teacher_accuracy"]
+    return Buffers(
+        task, teacher, {samples: column(own, accuracy) for samples, own in sorted(by(runs, "samples").items())}
+    )
+
+
 def buffer_table(results: Sequence[Result]) -> list[str]:
     """A row a buffer size, and what it loses against the default; the kinds `buffer` and `gpu_buffer`."""
     lines: list[str] = []
     for result in results:
-        found_out = buffers(result)
-        ends = found_out.ends
+        task, teacher, ends = by_buffer(result)
         base = statistics.fmean(ends[DEFAULT_SAMPLES]) if DEFAULT_SAMPLES in ends else None
         table = [
             (
                 f"{samples:,}",
-                str(len(found)),
-                spread(found, " %", 2),
-                f"{100 * statistics.fmean(found) / found_out.teacher_accuracy:.1f} %",
+                str(len(own)),
+                spread(own, " %", 2),
+                f"{100 * statistics.fmean(own) / teacher:.1f} %",
                 UNKNOWN
                 if base is None or samples == DEFAULT_SAMPLES
-                else f"{statistics.fmean(found) - base:+.2f} points",
+                else f"{statistics.fmean(own) - base:+.2f} points",
             )
-            for samples, found in ends.items()
+            for samples, own in ends.items()
         ]
-        lines += [f"**{found_out.task}**:", "", *markdown(BUFFER_HEAD, table), "", provenance(result), ""]
+        title = f"**{task}** (teacher {teacher:.2f} %; {processor(result)}):"
+        lines += [title, "", *markdown(BUFFER_HEAD, table), "", provenance(result), ""]
     return lines[:-1]
 
 

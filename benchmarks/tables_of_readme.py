@@ -1,46 +1,46 @@
-"""README's tables: the newest measurement of each thing in a line. docs/ has all of them, with their commands."""
+"""README's tables: what was measured last on each processor, in a line. docs/ has the rest, with the commands."""
 
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from operator import itemgetter
+from typing import Any
 
-from benchmarks.markdown import UNKNOWN, Result, by, column, markdown, pair, spread, with_deviation
-from benchmarks.peer_code import METHODS as PEERS
-from benchmarks.tables_of_accuracy import OURS, seconds_to, times
+from benchmarks.markdown import UNKNOWN, Result, by, column, markdown, pair, processor, spread, with_deviation
+from benchmarks.names import CALIBRATIONS, OFF, OUR_SAMPLES, OURS, PEERS
+from benchmarks.tables_of_accuracy import seconds_to, times
 
-OFF = "SSD-KD off"
-CALIBRATIONS = ("our samples", "real images", "noise")
 RESULTS_HEAD = (
     *("command", "seeds", "teacher accuracy", "student accuracy", "accuracy kept", "parameters", "latency, one image"),
     *("distilling", "in all", "measured"),
 )
 INT8_HEAD = (
-    *("network", "float32", *(f"INT8, {name}" for name in CALIBRATIONS), "agreement with float32, ours", "measured"),
+    *("network", "seeds", "float32", *(f"INT8, {name}" for name in CALIBRATIONS)),
+    *("agreement with float32, ours", "measured"),
 )
-RACE_HEAD = ("task, to student", "seconds", "ours", "ours, SSD-KD off", "best peer", "ours is there in", "measured")
-GPU_HEAD = ("teacher-student", "seconds", "teacher", "ours", "best peer", "accuracy kept", "measured")
+RACE_HEAD = ("task, to student", "seconds", "seeds", "ours", OFF, "best peer", "ours is there in", "measured")
+GPU_HEAD = ("teacher-student", "seconds", "seeds", "teacher", "ours", "best peer", "accuracy kept", "measured")
+
+Part = tuple[Result, Any]  # a result, and what of it makes a line
 
 
-def newest(results: Iterable[Result], of: Callable[[Result], Hashable]) -> list[Result]:
-    """The last measured of the results that are `of` the same thing, in the order in which these appear."""
-    found: dict[Hashable, Result] = {}
-    for result in results:
-        found[of(result)] = max(result, found.get(of(result), result), key=itemgetter("created"))
+def newest(parts: Iterable[Part], of: Callable[[Part], Hashable]) -> list[Part]:
+    """The last measured of the parts that are `of` the same thing, in the order in which these appear."""
+    found: dict[Hashable, Part] = {}
+    for part in parts:
+        found[of(part)] = max(part, found.get(of(part), part), key=lambda each: str(each[0]["created"]))
     return list(found.values())
 
 
-def origin(result: Result) -> str:
-    """`2026-11-27, f8ad975, AMD EPYC`: the day, the commit, and the processor or GPU."""
-    machine = result["machine"]
-    return f"{result['created'][:10]}, `{result['commit']}`, {machine['gpu'] or machine['cpu']}"
+def measured(result: Result) -> str:
+    """`2026-11-27, f8ad975, AMD EPYC`: the day, the commit and the processor, or the GPU of a GPU's result."""
+    return f"{result['created'][:10]}, `{result['commit']}`, {processor(result)}"
 
 
 def results_summary(results: Sequence[Result]) -> list[str]:
-    """A row a command; the kinds `demo` and `cifar`."""
-    rows = []
-    for result in newest(results, itemgetter("command")):
-        runs = result["runs"]
-        rows.append(
+    """A row a command and processor; the kinds `demo` and `cifar`."""
+    parts = ((result, result["runs"]) for result in results)
+    return markdown(
+        RESULTS_HEAD,
+        [
             (
                 f"`{result['command']}`",
                 str(len(runs)),
@@ -51,48 +51,51 @@ def results_summary(results: Sequence[Result]) -> list[str]:
                 pair(runs, "latency_ms", "{:.3f}", " ms"),
                 spread(column(runs, "distillation_seconds"), " s", 0),
                 spread(column(runs, "seconds_total"), " s", 0),
-                origin(result),
+                measured(result),
             )
-        )
-    return markdown(RESULTS_HEAD, rows)
+            for result, runs in newest(parts, lambda part: (part[0]["command"], processor(part[0])))
+        ],
+    )
 
 
 def int8_summary(results: Sequence[Result]) -> list[str]:
     """A row a network: its accuracy in float32, and in INT8 by what its ranges come from; the kind `int8`."""
+    parts = ((result, (name, rows)) for result in results for name, rows in by(result["rows"], "network").items())
     table = []
-    for result in newest(results, itemgetter("kind")):
-        for network, rows in by(result["rows"], "network").items():
-            of = by(rows, "calibration")
-            ours = of[CALIBRATIONS[0]]
-            table.append(
-                (
-                    network,
-                    spread(column(ours, "float_accuracy")[:1], " %", 2),
-                    *(spread(column(of.get(name, []), "accuracy"), " %", 2) for name in CALIBRATIONS),
-                    spread(column(ours, "agreement"), " %", 1),
-                    origin(result),
-                )
+    for result, (network, rows) in newest(parts, lambda part: part[1][0]):
+        of = by(rows, "calibration")
+        ours = of.get(OUR_SAMPLES, [])
+        table.append(
+            (
+                network,
+                str(len(ours)),
+                spread(column(ours, "float_accuracy")[:1], " %", 2),
+                *(spread(column(of.get(name, []), "accuracy"), " %", 2) for name in CALIBRATIONS),
+                spread(column(ours, "agreement"), " %", 1),
+                measured(result),
             )
+        )
     return markdown(INT8_HEAD, table)
 
 
 def race_summary(results: Sequence[Result]) -> list[str]:
-    """A row a task: where ours, ours without SSD-KD and the best of the peers end; the kind `race`."""
+    """A row a task and processor: where ours, ours without SSD-KD and the best of the peers end; the kind `race`."""
+    parts = ((result, by(result["runs"], "method")) for result in results)
     table = []
-    for result in newest(results, itemgetter("task")):
-        ends = {method: [run["points"][-1][1] for run in runs] for method, runs in by(result["runs"], "method").items()}
-        peer = _best(ends)
-        ours = by(result["runs"], "method")[OURS]
-        reached = [seconds_to(run["points"], statistics.fmean(ends[peer])) for run in ours] if peer else []
+    for result, runs in newest(parts, lambda part: (part[0]["task"], processor(part[0]))):
+        ends = {method: [run["points"][-1][1] for run in own] for method, own in runs.items()}
+        peer = best_peer({method: statistics.fmean(own) for method, own in ends.items()})
+        reached = [seconds_to(run["points"], statistics.fmean(ends[peer])) for run in runs[OURS]] if peer else []
         table.append(
             (
                 f"{result['task']}, {result['student']}",
                 f"{result['seconds']:g}",
+                str(len(runs[OURS])),
                 f"**{spread(ends[OURS], ' %', 1)}**",
                 spread(ends.get(OFF, []), " %", 1),
-                f"{peer}: {spread(ends[peer], ' %', 1)}" if peer else UNKNOWN,
+                f"{peer}: {spread(ends[peer], ' %', 1)}" if peer else "not run there",
                 times(reached, ends[peer], result["seconds"]) if peer else UNKNOWN,
-                origin(result),
+                measured(result),
             )
         )
     return markdown(RACE_HEAD, table)
@@ -100,27 +103,29 @@ def race_summary(results: Sequence[Result]) -> list[str]:
 
 def gpu_summary(results: Sequence[Result]) -> list[str]:
     """A row a pair of networks: ours and the best of the peers after the same seconds; the kind `gpu`."""
+    parts = ((result, (name, rows)) for result in results for name, rows in by(result["summary"], "pair").items())
     table = []
-    for result in newest(results, lambda result: tuple(by(result["summary"], "pair"))):
-        for networks, rows in by(result["summary"], "pair").items():
-            of = {row["method"]: row for row in rows}
-            peer = _best({method: [row["student_accuracy"]] for method, row in of.items()})
-            ours = of[OURS]
-            table.append(
-                (
-                    networks,
-                    f"{ours['seconds']:.0f}",
-                    with_deviation(ours, "teacher_accuracy", " %", 2),
-                    f"**{with_deviation(ours, 'student_accuracy', ' %', 2)}**",
-                    f"{peer}: {with_deviation(of[peer], 'student_accuracy', ' %', 2)}" if peer else UNKNOWN,
-                    with_deviation(ours, "ratio_percent", " %", 1),
-                    origin(result),
-                )
+    for result, (networks, rows) in newest(parts, lambda part: part[1][0]):
+        of = {row["method"]: row for row in rows}
+        if OURS not in of:
+            continue  # it failed: docs/ say so
+        ours, peer = of[OURS], best_peer({method: row["student_accuracy"] for method, row in of.items()})
+        table.append(
+            (
+                networks,
+                f"{ours['seconds']:.0f}",
+                str(ours["seeds"]),
+                with_deviation(ours, "teacher_accuracy", " %", 2),
+                f"**{with_deviation(ours, 'student_accuracy', ' %', 2)}**",
+                f"{peer}: {with_deviation(of[peer], 'student_accuracy', ' %', 2)}" if peer else "not run",
+                with_deviation(ours, "ratio_percent", " %", 1),
+                measured(result),
             )
+        )
     return markdown(GPU_HEAD, table)
 
 
-def _best(ends: Mapping[str, Sequence[float]]) -> str | None:
-    """The peer whose accuracy at the end is highest on the mean, None where there is none."""
-    peers = [method for method in ends if method in PEERS]
-    return max(peers, key=lambda method: statistics.fmean(ends[method]), default=None)
+def best_peer(accuracies: Mapping[str, float]) -> str | None:
+    """The peer with the highest accuracy, None where no method is a peer's."""
+    peers = [method for method in accuracies if method in PEERS]
+    return max(peers, key=lambda method: accuracies[method], default=None)

@@ -11,9 +11,9 @@ from pathlib import Path
 import safetensors
 
 from engine.errors import SSDKDError
-from engine.files import ACCEPTED, check_readable
 from engine.graphs import Graph
 from engine.onnx_graph import read_onnx
+from engine.readable import ACCEPTED, check_readable
 from engine.safe_pickle import ARCHIVE_MAGIC, LEGACY_MAGIC, UNREADABLE_ARCHIVE, damaged, safe_load, trusted_load
 from engine.shapes import Shape
 from engine.torch_export import read_export

@@ -12,13 +12,13 @@ from engine.errors import SSDKDError, first_line
 from exporters.bench import Latency
 from exporters.runtimes import Runtime
 from exporters.tensorrt_sidecar import Sidecar, check_sidecar, read_sidecar
-from exporters.to_tensorrt import Flavour, find_flavour, import_flavour, logger_of, reason_of
+from exporters.to_tensorrt import Flavour, find_flavour, import_flavour, logger_of, reason_of, smallest_plan
 
 if TYPE_CHECKING:
     import torch
 
 AGAIN = "build it here: ssdkd export RUN --export trt"
-WITH_A_GPU = "run it on a machine with a GPU and its driver"
+OTHER_GPU = "run it on a GPU that the library supports, or `pip install 'tensorrt>=10,<12'` and export again"
 WARM_UP_CALLS = 50  # the first compile kernels (TensorRT for RTX) and raise the clocks
 ROUND = 100  # calls between two waits for the GPU
 FEWEST_ROUNDS = 3
@@ -66,18 +66,17 @@ def open_plan(path: Path) -> Runtime:
     )
 
 
-def check_gpu(flavour: Flavour) -> None:
-    """Raises SSDKDError where there is no GPU, or one that the library cannot run on, tried with a plan of nothing."""
+def why_plans_do_not_run(flavour: Flavour) -> str | None:
+    """Why this machine runs no plan of the library, by trying the smallest; None where it does."""
     import torch
 
     if not torch.cuda.is_available():
-        raise SSDKDError("there is no NVIDIA GPU", WITH_A_GPU)
-    trt, logger = import_flavour(flavour.name), logger_of(flavour.name)[0]
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    number = network.add_input("number", trt.float32, (1,))
-    network.mark_output(network.add_identity(number).get_output(0))
-    _engine_of(bytes(builder.build_serialized_network(network, builder.create_builder_config())), flavour, "a plan")
+        return "there is no NVIDIA GPU"
+    try:
+        _engine_of(smallest_plan(flavour), flavour, "a plan")
+    except SSDKDError as error:
+        return error.message
+    return None
 
 
 def time_plan(path: Path, batch: int, *, cuda_graph: bool, min_seconds: float = 1.0) -> Latency:
@@ -138,7 +137,7 @@ def _load(path: Path) -> _Plan:
     if not torch.cuda.is_available():
         raise SSDKDError(
             f"{path} runs on an NVIDIA GPU: PyTorch {torch.__version__} finds none on this machine",
-            WITH_A_GPU,
+            "run it on a machine with a GPU and its driver",
         )
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
     if sidecar.flavour == "tensorrt" and sidecar.compute_capability not in (None, capability):
@@ -152,8 +151,8 @@ def _load(path: Path) -> _Plan:
     return _Plan(import_flavour(flavour.name), engine, sidecar, name, path)
 
 
-def _engine_of(plan: bytes, flavour: Flavour, said: str) -> Any:
-    """The engine of a plan on this machine's GPU. Raises SSDKDError, which calls the plan what is `said`."""
+def _engine_of(plan: bytes, flavour: Flavour, name: str) -> Any:
+    """The engine of a plan on this machine's GPU. Raises SSDKDError, which calls the plan by its `name`."""
     import torch
 
     logger, messages = logger_of(flavour.name)
@@ -161,9 +160,9 @@ def _engine_of(plan: bytes, flavour: Flavour, said: str) -> Any:
     engine = import_flavour(flavour.name).Runtime(logger).deserialize_cuda_engine(plan)
     if engine is None:
         raise SSDKDError(
-            f"{said} cannot be loaded by {flavour.label} {flavour.version} on {torch.cuda.get_device_name()}: "
+            f"{name} cannot be loaded by {flavour.label} {flavour.version} on {torch.cuda.get_device_name()}: "
             f"{reason_of(messages)}",
-            AGAIN,
+            AGAIN if flavour.name == "tensorrt" else OTHER_GPU,
         )
     return engine
 

@@ -140,6 +140,18 @@ def build_plan(
     return sidecar
 
 
+def smallest_plan(flavour: Flavour) -> bytes:
+    """A plan that copies one number. Raises SSDKDError where the library cannot build it here."""
+    trt, builder, messages = import_flavour(flavour.name), _builder(flavour), logger_of(flavour.name)[1]
+    network = _strongly_typed(trt, builder)
+    number = network.add_input("number", trt.float32, (1,))
+    network.mark_output(network.add_identity(number).get_output(0))
+    serialized = builder.build_serialized_network(network, builder.create_builder_config())
+    if serialized is None:
+        raise SSDKDError(f"{flavour.label} {flavour.version} cannot build here: {reason_of(messages)}", NO_GPU_HINT)
+    return bytes(serialized)
+
+
 def import_flavour(name: str) -> Any:
     """Return the module of a library, imported only when it is used."""
     return importlib.import_module(name)
@@ -176,9 +188,13 @@ def _builder(flavour: Flavour) -> Any:
         ) from error
 
 
+def _strongly_typed(trt: Any, builder: Any) -> Any:
+    return builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+
+
 def _parsed(trt: Any, builder: Any, model: bytes, path: Path, flavour: Flavour) -> Any:
     """Return the graph as a strongly typed network, in TensorRT 11 and that for RTX the only kind."""
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    network = _strongly_typed(trt, builder)
     parser = trt.OnnxParser(network, logger_of(flavour.name)[0])
     if parser.parse(model, str(path)):
         return network

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from engine.files import check_readable
+from engine.readable import check_readable
 from ssdkd_cli import console
 from ssdkd_cli.boundary import VERIFICATION_FAILED
 from ssdkd_cli.options import Options, command_taking_options

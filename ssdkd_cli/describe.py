@@ -14,7 +14,6 @@ from engine.device import Compute
 from engine.distill import class_histogram
 from engine.inspection import count_flops
 from engine.state import State, recordings
-from engine.students import SMALL_PIXELS, STUDENTS
 from engine.teacher import Teacher
 from exporters.evaluate import LabelledImages
 from ssdkd_cli import __version__
@@ -193,18 +192,16 @@ def run_warnings(state: State) -> list[str]:
     ]
 
 
-def size_warnings(student: nn.Module, name: str, teacher: Teacher) -> list[str]:
-    """A sentence for each of parameters and FLOPs of which the student called `name` has more than the teacher."""
+def size_warnings(student: nn.Module, teacher: Teacher) -> list[str]:
+    """A sentence for each of parameters and FLOPs of which the student has more than the teacher."""
     spec = teacher.spec
     flops = (count_flops(network, spec.input_shape) for network in (teacher.module, student))
     export = shlex.join(["ssdkd", "export", spec.path, "--precision", "int8", *spec.flags])
     sizes = {"parameters": (spec.parameters, count_parameters(student)), "FLOPs": tuple(flops)}
-    keeps_pixels = name in STUDENTS and min(spec.input_shape[1:]) <= SMALL_PIXELS
-    reasons = {"FLOPs": f" ({name} keeps the pixels of images of up to {SMALL_PIXELS} px)" if keeps_pixels else ""}
     return [
-        f"the student has more {kind} than the teacher, {count(of_student)} against {count(of_teacher)}"
-        f"{reasons.get(kind, '')}: take a smaller one, or make the teacher faster as it is with `{export}`"
-        for kind, (of_teacher, of_student) in sizes.items()
+        f"the student has more {name} than the teacher, {count(of_student)} against {count(of_teacher)}: "
+        f"take a smaller one, or make the teacher faster as it is with `{export}`"
+        for name, (of_teacher, of_student) in sizes.items()
         if of_student > of_teacher
     ]
 

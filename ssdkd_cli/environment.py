@@ -1,6 +1,5 @@
 """What this machine is and has, for `ssdkd doctor` and for report.json."""
 
-import contextlib
 import importlib
 import importlib.metadata
 import platform
@@ -13,6 +12,7 @@ from ssdkd_cli import __version__
 
 PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "safetensors")
 
+ABSENT = "not installed"
 CPU_INFO = Path("/proc/cpuinfo")
 # Profile, the flags in CPU_INFO of which one must be there, and what they mean; the first that fits is the machine's.
 CPU_PROFILES = (
@@ -109,26 +109,23 @@ def doctor_findings() -> list[str]:
 
 
 def _plan_findings() -> list[str]:
-    """What becomes of TensorRT plans here, a sentence for each library that is installed."""
-    from exporters.tensorrt_runtime import check_gpu
+    """What becomes of TensorRT plans here, a sentence for each library that is there."""
+    from exporters.tensorrt_runtime import why_plans_do_not_run
     from exporters.to_tensorrt import check_builder, find_flavour
 
     findings = []
     for name in FLAVOURS:
-        with contextlib.suppress(SSDKDError):  # why it is missing is among the facts
+        if _import_of(name) == ABSENT:
+            continue
+        try:
             flavour = find_flavour(name)
-            plans = f"plans of {flavour.label}"
-            try:
-                check_builder(flavour)
-            except SSDKDError as error:
-                findings.append(error.message)
-                continue
-            try:
-                check_gpu(flavour)
-            except SSDKDError as error:
-                findings.append(f"builds {plans}, and cannot run them: {error.message}")
-            else:
-                findings.append(f"builds {plans}, and proves and measures them on the GPU")
+            check_builder(flavour)
+        except SSDKDError as error:
+            findings.append(f"{error.message}: {error.hint}")
+            continue
+        why = why_plans_do_not_run(flavour)
+        outcome = f"and cannot run them: {why}" if why else "and proves and measures them on the GPU"
+        findings.append(f"builds plans of {flavour.label}, {outcome}")
     return findings
 
 
@@ -143,6 +140,6 @@ def _import_of(package: str) -> str:
     try:
         return str(getattr(importlib.import_module(package), "__version__", "installed"))
     except ModuleNotFoundError:
-        return "not installed"
+        return ABSENT
     except Exception as error:  # installed, but its libraries are not, or it is damaged
         return f"cannot be imported: {error or type(error).__name__}"

@@ -12,7 +12,6 @@ from ssdkd_cli.words import compared, times
 if TYPE_CHECKING:
     from ssdkd_cli.target import Target
 
-USEFUL = 50.0  # percent of held-out samples on which a student worth recommending predicts the teacher's class
 ROUNDING = 1e-9  # of a difference of two percentages, which is not to fail a limit that it meets
 
 
@@ -65,7 +64,12 @@ def check_limits(limits: Limits, target: "Target", *, has_labels: bool) -> None:
         raise SSDKDError(
             "--max-drop compares accuracies, and there are no labelled images", "add --eval-data DIR, or leave it out"
         )
-    if limits.max_latency_ms is not None and target.profile.runtime != "onnxruntime" and (why := _why_no_plan(target)):
+    computed = {"--max-drop": limits.max_drop, "--min-agreement": limits.min_agreement}
+    given = [flag for flag, limit in computed.items() if limit is not None]
+    is_timed = limits.max_latency_ms is not None and target.profile.runtime != "onnxruntime"
+    is_run = bool(given) and target.formats == ("trt",)
+    why = _why_no_plan(target) if is_timed or is_run else None
+    if is_timed and why:
         raise SSDKDError(
             f"--max-latency-ms cannot be judged here: files for {target.profile.name} cannot be run: {why}",
             f"leave it out and measure on the device; files for this machine are made without {_of_device(target)}",
@@ -75,9 +79,7 @@ def check_limits(limits: Limits, target: "Target", *, has_labels: bool) -> None:
             "--max-size-mb cannot be judged here: the TensorRT plan is built on the device",
             "add --export onnx: the ONNX file, of which the plan is made, is judged then",
         )
-    computed = {"--max-drop": limits.max_drop, "--min-agreement": limits.min_agreement}
-    given = [flag for flag, limit in computed.items() if limit is not None]
-    if given and target.formats == ("trt",) and (why := _why_no_plan(target)):
+    if is_run and why:
         raise SSDKDError(
             f"{' and '.join(given)} cannot be judged here: no TensorRT plan can be run: {why}",
             "add --export onnx: the ONNX file, of which the plan is made, is judged then",
@@ -86,15 +88,13 @@ def check_limits(limits: Limits, target: "Target", *, has_labels: bool) -> None:
 
 def _why_no_plan(target: "Target") -> str | None:
     """Why none of the target's TensorRT plans runs on this machine, None where they do."""
+    if "trt" not in target.formats:
+        return "no plan is made of them here"
     if target.flavour is None:
         return "the device builds its plan itself"
-    from exporters.tensorrt_runtime import check_gpu
+    from exporters.tensorrt_runtime import why_plans_do_not_run
 
-    try:
-        check_gpu(target.flavour)
-    except SSDKDError as error:
-        return error.message
-    return None
+    return why_plans_do_not_run(target.flavour)
 
 
 def _of_device(target: "Target") -> str:
@@ -162,11 +162,8 @@ def recommend(passing: Sequence[Artifact], teacher_latency_ms: float | None) -> 
         return None
     best, *others = passing
     why = f"the fastest of {len(passing)} files that pass" if others else "the only file that is verified and passes"
-    if best.teacher_agreement is not None and best.teacher_agreement < USEFUL:
-        why += (
-            ", of a student that is of little use: it predicts the teacher's class on "
-            f"{best.teacher_agreement:.0f} % of held-out samples"
-        )
+    if best.teacher_agreement is not None:
+        why += f"; it predicts the teacher's class on {best.teacher_agreement:.1f} % of held-out samples"
     if not best.latency_ms:
         return Recommendation(best.path, f"{why}; no latency was measured here")
     if teacher_latency_ms and best.format == "onnx":

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from engine.files import check_readable
+from engine.readable import check_readable
 from ssdkd_cli import console
 from ssdkd_cli.options import ARCH, CLASSES, INPUT, JSON, MEAN, STD, TRUST_PICKLE
 from ssdkd_cli.outcome import Outcome, printed

@@ -90,7 +90,7 @@ def compress(options: Options, *, command: str) -> Finished:
         teacher = load(options)
         settings = settings_of(options, ablations, teacher, compute)
         student, inherited = build(options, teacher, settings, target)
-        doubts = [*size_warnings(student, options.student, teacher), *profile_warnings(target.profile.name)]
+        doubts = [*size_warnings(student, teacher), *profile_warnings(target.profile.name)]
         warnings = [*teacher.spec.warnings, *console.warn_all(doubts)]
         check_memory(teacher, settings, compute)
         check_space(folder, needed_bytes(teacher, student, settings))

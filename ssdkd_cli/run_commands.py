@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engine.files import check_readable
+from engine.readable import check_readable
 from ssdkd_cli import console
 from ssdkd_cli.boundary import VERIFICATION_FAILED
 from ssdkd_cli.options import (

@@ -10,6 +10,7 @@ RUNS = [
     for seed in (0, 1)
 ]
 RACE = {"kind": "race", "task": "demo", "student": "resnet8", "machine": {"cpu": "Some CPU"}, "runs": RUNS}
+QUICK_RACE = {**RACE, "machine": {"cpu": "Some CPU", "instructions": "avx2 avx512_bf16"}}
 BUFFER = {
     "kind": "buffer",
     "task": "cifar",
@@ -35,10 +36,16 @@ GROWTH = {
 
 
 def test_a_figure_a_result_named_by_what_it_shows_and_the_same_bytes_each_time(tmp_path: Path) -> None:
-    results = [RACE, {"kind": "demo"}, BUFFER, GPU_BUFFER, GROWTH]
+    results = [RACE, QUICK_RACE, {"kind": "demo"}, BUFFER, GPU_BUFFER, GROWTH]
     drawn = draw(results, tmp_path / "one")
     assert [path.name for path in drawn] == [
-        *("race_demo_some.svg", "buffer_cifar.svg", "gpu_buffer_a-b.svg", "growth_cpu.svg")
+        *(
+            "race_demo_some.svg",
+            "race_demo_some_bfloat16.svg",
+            "buffer_cifar.svg",
+            "gpu_buffer_a-b.svg",
+            "growth_cpu.svg",
+        )
     ]
     text = drawn[0].read_text()
     assert all(f">{word}<" in text for word in ("ssdkd", "fast-5", "student accuracy, %", "seconds"))

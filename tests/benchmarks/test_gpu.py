@@ -94,7 +94,18 @@ def test_a_second_call_repeats_only_what_is_not_there(data: Path, measured: Path
 def test_the_training_images_are_needed_for_a_new_teacher_alone(data: Path, measured: Path, tmp_path: Path) -> None:
     gpu.main([str(data), "--pack", str(tmp_path)])
     (tmp_path / "train.npz").unlink()
-    assert len(run(tmp_path, measured, "--seeds", "2", "--buffer", "16", "64", "--seconds", "215")["runs"]) == 2 + 2
+    before = (measured / "gpu.json").read_bytes()
+    run(tmp_path, measured, "--seeds", "2", "--buffer", "16", "64", "--seconds", "215")
+    sizes = json.loads((measured / "gpu_buffer.json").read_text())
+    assert sizes["kind"] == "gpu_buffer"
+    assert sorted((each["samples"], each["seed"]) for each in sizes["runs"]) == [(16, 0), (16, 1), (64, 0), (64, 1)]
+    assert (measured / "gpu.json").read_bytes() == before
+
+
+def test_the_buffer_is_varied_by_itself(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        run(data, tmp_path, "--buffer", "16", "64", "--changed", "priority=false")
+    assert not (tmp_path / "buffers").exists()
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks import peers
+from benchmarks import names, peers
 from benchmarks.peer_code import METHODS, Script, checkout_modules, running_on
 from benchmarks.peers import Clock, PeerRun, run_peer, shrunk
 from engine.errors import SSDKDError
@@ -240,3 +240,7 @@ def test_the_commit_is_that_of_a_clone_alone(tmp_path: Path) -> None:
     subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
     assert peers.commit_of(peer) == ""  # a copy within another clone
     assert re.fullmatch("[0-9a-f]{40}", peers.commit_of(tmp_path))
+
+
+def test_the_tables_know_the_peers_by_their_names() -> None:
+    assert set(METHODS) == set(names.PEERS)

@@ -231,27 +231,29 @@ def test_what_was_not_measured_is_a_dash(tmp_path: Path) -> None:
 
 
 def test_the_readme_has_the_newest_of_each_and_the_docs_have_all(tmp_path: Path) -> None:
-    later = {"created": "2031-01-01", "machine": {"cpu": "Another", "cores": 2, "gpu": None}}
-    tables.write_tables(project(tmp_path, {**DEMO, **later, "runs": [measured(0, 70.0)]}, DEMO, CIFAR))
-    assert [row.split(" | ")[0] for row in rows_of(tmp_path / "README.md")] == [
-        "| `ssdkd demo --seed N`",
-        "| `ssdkd compress a.pt`",
-    ]
-    assert rows_of(tmp_path / "README.md")[0].endswith("| 2031-01-01, `abc1234`, Another |")
-    assert len(rows_of(tmp_path / "docs" / "benchmarks.md")) == 3
+    later = {**DEMO, "created": "2031-01-01", "runs": [measured(0, 70.0)]}
+    another = {**DEMO, "machine": {"cpu": "Another", "instructions": "avx512_bf16"}, "created": "2029-01-01"}
+    tables.write_tables(project(tmp_path, DEMO, later, another, CIFAR))
+    rows = [row.split(" | ") for row in rows_of(tmp_path / "README.md")]
+    assert {(row[0], row[3], row[-1]) for row in rows} == {
+        ("| `ssdkd demo --seed N`", "**70.00 %**", "2031-01-01, `abc1234`, Some CPU |"),
+        ("| `ssdkd demo --seed N`", "**82.00 ± 1.00 %**", "2029-01-01, `abc1234`, Another, bfloat16 |"),
+        ("| `ssdkd compress a.pt`", "**72.00 %**", "2030-01-02, `abc1234`, Some CPU |"),
+    }
+    assert len(rows_of(tmp_path / "docs" / "benchmarks.md")) == 4
 
 
 def test_the_readme_shows_ours_beside_the_best_peer_and_without_the_method(tmp_path: Path) -> None:
     off = race("SSD-KD off", 0, (50, 30.0), (100, 65.0))
     tables.write_tables(project(tmp_path, {**RACE, "runs": [*RACE["runs"], off]}))
     assert rows_of(tmp_path / "README.md") == [
-        "| demo, wrn10_1 | 100 | **81.0 ± 1.4 %** | 65.0 % | fast-5: 70.0 ± 1.4 % | 1/4.0 of its time, 25 ± 7 s "
+        "| demo, wrn10_1 | 100 | 2 | **81.0 ± 1.4 %** | 65.0 % | fast-5: 70.0 ± 1.4 % | 1/4.0 of its time, 25 ± 7 s "
         "| 2030-01-02, `abc1234`, Some CPU |"
     ]
 
 
 @pytest.mark.parametrize(
-    ("peer", "shown"), [({}, "–"), ({"method": "nayer", "student_accuracy": 72.8}, "nayer: 72.80 %")]
+    ("peer", "shown"), [({}, "not run"), ({"method": "nayer", "student_accuracy": 72.8}, "nayer: 72.80 %")]
 )
 def test_the_readme_shows_a_gpu_s_pair_beside_the_best_peer(
     peer: dict[str, object], shown: str, tmp_path: Path
@@ -260,7 +262,7 @@ def test_the_readme_shows_a_gpu_s_pair_beside_the_best_peer(
     rows = [ours, *([{**ours, **peer, "student_accuracy_deviation": None}] if peer else [])]
     tables.write_tables(project(tmp_path, {**GPU, "summary": rows, "machine": {"cpu": "a", "gpu": "NVIDIA H200"}}))
     assert rows_of(tmp_path / "README.md") == [
-        f"| wrn40_2-wrn16_2 | 140 | 94.00 % | **92.50 ± 0.71 %** | {shown} | 98.4 ± 0.8 % "
+        f"| wrn40_2-wrn16_2 | 140 | 2 | 94.00 % | **92.50 ± 0.71 %** | {shown} | 98.4 ± 0.8 % "
         "| 2030-01-02, `abc1234`, NVIDIA H200 |"
     ]
 
@@ -277,7 +279,8 @@ def test_variants_are_compared_with_the_full_method(tmp_path: Path) -> None:
 def test_int8_is_shown_by_what_its_ranges_come_from(tmp_path: Path) -> None:
     tables.write_tables(project(tmp_path, INT8))
     assert rows_of(tmp_path / "README.md") == [
-        "| some net | 90.00 % | 89.60 ± 0.14 % | 89.80 % | 85.00 % | 99.2 ± 0.4 % | 2030-01-02, `abc1234`, Some CPU |"
+        "| some net | 2 | 90.00 % | 89.60 ± 0.14 % | 89.80 % | 85.00 % | 99.2 ± 0.4 % "
+        "| 2030-01-02, `abc1234`, Some CPU |"
     ]
     rows = [line for line in (tmp_path / "docs" / "quantization.md").read_text().splitlines() if line.startswith("|")]
     assert rows[2] == (

@@ -2,6 +2,7 @@ import dataclasses
 import importlib
 import importlib.util
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from engine.errors import SSDKDError
 from exporters.runtimes import open_runtime
-from exporters.tensorrt_runtime import check_gpu, open_plan, time_plan
+from exporters.tensorrt_runtime import open_plan, time_plan, why_plans_do_not_run
 from exporters.tensorrt_sidecar import read_sidecar, sidecar_path, write_sidecar
 from exporters.to_tensorrt import Flavour, build_plan, find_flavour
 
@@ -47,6 +48,26 @@ def test_machine_without_a_gpu(plan: Path, no_gpu: None) -> None:
         with pytest.raises(SSDKDError, match=r"model\.engine runs on an NVIDIA GPU: PyTorch .* finds none") as caught:
             use(plan)
         assert "with a GPU and its driver" in caught.value.hint
+
+
+def test_plans_do_not_run_without_a_gpu(no_gpu: None) -> None:
+    assert why_plans_do_not_run(find_flavour("tensorrt_rtx")) == "there is no NVIDIA GPU"
+
+
+@pytest.mark.parametrize("fails", ["Builder", "build_serialized_network"])
+def test_plans_do_not_run_where_the_library_cannot_build(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    flavour = find_flavour("tensorrt_rtx")
+    trt = importlib.import_module(flavour.name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def none(_logger: object) -> None:
+        raise TypeError("factory function returned nullptr")
+
+    if fails == "Builder":
+        monkeypatch.setattr(trt, "Builder", none)
+    else:
+        monkeypatch.setattr(trt.Builder, fails, lambda *_: None)
+    assert (why_plans_do_not_run(flavour) or "").startswith(f"TensorRT for RTX {flavour.version} cannot build here")
 
 
 def test_plan_of_another_version(plan: Path, no_gpu: None) -> None:
@@ -86,8 +107,8 @@ def test_library_that_cannot_load_says_why(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU that is not there")
     with pytest.raises(SSDKDError, match=r"cannot be loaded by .* on a GPU that is not there: .*CUDA"):
         open_plan(plan)
-    with pytest.raises(SSDKDError, match=r"^a plan cannot be loaded by .* on a GPU that is not there: .*CUDA"):
-        check_gpu(find_flavour("tensorrt_rtx"))
+    why = why_plans_do_not_run(find_flavour("tensorrt_rtx"))
+    assert re.match(r"a plan cannot be loaded by TensorRT for RTX .* on a GPU that is not there: .*CUDA", why or "")
     assert capfd.readouterr() == ("", "")
 
 
@@ -106,10 +127,8 @@ def test_damaged_plan_and_missing_sidecar(plan: Path) -> None:
 def library_for_this_gpu() -> Flavour:
     """The library for plans on this GPU; skips where it does not run on that one."""
     flavour = find_flavour()
-    try:
-        check_gpu(flavour)
-    except SSDKDError as error:
-        pytest.skip(error.message)
+    if why := why_plans_do_not_run(flavour):
+        pytest.skip(why)
     return flavour
 
 

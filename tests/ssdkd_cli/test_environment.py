@@ -1,5 +1,4 @@
 import importlib.metadata
-from collections.abc import Callable
 from pathlib import Path
 
 import onnxruntime
@@ -50,34 +49,29 @@ def test_the_profile_that_fits_this_machine(
 
 
 @pytest.mark.parametrize(
-    ("builder", "gpu", "said"),
+    ("problem", "why", "said"),
     [
-        (None, None, "builds plans of Some Library, and proves and measures them on the GPU"),
-        (None, "no GPU", "builds plans of Some Library, and cannot run them: no GPU"),
-        ("it cannot build here", "no GPU", "it cannot build here"),
+        (None, None, ["builds plans of Some Library, and proves and measures them on the GPU"]),
+        (None, "no GPU", ["builds plans of Some Library, and cannot run them: no GPU"]),
+        ("it cannot build here", None, ["it cannot build here: do this"]),
+        (environment.ABSENT, None, []),
     ],
 )
 def test_what_becomes_of_plans_here(
-    builder: str | None, gpu: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+    problem: str | None, why: str | None, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def answer(problem: str | None) -> Callable[[Flavour], None]:
-        def check(_flavour: Flavour) -> None:
-            if problem:
-                raise SSDKDError(problem, "")
+    def check(_flavour: Flavour) -> None:
+        if problem:
+            raise SSDKDError(problem, "do this")
 
-        return check
-
-    def find(name: str) -> Flavour:
-        if name == "tensorrt":
-            raise SSDKDError("it is not installed", "")
-        return Flavour(name, "Some Library", "1.0")
-
-    monkeypatch.setattr("exporters.to_tensorrt.find_flavour", find)
-    monkeypatch.setattr("exporters.to_tensorrt.check_builder", answer(builder))
-    monkeypatch.setattr("exporters.tensorrt_runtime.check_gpu", answer(gpu))
+    absent = ("tensorrt", "tensorrt_rtx") if problem == environment.ABSENT else ("tensorrt",)
+    monkeypatch.setattr(environment, "_import_of", lambda name: environment.ABSENT if name in absent else "1.0")
+    monkeypatch.setattr("exporters.to_tensorrt.find_flavour", lambda name: Flavour(name, "Some Library", "1.0"))
+    monkeypatch.setattr("exporters.to_tensorrt.check_builder", check)
+    monkeypatch.setattr("exporters.tensorrt_runtime.why_plans_do_not_run", lambda _flavour: why)
     findings = doctor_findings()
-    assert findings[-2:] == ["exports to ONNX, and proves and measures the file in ONNX Runtime on the CPU", said]
-    assert "pip install" not in " ".join(findings)
+    proves = findings.index("exports to ONNX, and proves and measures the file in ONNX Runtime on the CPU")
+    assert findings[proves + 1 :] == said
 
 
 def test_a_machine_that_does_not_say_fits_no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

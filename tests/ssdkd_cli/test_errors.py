@@ -109,7 +109,7 @@ def nothing(_: Path) -> None:
 
 
 COMPRESS = ("compress", "{in}/teacher.pt", *RUN)
-NO_TEACHER = ("compress", "{in}/teacher.txt", *RUN)  # what is found out before it is read comes first
+TEXT = ("compress", "{in}/teacher.txt", *RUN)  # what is found out before it is read comes first
 HERE = (*COMPRESS, "--out", "{in}")
 OVER = (*RUN, "--out", "{in}", "--overwrite")
 DEMO = ("demo", "--config", "{in}/bad.toml")
@@ -157,8 +157,8 @@ ROWS: list[tuple[str, Callable[[Path], None], tuple[str, ...], int, str, str]] =
     )),
     ("other classes", other_classes, (*COMPRESS, "--eval-data", "{in}/three"), 1, "4 class", ""),
     ("no folder", nothing, (*COMPRESS, "--eval-data", "{in}/gone"), 1, "gone", ""),
-    ("data first", no_checkpoint, (*NO_TEACHER, "--eval-data", "{in}/gone"), 1, "found nothing there", "a class"),
-    ("name first", no_checkpoint, (*NO_TEACHER, "--student", "resnet9"), 1, "no network called 'resnet9'", "resnet8"),
+    ("data first", no_checkpoint, (*TEXT, "--eval-data", "{in}/gone"), 1, "found nothing there", "a class"),
+    ("name first", no_checkpoint, (*TEXT, "--student", "resnet9"), 1, "no network called 'resnet9'", "resnet8"),
     ("empty folder", empty_folder, (*COMPRESS, "--eval-data", "{in}/empty"), 1, "found 0", ""),
     ("broken images", broken_images, (*COMPRESS, "--eval-data", "{in}/broken"), 1, "image.png", ""),
     ("broken npz", broken_npz, (*COMPRESS, "--eval-data", "{in}/broken.npz"), 1, "broken.npz", ""),

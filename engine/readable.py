@@ -4,17 +4,14 @@ from pathlib import Path
 
 from engine.errors import SSDKDError
 
+SUFFIXES = {".pt", ".pth", ".th", ".bin", ".safetensors", ".pt2", ".onnx"}
 ACCEPTED = "a PyTorch checkpoint, .safetensors, a torch.export program (.pt2), TorchScript or ONNX"
 
 
 def check_readable(path: Path) -> None:
     """Raises SSDKDError unless `path` is a file that can be read and holds something."""
     if path.is_dir():
-        inside = sorted(
-            file.name
-            for file in path.iterdir()
-            if file.suffix in {".pt", ".pth", ".th", ".bin", ".safetensors", ".pt2", ".onnx"}
-        )
+        inside = sorted(file.name for file in path.iterdir() if file.suffix in SUFFIXES)
         hint = f"give one of its files, for example {path / inside[0]}" if inside else "give the checkpoint file itself"
         raise SSDKDError(f"{path} is a folder: expected {ACCEPTED}", hint)
     if not path.exists():

@@ -1,3 +1,4 @@
+import errno
 import os
 import subprocess
 import sys
@@ -6,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import SSDKDError
-from engine.files import check_readable
+from engine.readable import check_readable
 
 
 def test_a_file_that_is_there_and_holds_something(tmp_path: Path) -> None:
@@ -24,6 +25,17 @@ def test_missing_and_empty_files_and_folders(tmp_path: Path) -> None:
     with pytest.raises(SSDKDError, match="is a folder") as caught:
         check_readable(tmp_path)
     assert "empty.pt" in caught.value.hint  # one of its files, the first
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:  # root may read everything
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "model.pt").write_bytes(b"x")
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(SSDKDError, match=r"model\.pt cannot be read: Permission denied") as caught:
+        check_readable(tmp_path / "model.pt")
+    assert "permissions" in caught.value.hint
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
