@@ -78,6 +78,7 @@ class Compute:
 def choose_device(name: str) -> Compute:
     """The `Compute` for `auto`, `cpu`, `cuda` or `cuda:N`; `auto` takes the first GPU, else the CPU.
 
+    A GPU becomes the process's current one, which TensorRT takes.
     Beside other work a CPU's threads become fewer, unless the environment says OMP_DYNAMIC=false.
 
     Raises:
@@ -105,6 +106,7 @@ def choose_device(name: str) -> Compute:
             f"--device {name} was asked for, but this machine has {torch.cuda.device_count()} CUDA GPU(s)",
             "run with --device cuda:0",
         )
+    torch.cuda.set_device(index)
     major, _ = torch.cuda.get_device_capability(index)
     return Compute(torch.device("cuda", index), torch.bfloat16 if major >= NATIVE_BFLOAT16 else None)
 

@@ -78,8 +78,8 @@ def compress(options: Options, *, command: str) -> Finished:
         check_labelled(options.eval_data)
     if options.student != runs.SAME:
         check_network_name(options.student)
-    check_limits(limits, target, has_labels=options.eval_data is not None)
     compute = choose_device(options.device)
+    check_limits(limits, target, has_labels=options.eval_data is not None)
     folder = options.out or runs.default_folder(options.teacher, options.student)
     read = (options.teacher, options.student_weights, options.classes, options.eval_data, options.config)
     ablations = read_config(options.config)["distillation"] if options.config else {}

@@ -120,8 +120,8 @@ def export(
         formats=export, precisions=precision, profile=profile, qat=qat, fallback=not no_fallback, half_io=fp16_io
     )
     limits = with_budget(Limits(max_drop, max_latency_ms, max_size_mb, min_agreement), target)
-    check_limits(limits, target, has_labels=eval_data is not None)
     compute = choose_device(device)
+    check_limits(limits, target, has_labels=eval_data is not None)
     folder = out or (source if source.is_dir() else Path("runs") / source.stem)
     stated = {"--arch": arch, "--input": input, "--mean": mean, "--std": std, "--classes": classes}
     given = [name for name, value in stated.items() if value is not None]

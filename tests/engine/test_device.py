@@ -9,12 +9,18 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch as it looks on a machine with two GPUs that know bfloat16; nothing is computed there."""
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """PyTorch as it looks on a machine with two GPUs that know bfloat16; nothing is computed there.
+
+    Returns the GPUs that became the current one, in order.
+    """
+    current: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU")
+    return current
 
 
 @pytest.fixture
@@ -86,10 +92,10 @@ def test_auto_without_a_gpu_is_the_cpu() -> None:
     assert choose_device("auto").device == CPU
 
 
-@pytest.mark.usefixtures("two_gpus")
 @pytest.mark.parametrize(("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
-def test_gpus_are_chosen_by_name(name: str, index: int) -> None:
+def test_gpus_are_chosen_by_name(name: str, index: int, two_gpus: list[int]) -> None:
     assert choose_device(name) == Compute(torch.device("cuda", index), torch.bfloat16)
+    assert two_gpus == [index]  # which TensorRT takes
 
 
 @pytest.mark.usefixtures("two_gpus")
