@@ -27,7 +27,7 @@ CROWDED = (
     "result again; OMP_DYNAMIC=false in the environment keeps their number, and is slower beside other work"
 )
 TEACHER = "the teacher"  # as `busy_warnings` is given it
-BENCH_SECONDS = 0.5  # each file at each batch size is called for at least so long
+BENCH_SECONDS = 0.25  # each file at each batch size is called for at least so long; twice that said the same (log)
 
 
 @dataclass(frozen=True)
