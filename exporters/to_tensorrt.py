@@ -22,6 +22,7 @@ from exporters.tensorrt_types import engine_types, metadata_of, network_types, w
 
 PACKAGES = {"tensorrt": "'tensorrt>=10,<12'", "tensorrt_rtx": "tensorrt-rtx-cu13"}
 UNKNOWN_OPERATOR = ("UNSUPPORTED_NODE", "creator &&", "Plugin not found")  # how parsers say that they lack it
+PARTS = ("NetworkDefinitionCreationFlag", "Builder", "ILogger", "OnnxParser", "Runtime", "__version__")
 NO_GPU_HINT = "build where the plan will run, or `pip install tensorrt-rtx-cu13`, which builds without a GPU"
 
 Batches = tuple[int, int, int]  # smallest, usual, largest
@@ -50,7 +51,7 @@ def find_flavour(wanted: str | None = None) -> Flavour:
             said = _line(str(error)) or type(error).__name__
             reason = "is not installed" if absent else f"is installed but cannot be imported: {said}"
         else:
-            missing = [part for part in ("NetworkDefinitionCreationFlag", "__version__") if not hasattr(trt, part)]
+            missing = [part for part in PARTS if getattr(trt, part, None) is None]
             if missing:
                 reason = f"is installed but incomplete: it has no {' and no '.join(missing)}"
             elif not hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
@@ -180,12 +181,13 @@ def _builder(flavour: Flavour) -> Any:
     logger, messages = logger_of(flavour.name)
     messages.clear()
     try:
-        return import_flavour(flavour.name).Builder(logger)
+        builder, reason = import_flavour(flavour.name).Builder(logger), ""
     except (RuntimeError, TypeError) as error:  # TypeError: pybind11 was given a null pointer
-        raise SSDKDError(
-            f"{flavour.label} {flavour.version} cannot build here: {reason_of(messages) or _line(str(error))}",
-            NO_GPU_HINT,
-        ) from error
+        builder, reason = None, _line(str(error))
+    if builder is None:
+        reason = reason_of(messages) or reason or "it gives no reason"
+        raise SSDKDError(f"{flavour.label} {flavour.version} cannot build here: {reason}", NO_GPU_HINT)
+    return builder
 
 
 def _strongly_typed(trt: Any, builder: Any) -> Any:

@@ -195,7 +195,7 @@ def _compare(reference: Logits, logits: Logits, limits: Limits) -> Verification:
     worst = (errors - tolerances).argmax()  # class
     held = f"{errors[worst]:.2g} (tolerance {tolerances[worst]:.2g})"
     error = f"max abs error {held}" if limits.every_logit else f"rms error {held}, max abs error {largest:.2g}"
-    measured = f"{error}, agreement {agreement:.2f} % on {len(logits)} samples"
+    measured = f"{error}, the same predictions on {agreement:.2f} % of {len(logits)} samples"
     if errors[worst] > tolerances[worst]:
         return Verification(False, f"the logits are not the student's, {measured}", largest, agreement)
     if agreement < limits.min_agreement:

@@ -41,6 +41,8 @@ DISK_HINTS = {
     errno.EFBIG: f"raise the limit on the size of a file (`ulimit -f`), or choose another disk{WITH_OUT}",
 }
 
+NO_LIBRARY = "cannot open shared object file"  # how the dynamic loader says it, in an OSError without a number
+
 # How PyTorch, CUDA and the C++ library say it where the exception's type does not.
 OUT_OF_MEMORY = (
     "can't allocate memory",
@@ -83,6 +85,9 @@ def exit_code_of(command: Callable[[], Outcome], *, has_out: bool = False) -> in
     except BrokenPipeError:
         pass  # who read the result has enough of it
     except OSError as error:
+        if NO_LIBRARY in str(error):
+            console.error(f"a library is missing: {error}", "install it, or the package that needs it once more")
+            return KNOWN_ERROR
         if error.errno is None or (error.errno not in DISK_HINTS and not error.filename):
             raise
         where = f": {error.filename}" if error.filename else ""
@@ -102,6 +107,8 @@ def printing() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except OSError as error:
+        if error.errno is None:  # a library's, not the system's
+            raise
         # Python flushes stdout once more at its end: give it somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):

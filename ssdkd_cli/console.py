@@ -249,11 +249,15 @@ def sparkline(values: Sequence[float]) -> str:
 def plain_round(metrics: "RoundMetrics") -> str:
     """One round as one line."""
     phase = "warm-up  " if metrics.phase == "warm-up" else ""
-    student = f"student loss {metrics.distillation_loss:.3g}  " if metrics.steps else ""
+    agreement, student, speed = "", "", ""
+    if metrics.steps:  # before the student's first there is nothing to say of it
+        agreement = f"agreement {metrics.agreement:.1f} %  "
+        student = f"student loss {metrics.distillation_loss:.3g}  "
+        speed = f"{metrics.images_per_second:,.0f} images/s  "
     return (
-        f"round {metrics.round}/{metrics.rounds}  {phase}agreement {metrics.agreement:.1f} %  {student}"
+        f"round {metrics.round}/{metrics.rounds}  {phase}{agreement}{student}"
         f"image loss {image_losses(metrics).plain}  balance {metrics.class_balance:.2f}  "
-        f"{metrics.images_per_second:,.0f} images/s  {duration(metrics.seconds_left)} left"
+        f"{speed}{duration(metrics.seconds_left)} left"
     )
 
 

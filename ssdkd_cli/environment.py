@@ -12,7 +12,7 @@ from ssdkd_cli import __version__
 
 PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "safetensors")
 
-ABSENT = "not installed"
+ABSENT, BROKEN = "not installed", "cannot be imported: "
 CPU_INFO = Path("/proc/cpuinfo")
 # Profile, the flags in CPU_INFO of which one must be there, and what they mean; the first that fits is the machine's.
 CPU_PROFILES = (
@@ -67,7 +67,6 @@ def gpu_names() -> list[str]:
 
 def doctor_facts() -> dict[str, str]:
     """What `ssdkd doctor` shows, in its order."""
-    import onnxruntime
     import torch
 
     from engine.device import cpu_computes_bfloat16
@@ -82,7 +81,7 @@ def doctor_facts() -> dict[str, str]:
         "cuda": torch.version.cuda or "PyTorch was built without it",
     }
     facts |= {package: _version_of(package) for package in PACKAGES}
-    facts["onnxruntime_providers"] = ", ".join(onnxruntime.get_available_providers())
+    facts["onnxruntime_providers"] = _providers()
     facts |= {package: _import_of(package) for package in FLAVOURS}
     return facts
 
@@ -104,8 +103,20 @@ def doctor_findings() -> list[str]:
             findings.append("computes in float32: this processor has no native bfloat16")
     if fitting := cpu_profile():
         findings.append(f"its processor fits --profile {fitting[0]} ({fitting[1]})")
+    needed = ("onnx", "onnxscript", "onnxruntime")
+    if damaged := [package for package in needed if _import_of(package).startswith((ABSENT, BROKEN))]:
+        return [*findings, f"exports nothing: {' and '.join(damaged)} cannot be imported; install ssdkd once more"]
     findings.append("exports to ONNX, and proves and measures the file in ONNX Runtime on the CPU")
     return [*findings, *_plan_findings()]
+
+
+def _providers() -> str:
+    try:
+        import onnxruntime
+
+        return ", ".join(onnxruntime.get_available_providers())
+    except Exception as error:  # it is not whole
+        return f"{BROKEN}{error or type(error).__name__}"
 
 
 def _plan_findings() -> list[str]:
@@ -142,4 +153,4 @@ def _import_of(package: str) -> str:
     except ModuleNotFoundError:
         return ABSENT
     except Exception as error:  # installed, but its libraries are not, or it is damaged
-        return f"cannot be imported: {error or type(error).__name__}"
+        return f"{BROKEN}{error or type(error).__name__}"

@@ -41,6 +41,8 @@ def from_run(folder: Path, *, trust_pickle: bool, embed_preprocessing: bool) -> 
     with console.stage("student", f"reading {folder}") as done:
         run = runs.open_run(folder, trust_pickle=trust_pickle)
         done(run.card.student)
+    notes = () if (folder / runs.REPORT).exists() else (runs.how_far(folder),)
+    console.warn_all(notes)
     samples = runs.read_samples(folder)
     channels, height, width = run.card.input_shape
     logits = samples.held_out_logits.shape[1]
@@ -51,7 +53,7 @@ def from_run(folder: Path, *, trust_pickle: bool, embed_preprocessing: bool) -> 
                 f"and {run.card.classes} logits, found {list(images.shape)} and {logits}",
                 "copy the whole folder of the run, or run `ssdkd compress` again",
             )
-    return Material(Subject(run.module, run.card, samples, embed_preprocessing), folder, ())
+    return Material(Subject(run.module, run.card, samples, embed_preprocessing), folder, notes)
 
 
 def read_teacher(path: Path, **stated: Any) -> Teacher:

@@ -51,6 +51,7 @@ from ssdkd_cli.teaching import (
 from ssdkd_cli.timing import TEACHER, busy_warnings, crowded_warnings, measure
 from ssdkd_cli.words import count, percent, shape
 
+SMOKE = "--effort smoke shows that it goes through: its student is not worth using"
 SPARE_BYTES = 4_000_000  # report, picture, metrics
 CHANNELS, PIXELS = range(1, 5), range(16, 513)  # what the engine was made and tried for
 
@@ -91,6 +92,7 @@ def compress(options: Options, *, command: str) -> Finished:
         settings = settings_of(options, ablations, teacher, compute)
         student, inherited = build(options, teacher, settings, target)
         doubts = [*size_warnings(student, teacher), *profile_warnings(target.profile.name)]
+        doubts += [SMOKE] if options.effort == "smoke" else []
         warnings = [*teacher.spec.warnings, *console.warn_all(doubts)]
         check_memory(teacher, settings, compute)
         check_space(folder, needed_bytes(teacher, student, settings))

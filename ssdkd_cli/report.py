@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from engine.errors import SSDKDError
 from engine.hashing import sha256_of
 from exporters.metadata import NORMALISED
-from ssdkd_cli.runs import STUDENT, export_command
+from ssdkd_cli.runs import STUDENT, again_command, export_command
 from ssdkd_cli.words import escaped
 
 SCHEMA_VERSION: Final = 1
@@ -200,7 +200,8 @@ def read_report(folder: Path) -> Report:
     if not path.exists() and (folder / STUDENT).exists():
         raise SSDKDError(
             f"{folder} has a student and no report: the run was interrupted before its report",
-            f"make files of the student with `{export_command(folder)}`",
+            f"make files of the student with `{export_command(folder)}`; only a run that ends has a report: "
+            f"`{again_command(folder)}` runs it again",
         )
     try:
         content = path.read_text(encoding="utf-8")

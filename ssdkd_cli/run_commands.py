@@ -127,7 +127,8 @@ def export(
     given = [name for name, value in stated.items() if value is not None]
     if given and source.is_dir():
         raise SSDKDError(
-            f"{' '.join(given)} describe a teacher's file; {source} is a run, which knows its own", "leave them out"
+            f"{' '.join(given)}: of a teacher's file; {source} is a folder, and a run knows its own",
+            "leave it out, or give the teacher's file itself",
         )
     with new_folder(folder):
         target = again.beside_what_is_there(target, source, folder)

@@ -122,6 +122,22 @@ def export_command(folder: Path) -> str:
     return shlex.join(["ssdkd", "export", str(folder), *overwrite])
 
 
+def again_command(folder: Path) -> str:
+    """What to type for the run in `folder` once more, from its beginning."""
+    words = ["ssdkd", "compress", "--config", str(folder / CONFIG), "--out", str(folder), "--overwrite"]
+    return shlex.join(words)
+
+
+def how_far(folder: Path) -> str:
+    """A sentence on a run that has a student and no report: how far it had come, by its metrics."""
+    said = f"{folder} is an interrupted run"
+    try:
+        last = json.loads((folder / METRICS).read_text(encoding="utf-8").splitlines()[-1])
+        return f"{said}: it ended after round {last['round']} of {last['rounds']}, agreement {last['agreement']:.1f} % then"
+    except (OSError, ValueError, IndexError, KeyError, TypeError):
+        return f"{said}: how far its student had come is not known"
+
+
 def save_student(folder: Path, module: "nn.Module", card: StudentCard) -> None:
     """Write student.safetensors: the weights, and the card with the student's known logits as its metadata."""
     from safetensors.torch import save

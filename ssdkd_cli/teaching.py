@@ -22,9 +22,10 @@ from engine.teacher import Teacher
 from ssdkd_cli import console, replacing, runs
 from ssdkd_cli.boundary import is_out_of_memory, uninterrupted
 from ssdkd_cli.material import said_of
-from ssdkd_cli.words import shape
+from ssdkd_cli.words import duration, shape
 
 SMALLEST_BATCH = 16
+FEWEST_ROUNDS = 8  # that a time limit should leave: a fifth of it is the warm-up
 NOTHING_YET = "interrupted in the warm-up: the student had not begun, nothing is kept"
 CALIBRATION_SAMPLES = 2048  # of the replay buffer, at most
 CALIBRATION_BYTES = 64_000_000  # of them together, at most
@@ -89,8 +90,9 @@ def run_rounds(state: State, metrics_path: Path, title: str, time_limit_seconds:
             show(metrics)
         if not state.steps:
             raise SSDKDError(
-                f"the time was up after {state.round} round(s), before the student's first step",
-                "give a longer --time-limit",
+                f"the time was up in round {state.round} of {state.settings.rounds}, before the student's first step",
+                f"a round takes {duration(state.seconds / state.round)} here: give --time-limit "
+                f"{math.ceil(FEWEST_ROUNDS * state.seconds / state.round)}s or more",
             )
 
 

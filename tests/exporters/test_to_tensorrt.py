@@ -321,6 +321,8 @@ def test_batches_out_of_order(batches: tuple[int, int, int], flavour: Flavour, t
 
 # What stands in for TensorRT where only that for RTX is: a module called tensorrt, found before any other.
 
+PARTS = "NetworkDefinitionCreationFlag, Builder, ILogger, OnnxParser, Runtime"
+
 
 @pytest.fixture
 def tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
@@ -338,7 +340,7 @@ def tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
 
 
 def test_tensorrt_comes_first_and_rtx_where_it_is_wanted(tensorrt: Callable[[str], None], flavour: Flavour) -> None:
-    tensorrt("from tensorrt_rtx import NetworkDefinitionCreationFlag\n__version__ = '10.3.0'")
+    tensorrt(f"from tensorrt_rtx import {PARTS}\n__version__ = '10.3.0'")
     assert find_flavour() == Flavour("tensorrt", "TensorRT", "10.3.0")
     assert find_flavour("tensorrt_rtx") == flavour == Flavour("tensorrt_rtx", "TensorRT for RTX", flavour.version)
     check_builder(flavour)
@@ -356,10 +358,15 @@ def test_tensorrt_comes_first_and_rtx_where_it_is_wanted(tensorrt: Callable[[str
         ("raise RuntimeError('libnvinfer.so.10 is truncated')", "cannot be imported: libnvinfer.so.10 is truncated"),
         ("raise AttributeError", "TensorRT is installed but cannot be imported: AttributeError"),
         ("__version__ = '10.3.0'", "TensorRT is installed but incomplete: it has no NetworkDefinitionCreationFlag"),
-        ("", "incomplete: it has no NetworkDefinitionCreationFlag and no __version__"),
+        ("", "incomplete: it has no NetworkDefinitionCreationFlag and no Builder and no ILogger"),
+        (
+            f"from tensorrt_rtx import {PARTS}\n__version__ = None",
+            "TensorRT is installed but incomplete: it has no __ver",
+        ),
         ("import cuda_that_is_missing", "cannot be imported: No module named 'cuda_that_is_missing'"),
         (
-            "class NetworkDefinitionCreationFlag: EXPLICIT_BATCH = 0\n__version__ = '8.6.1'",
+            f"from tensorrt_rtx import {PARTS}\nclass NetworkDefinitionCreationFlag: EXPLICIT_BATCH = 0\n"
+            "__version__ = '8.6.1'",
             "TensorRT is of version 8.6.1, which has no strongly typed networks",
         ),
     ],
@@ -375,6 +382,13 @@ def test_library_that_is_missing_broken_or_too_old(
     assert find_flavour() == flavour
 
 
+def test_a_builder_that_is_nothing_builds_nothing(tensorrt: Callable[[str], None]) -> None:
+    tensorrt(f"from tensorrt_rtx import {PARTS}\n__version__ = '10.3.0'\ndef Builder(logger): pass")
+    with pytest.raises(SSDKDError, match=r"TensorRT 10\.3\.0 cannot build here: it gives no reason") as caught:
+        check_builder(find_flavour("tensorrt"))
+    assert "tensorrt-rtx-cu13" in caught.value.hint
+
+
 def test_no_library_at_all(tensorrt: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
     tensorrt("raise ModuleNotFoundError('No module named tensorrt', name='tensorrt')")
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)  # as if it were not there
@@ -385,7 +399,7 @@ def test_no_library_at_all(tensorrt: Callable[[str], None], monkeypatch: pytest.
 
 def test_builder_without_its_gpu(tensorrt: Callable[[str], None]) -> None:
     tensorrt(
-        "from tensorrt_rtx import ILogger, NetworkDefinitionCreationFlag\n"
+        f"from tensorrt_rtx import {PARTS}\n"
         "__version__ = '10.16.1'\n"
         "def Builder(logger):\n"
         "    logger.log(ILogger.ERROR, 'createInferBuilder: Error Code 6: API Usage Error (CUDA initialization failure "

@@ -117,7 +117,7 @@ def take_doubles(model: ModelProto) -> None:
 BROKEN = [
     (perturb_weights, "the logits are not the student's"),
     (change_one_weight, "the logits are not the student's"),
-    (round_to_half, "agreement 100.00 %"),
+    (round_to_half, "the same predictions on 100.00 %"),
     (swap_classes, "classes have changed places (1 holds 3, 3 holds 1)"),
     (put_nan, "the file holds NaN or infinity in head.bias: NaN or infinite logits for 50 of 50 samples"),
     (put_hidden_infinity, "the file holds NaN or infinity in features.3.bias"),
@@ -139,7 +139,7 @@ def test_a_correct_file_passes_with_its_numbers(network: nn.Module, exported: Pa
     assert result.max_abs_error is not None
     assert result.max_abs_error < 1e-5
     assert result.reason.startswith("max abs error ")
-    assert "agreement 100.00 % on 50 samples" in result.reason
+    assert "the same predictions on 100.00 % of 50 samples" in result.reason
 
 
 @pytest.mark.parametrize(("damage", "reason"), BROKEN)

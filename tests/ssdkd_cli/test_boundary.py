@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import typer
 
-from ssdkd_cli.boundary import exit_code_of, uninterrupted, within_boundary
+from ssdkd_cli.boundary import exit_code_of, printing, uninterrupted, within_boundary
 from ssdkd_cli.outcome import Outcome
 
 
@@ -107,8 +107,13 @@ def test_what_the_system_says_of_a_file_is_a_sentence(capsys: pytest.CaptureFixt
     assert "ulimit -f" in capsys.readouterr().err
     assert exit_code_of(lambda: fail(FileNotFoundError(errno.ENOENT, "No such file or directory", "gone"))) == 1
     assert "No such file or directory: gone" in capsys.readouterr().err
+    said = "libcudart.so.13: cannot open shared object file: No such file or directory"
+    assert exit_code_of(lambda: fail(OSError(said))) == 1
+    assert f"a library is missing: {said}" in capsys.readouterr().err
     with pytest.raises(OSError, match="a bug"):
         exit_code_of(lambda: fail(OSError("a bug")))
+    with pytest.raises(OSError, match="a bug"), printing():  # it is no failure to print
+        fail(OSError("a bug"))
 
 
 def test_out_is_advised_to_commands_that_have_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -256,14 +257,19 @@ def test_an_interrupted_run_keeps_the_student_so_far(
     assert reported.code == 1
     assert "was interrupted before its report" in reported.err
     assert f"ssdkd export {tmp_path}/run" in " ".join(reported.err.split())
-    assert "round 1/3  warm-up  agreement" in ran.err
+    assert "round 1/3  warm-up  image loss" in ran.err  # there is no student yet whose agreement could be said
     assert "round 2/3  agreement" not in ran.err  # it was interrupted there
+    again = f"`ssdkd compress --config {tmp_path}/run/config.toml --out {tmp_path}/run --overwrite` runs it again"
+    assert again in " ".join(reported.err.split())
     scored = ssdkd("eval", tmp_path / "run", "--data", shared / "test.npz", "--json")
     assert scored.code == 0, scored.err
     assert [row["images"] for row in scored.json] == [20]
     exported = ssdkd("export", tmp_path / "run", "--json")  # as the warning says
     assert exported.code == 0, exported.err
     assert exported.json[0]["verified"] is True
+    (said,) = (note for note in exported.json[0]["notes"] if "is an interrupted run" in note)
+    assert re.search(r"it ended after round 2 of 3, agreement \d+\.\d % then", said)
+    assert said in " ".join(exported.err.split())
 
 
 def test_what_is_said_after_an_interruption_works_where_a_file_is_there(
@@ -285,6 +291,7 @@ def test_what_is_said_after_an_interruption_works_where_a_file_is_there(
     exported = ssdkd(*shlex.split(command)[1:], "--json")
     assert exported.code == 0, exported.err
     assert exported.json[0]["verified"] is True
+    assert any("is an interrupted run: it ended after round 3 of 3" in note for note in exported.json[0]["notes"])
 
 
 def test_before_the_first_step_there_is_no_student_to_keep(
@@ -308,7 +315,8 @@ def test_no_tick_before_the_error_that_nothing_was_learned(
     monkeypatch.setattr(teaching, "distill", lambda *given, **named: itertools.islice(distill(*given, **named), 1))
     ran = ssdkd(*arguments(shared, tmp_path / "run"))
     assert ran.code == 1
-    assert "the time was up after 1 round(s), before the student's first step" in ran.err
+    assert re.search(r"the time was up in round 1 of \d+, before the student's first step", ran.err)
+    assert re.search(r"a round takes .* here: give --time-limit \d+s or more", ran.err)
     assert "✓ distil" not in ran.err
 
 
@@ -583,7 +591,7 @@ def test_a_run_out_of_time_can_be_typed_again(ssdkd: Any, shared: Path, tmp_path
         patch.setattr(teaching, "distill", lambda state, **_: itertools.islice(distill(state), 1))
         ran = ssdkd(*words, "--time-limit", "1s")
     assert ran.code == 1
-    assert "give a longer --time-limit" in ran.err
+    assert "here: give --time-limit" in ran.err
     again = ssdkd(*words, "--time-limit", "1h")
     assert again.code == 0, again.err
 

@@ -1,4 +1,5 @@
 import importlib.metadata
+import sys
 from pathlib import Path
 
 import onnxruntime
@@ -6,6 +7,7 @@ import pytest
 
 from engine import processors
 from engine.errors import SSDKDError
+from exporters import tensorrt_runtime, to_tensorrt
 from exporters.to_tensorrt import Flavour
 from ssdkd_cli import environment
 from ssdkd_cli.environment import _import_of, cpu_name, cpu_profile, doctor_facts, doctor_findings, profile_warnings
@@ -66,12 +68,21 @@ def test_what_becomes_of_plans_here(
 
     absent = ("tensorrt", "tensorrt_rtx") if problem == environment.ABSENT else ("tensorrt",)
     monkeypatch.setattr(environment, "_import_of", lambda name: environment.ABSENT if name in absent else "1.0")
-    monkeypatch.setattr("exporters.to_tensorrt.find_flavour", lambda name: Flavour(name, "Some Library", "1.0"))
-    monkeypatch.setattr("exporters.to_tensorrt.check_builder", check)
-    monkeypatch.setattr("exporters.tensorrt_runtime.why_plans_do_not_run", lambda _flavour: why)
+    monkeypatch.setattr(to_tensorrt, "find_flavour", lambda name: Flavour(name, "Some Library", "1.0"))
+    monkeypatch.setattr(to_tensorrt, "check_builder", check)
+    monkeypatch.setattr(tensorrt_runtime, "why_plans_do_not_run", lambda _flavour: why)
     findings = doctor_findings()
     proves = findings.index("exports to ONNX, and proves and measures the file in ONNX Runtime on the CPU")
     assert findings[proves + 1 :] == said
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "onnx"])
+def test_a_doctor_survives_a_damaged_package(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # importing it fails
+    monkeypatch.setattr(environment, "_plan_findings", lambda: pytest.fail("it needs that package"))
+    assert doctor_findings()[-1] == f"exports nothing: {package} cannot be imported; install ssdkd once more"
+    providers = doctor_facts()["onnxruntime_providers"]
+    assert providers.startswith(environment.BROKEN) is (package == "onnxruntime")
 
 
 def test_a_machine_that_does_not_say_fits_no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

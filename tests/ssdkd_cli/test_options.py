@@ -148,6 +148,8 @@ def test_brackets_in_a_config_are_not_needed_and_do_no_harm(
         raise SSDKDError("seen", "")
 
     monkeypatch.setattr(pipeline, "compress", stop)
+    monkeypatch.chdir(tmp_path)
+    Path("t.pt").write_bytes(b"a teacher")
     config = tmp_path / "ssdkd.toml"
     config.write_text("[compress]\nstudent='vgg8'\nprecision='int8'\nexport='onnx'\n")
     assert ssdkd("compress", "t.pt", "--config", config).code == 1
@@ -185,6 +187,8 @@ def test_what_is_typed_wins_over_the_config(ssdkd: Any, shared: Path, tmp_path: 
         raise SSDKDError("seen", "")
 
     monkeypatch.setattr(pipeline, "compress", stop)
+    monkeypatch.chdir(tmp_path)
+    Path("t.pt").write_bytes(b"a teacher")
     config = tmp_path / "ssdkd.toml"
     config.write_text(
         "[compress]\nstudent='vgg8'\nseed=7\neval_data='images'\nmean=[0.1,0.2,0.3]\ntime-limit='2m'\n"
