@@ -123,9 +123,8 @@ def export_command(folder: Path) -> str:
 
 
 def again_command(folder: Path) -> str:
-    """What to type for the run in `folder` once more, from its beginning."""
-    words = ["ssdkd", "compress", "--config", str(folder / CONFIG), "--out", str(folder), "--overwrite"]
-    return shlex.join(words)
+    """What to type for the run in `folder` once more, from its beginning, in a folder beside it."""
+    return shlex.join(["ssdkd", "compress", "--config", str(folder / CONFIG), "--out", f"{folder}-again"])
 
 
 def how_far(folder: Path) -> str:
@@ -133,7 +132,9 @@ def how_far(folder: Path) -> str:
     said = f"{folder} is an interrupted run"
     try:
         last = json.loads((folder / METRICS).read_text(encoding="utf-8").splitlines()[-1])
-        return f"{said}: it ended after round {last['round']} of {last['rounds']}, agreement {last['agreement']:.1f} % then"
+        return (
+            f"{said}: it ended after round {last['round']} of {last['rounds']}, at {last['agreement']:.1f} % agreement"
+        )
     except (OSError, ValueError, IndexError, KeyError, TypeError):
         return f"{said}: how far its student had come is not known"
 

@@ -244,9 +244,10 @@ def test_an_interrupted_run_keeps_the_student_so_far(
             raise KeyboardInterrupt
         return plain(metrics)
 
-    monkeypatch.setattr(console, "plain_round", interrupt)
-    monkeypatch.setattr(console, "PLAIN_LINE_SECONDS", 0.0)
-    ran = ssdkd(*arguments(shared, tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        patch.setattr(console, "plain_round", interrupt)
+        patch.setattr(console, "PLAIN_LINE_SECONDS", 0.0)
+        ran = ssdkd(*arguments(shared, tmp_path / "run"))
     assert ran.code == 130
     assert str(tmp_path / "run/student.safetensors") in ran.err
     assert str(tmp_path / "run/metrics.jsonl") in ran.err
@@ -259,8 +260,9 @@ def test_an_interrupted_run_keeps_the_student_so_far(
     assert f"ssdkd export {tmp_path}/run" in " ".join(reported.err.split())
     assert "round 1/3  warm-up  image loss" in ran.err  # there is no student yet whose agreement could be said
     assert "round 2/3  agreement" not in ran.err  # it was interrupted there
-    again = f"`ssdkd compress --config {tmp_path}/run/config.toml --out {tmp_path}/run --overwrite` runs it again"
-    assert again in " ".join(reported.err.split())
+    again = f"ssdkd compress --config {tmp_path}/run/config.toml --out {tmp_path}/run-again"
+    assert f"`{again}` runs it again" in " ".join(reported.err.split())
+    assert ssdkd(*shlex.split(again)[1:]).code == 0
     scored = ssdkd("eval", tmp_path / "run", "--data", shared / "test.npz", "--json")
     assert scored.code == 0, scored.err
     assert [row["images"] for row in scored.json] == [20]
@@ -268,7 +270,7 @@ def test_an_interrupted_run_keeps_the_student_so_far(
     assert exported.code == 0, exported.err
     assert exported.json[0]["verified"] is True
     (said,) = (note for note in exported.json[0]["notes"] if "is an interrupted run" in note)
-    assert re.search(r"it ended after round 2 of 3, agreement \d+\.\d % then", said)
+    assert re.search(r"it ended after round 2 of 3, at \d+\.\d % agreement", said)
     assert said in " ".join(exported.err.split())
 
 
