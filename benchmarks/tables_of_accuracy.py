@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from benchmarks.markdown import (
     UNKNOWN,
     Result,
+    Runs,
     by,
     column,
     markdown,
@@ -51,22 +52,22 @@ GPU_HEAD = (
 
 def results_table(results: Sequence[Result]) -> list[str]:
     """A row a result, and below it where each was measured; the kinds `demo` and `cifar`."""
-    rows = [
-        (
-            f"`{result['command']}`",
-            processor(result),
-            str(len(runs)),
-            spread(column(runs, "teacher_accuracy"), " %", 2),
-            f"**{spread(column(runs, 'student_accuracy'), ' %', 2)}**",
-            spread(column(runs, "ratio_percent"), " %", 1),
-            pair(runs, "parameters", "{:,.0f}", ""),
-            pair(runs, "latency_ms", "{:.3f}", " ms"),
-            spread(column(runs, "distillation_seconds"), " s", 0),
-            spread(column(runs, "seconds_total"), " s", 0),
-        )
-        for result, runs in ((result, result["runs"]) for result in results)
-    ]
+    rows = [(f"`{result['command']}`", processor(result), *result_cells(result["runs"])) for result in results]
     return [*markdown(RESULTS_HEAD, rows), "", *map(provenance, results)]
+
+
+def result_cells(runs: Runs) -> tuple[str, ...]:
+    """What runs of the tool came to: seeds, accuracies, sizes, latencies and seconds."""
+    return (
+        str(len(runs)),
+        spread(column(runs, "teacher_accuracy"), " %", 2),
+        f"**{spread(column(runs, 'student_accuracy'), ' %', 2)}**",
+        spread(column(runs, "ratio_percent"), " %", 1),
+        pair(runs, "parameters", "{:,.0f}", ""),
+        pair(runs, "latency_ms", "{:.3f}", " ms"),
+        spread(column(runs, "distillation_seconds"), " s", 0),
+        spread(column(runs, "seconds_total"), " s", 0),
+    )
 
 
 def ablation_table(results: Sequence[Result]) -> list[str]:

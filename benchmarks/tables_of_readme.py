@@ -4,9 +4,9 @@ import statistics
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.markdown import UNKNOWN, Result, by, column, markdown, pair, processor, spread, with_deviation
+from benchmarks.markdown import UNKNOWN, Result, by, column, markdown, processor, spread, with_deviation
 from benchmarks.names import CALIBRATIONS, OFF, OUR_SAMPLES, OURS, PEERS
-from benchmarks.tables_of_accuracy import seconds_to, times
+from benchmarks.tables_of_accuracy import result_cells, seconds_to, times
 
 RESULTS_HEAD = (
     *("command", "seeds", "teacher accuracy", "student accuracy", "accuracy kept", "parameters", "latency, one image"),
@@ -38,24 +38,9 @@ def measured(result: Result) -> str:
 def results_summary(results: Sequence[Result]) -> list[str]:
     """A row a command and processor; the kinds `demo` and `cifar`."""
     parts = ((result, result["runs"]) for result in results)
-    return markdown(
-        RESULTS_HEAD,
-        [
-            (
-                f"`{result['command']}`",
-                str(len(runs)),
-                spread(column(runs, "teacher_accuracy"), " %", 2),
-                f"**{spread(column(runs, 'student_accuracy'), ' %', 2)}**",
-                spread(column(runs, "ratio_percent"), " %", 1),
-                pair(runs, "parameters", "{:,.0f}", ""),
-                pair(runs, "latency_ms", "{:.3f}", " ms"),
-                spread(column(runs, "distillation_seconds"), " s", 0),
-                spread(column(runs, "seconds_total"), " s", 0),
-                measured(result),
-            )
-            for result, runs in newest(parts, lambda part: (part[0]["command"], processor(part[0])))
-        ],
-    )
+    last = newest(parts, lambda part: (part[0]["command"], processor(part[0])))
+    rows = [(f"`{result['command']}`", *result_cells(runs), measured(result)) for result, runs in last]
+    return markdown(RESULTS_HEAD, rows)
 
 
 def int8_summary(results: Sequence[Result]) -> list[str]:
