@@ -177,9 +177,8 @@ def by_buffer(result: Result) -> Buffers:
     else:
         runs, accuracy = went_through(result), "student_accuracy"
         task, teacher = runs[0]["pair"], runs[0]["teacher_accuracy"]
-    return Buffers(
-        task, teacher, {samples: column(own, accuracy) for samples, own in sorted(by(runs, "samples").items())}
-    )
+    ends = {samples: column(own, accuracy) for samples, own in sorted(by(runs, "samples").items())}
+    return Buffers(task, teacher, ends)
 
 
 def buffer_table(results: Sequence[Result]) -> list[str]:

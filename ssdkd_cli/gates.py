@@ -66,10 +66,10 @@ def check_limits(limits: Limits, target: "Target", *, has_labels: bool) -> None:
         )
     computed = {"--max-drop": limits.max_drop, "--min-agreement": limits.min_agreement}
     given = [flag for flag, limit in computed.items() if limit is not None]
-    is_timed = limits.max_latency_ms is not None and target.profile.runtime != "onnxruntime"
-    is_run = bool(given) and target.formats == ("trt",)
-    why = _why_no_plan(target) if is_timed or is_run else None
-    if is_timed and why:
+    needs_time = limits.max_latency_ms is not None and target.profile.runtime != "onnxruntime"
+    needs_run = bool(given) and target.formats == ("trt",)
+    why = _why_no_plan(target) if needs_time or needs_run else None
+    if needs_time and why:
         raise SSDKDError(
             f"--max-latency-ms cannot be judged here: files for {target.profile.name} cannot be run: {why}",
             f"leave it out and measure on the device; files for this machine are made without {_of_device(target)}",
@@ -79,7 +79,7 @@ def check_limits(limits: Limits, target: "Target", *, has_labels: bool) -> None:
             "--max-size-mb cannot be judged here: the TensorRT plan is built on the device",
             "add --export onnx: the ONNX file, of which the plan is made, is judged then",
         )
-    if is_run and why:
+    if needs_run and why:
         raise SSDKDError(
             f"{' and '.join(given)} cannot be judged here: no TensorRT plan can be run: {why}",
             "add --export onnx: the ONNX file, of which the plan is made, is judged then",
