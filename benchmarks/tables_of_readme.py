@@ -1,4 +1,4 @@
-"""README's tables: what was measured last on each processor, in a line. docs/ has the rest, with the commands."""
+"""README's tables: what was measured last of each thing, in a line. docs/ has the rest, with the commands."""
 
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -36,9 +36,9 @@ def measured(result: Result) -> str:
 
 
 def results_summary(results: Sequence[Result]) -> list[str]:
-    """A row a command and processor; the kinds `demo` and `cifar`."""
+    """A row a command; the kinds `demo` and `cifar`."""
     parts = ((result, result["runs"]) for result in results)
-    last = newest(parts, lambda part: (part[0]["command"], processor(part[0])))
+    last = newest(parts, lambda part: part[0]["command"])
     rows = [(f"`{result['command']}`", *result_cells(runs), measured(result)) for result, runs in last]
     return markdown(RESULTS_HEAD, rows)
 
@@ -64,10 +64,10 @@ def int8_summary(results: Sequence[Result]) -> list[str]:
 
 
 def race_summary(results: Sequence[Result]) -> list[str]:
-    """A row a task and processor: where ours, ours without SSD-KD and the best of the peers end; the kind `race`."""
+    """A row a task: where ours, ours without SSD-KD and the best of the peers end; the kind `race`."""
     parts = ((result, by(result["runs"], "method")) for result in results)
     table = []
-    for result, runs in newest(parts, lambda part: (part[0]["task"], processor(part[0]))):
+    for result, runs in newest(parts, lambda part: part[0]["task"]):
         ends = {method: [run["points"][-1][1] for run in own] for method, own in runs.items()}
         peer = best_peer({method: statistics.fmean(own) for method, own in ends.items()})
         reached = [seconds_to(run["points"], statistics.fmean(ends[peer])) for run in runs[OURS]] if peer else []

@@ -235,11 +235,10 @@ def test_the_readme_has_the_newest_of_each_and_the_docs_have_all(tmp_path: Path)
     another = {**DEMO, "machine": {"cpu": "Another", "instructions": "avx512_bf16"}, "created": "2029-01-01"}
     tables.write_tables(project(tmp_path, DEMO, later, another, CIFAR))
     rows = [row.split(" | ") for row in rows_of(tmp_path / "README.md")]
-    assert {(row[0], row[3], row[-1]) for row in rows} == {
+    assert [(row[0], row[3], row[-1]) for row in rows] == [
         ("| `ssdkd demo --seed N`", "**70.00 %**", "2031-01-01, `abc1234`, Some CPU |"),
-        ("| `ssdkd demo --seed N`", "**82.00 ± 1.00 %**", "2029-01-01, `abc1234`, Another, bfloat16 |"),
         ("| `ssdkd compress a.pt`", "**72.00 %**", "2030-01-02, `abc1234`, Some CPU |"),
-    }
+    ]
     assert len(rows_of(tmp_path / "docs" / "benchmarks.md")) == 4
 
 
