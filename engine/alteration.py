@@ -12,6 +12,7 @@ from torch import Tensor
 # Deviations: radians; of the logarithms of size and contrast; of brightness and tint, in those of a channel.
 ROTATION, ZOOM, GAIN, BRIGHTNESS, TINT = 0.2, 0.2, 0.25, 0.3, 0.15
 COMMON = 5  # numbers of an image but for its tint
+ALTERED, PLAIN = slice(0, None, 2), slice(1, None, 2)  # of a batch
 
 
 def numbers_for(batch: int, channels: int, device: torch.device) -> Tensor:
@@ -37,13 +38,13 @@ def alter(inputs: Tensor, numbers: Tensor) -> Tensor:
     angle, scale = ROTATION * rotation, (ZOOM * zoom).exp()
     along, across, still = scale * angle.cos(), scale * angle.sin(), torch.zeros_like(scale)
     rows = along, -across * height / width, still, across * width / height, along, still
-    places = F.affine_grid(torch.stack(rows, 1).unflatten(1, (2, 3)), list(inputs[::2].shape), align_corners=False)
-    seen = F.grid_sample(inputs[::2], places, padding_mode="reflection", align_corners=False)
+    places = F.affine_grid(torch.stack(rows, 1).unflatten(1, (2, 3)), list(inputs[ALTERED].shape), align_corners=False)
+    seen = F.grid_sample(inputs[ALTERED], places, padding_mode="reflection", align_corners=False)
     deviation, mean = torch.std_mean(inputs, (0, 2, 3), keepdim=True)
     offset = (BRIGHTNESS * brightness[:, None] + TINT * numbers[:, COMMON:])[:, :, None, None] * deviation
     seen = mean + (seen - mean) * (GAIN * gain).exp()[:, None, None, None] + offset
-    plain = inputs[1::2]
+    plain = inputs[PLAIN]
     partners = torch.cat((plain, plain[:1]))[: len(seen)]
     altered = inputs.clone()
-    altered[::2] = torch.lerp(partners, seen, torch.special.ndtr(share)[:, None, None, None])  # uniform in 0...1
+    altered[ALTERED] = torch.lerp(partners, seen, torch.special.ndtr(share)[:, None, None, None])  # uniform in 0...1
     return altered

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from engine.layers import among_zeros, layout_of
+from engine.layers import among_zeros, every, layout_of
 
 CONVOLUTIONS = {F.conv2d, torch.ops.aten.conv2d.default}  # of a module, and of an exported graph
 TYPES = {torch.float32, torch.bfloat16}  # that autocast takes for bfloat16
@@ -110,7 +110,7 @@ def _without_stride(upstream: Tensor, images: Tensor, kernels: Tensor, stride: P
     if stride == (1, 1):
         return upstream
     size = (n + 2 * p - k + 1 for n, p, k in zip(images.shape[2:], padding, kernels.shape[2:], strict=True))
-    return among_zeros(upstream, (*upstream.shape[:2], *size), stride, layout_of(images))
+    return among_zeros(upstream, (*upstream.shape[:2], *size), every(stride), layout_of(images))
 
 
 def _gradients(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import replay
+from engine.alteration import PLAIN
 from engine.errors import NonFiniteLossError
 from engine.images import random_views, render, to_input
 from engine.inversion import InversionLosses, invert
@@ -212,7 +213,7 @@ def teach(state: State, progress: float) -> Tensor:
     for group in state.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * rate_factor(progress)
     asks = looks_on(state, progress)
-    plain = slice(1, None, 2) if asks and settings.alter else slice(None)  # of a batch
+    plain = PLAIN if asks and settings.alter else slice(None)
     if asks:
         batch.feature_weight.fill_(settings.feature_weight * (1 - progress / settings.looking_share))
     parameters = learning_parameters(state.student)

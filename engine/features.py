@@ -1,14 +1,13 @@
-"""Feature matching: a shortened student also learns what its teacher computes at the end of each stage.
+"""Feature matching: a student also learns what its teacher computes on the way, at the places of engine.stages.
 
-Where a student is its teacher with fewer blocks in some stages (ResNet-8 of ResNet-20, WRN-16-2 of WRN-40-2), the maps
-at the end of those stages have the same shape. A target for every position of every map says more of an image than the
-logits do (Romero et al. 2015, FitNets; without their regressor, as no shape differs).
+A target for every position of every map says more of an image than the logits do (Romero et al. 2015, FitNets). Where
+the channels are not the same ones, the teacher's are compared with what the best linear map of the student's makes of
+them. FitNets learns that regressor beside the student; here it is solved for in each batch, so that it is the best one
+from the first step on, and nothing has to be kept.
 """
 
 import contextlib
-import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,98 +15,59 @@ from torch import Tensor, nn
 
 from engine.channel_statistics import mean_and_variance
 from engine.hooks import removing
-from engine.modes import evaluating
-from engine.probing import is_batchnorm, network_inside, noise
+from engine.layers import Part
+from engine.stages import Pair, Stages
 
 SMALLEST_VARIANCE = 1e-6
-MAP_DIMENSIONS = 4  # [B, C, H, W]
-GROWTH = 0.1  # of a map's norm: more is no rounding
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A stage that a student has with fewer blocks than its teacher."""
-
-    own: nn.Module  # the student's
-    theirs: nn.Module
-    grows: bool  # whether the student's map grows with its weights: no BatchNorm stands at the end
-
-
-@dataclass(frozen=True)
-class Stages:
-    """A teacher that looks on as its student learns, and the stages whose maps are compared, if any."""
-
-    teacher: nn.Module
-    pairs: tuple[Pair, ...]
-
-
-def shared_stages(student: nn.Module, teacher: nn.Module, image_shape: tuple[int, int, int]) -> Stages:
-    """The stages of both networks whose maps can be compared, if there are any.
-
-    A stage is a module of the same name and kind in both, made of numbered blocks, of which the student has some of the
-    teacher's, not all, and that gives one map [B, C, H, W] of the same shape in both. Two images of noise are run
-    through both networks, which are on one device and stay as they are.
-
-    Args:
-        student: a network.
-        teacher: a network.
-        image_shape: (C, H, W).
-    """
-    theirs = dict(network_inside(teacher).named_modules())
-    shortened = {
-        name: (own, theirs[name])
-        for name, own in student.named_modules()
-        if name in theirs and type(own) is type(theirs[name]) and _blocks(own) and _blocks(own) < _blocks(theirs[name])
-    }
-    if not shortened:
-        return Stages(teacher, ())
-    images = noise(image_shape, images=2).to(next(student.parameters()).device)
-    with evaluating(student), evaluating(teacher):
-        maps = _maps(student, [own for own, _ in shortened.values()], images)
-        their_maps = _maps(teacher, [other for _, other in shortened.values()], images)
-    growing = _growing(student, [*shortened], images)
-    pairs = tuple(
-        Pair(own, other, name in growing)
-        for name, (own, other) in shortened.items()
-        if own in maps
-        and other in their_maps
-        and _is_map(own, maps[own])
-        and maps[own].shape == their_maps[other].shape
-    )
-    return Stages(teacher, pairs)
+RIDGE = 1e-2  # of a standardised channel's variance
+INVERSION_STEPS = 14  # of Newton's iteration; what they leave undone is as if the ridge were larger
+ALL = slice(None)  # images of a batch
 
 
 @torch.no_grad()
-def teacher_maps(stages: Stages, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The teacher's logits [B, K], and its map at the end of each stage as it is compared, float32 [B, C, H, W]."""
+def teacher_maps(stages: Stages, inputs: Tensor, images: slice = ALL) -> tuple[Tensor, list[Tensor]]:
+    """The teacher's logits [B, K], and its map of b `images` at the end of each stage as it is compared.
+
+    A map is float32 [b, C, H, W].
+    """
+    pairs = {pair.theirs: pair for pair in stages.pairs}
     maps: dict[nn.Module, Tensor] = {}
 
     def keep(stage: nn.Module, _inputs: object, output: Tensor) -> None:
-        maps[stage] = output.to(torch.float32, copy=True)  # what follows may change it in place
+        # A copy, as what follows may change it in place; standardised here, while caches hold it.
+        maps[stage] = _seen(pairs[stage], output[images].to(torch.float32, copy=True))
 
-    with removing([pair.theirs.register_forward_hook(keep) for pair in stages.pairs]):
+    with removing([stage.register_forward_hook(keep) for stage in pairs]):
         logits = stages.teacher(inputs)
-    return logits, [_seen(pair, maps[pair.theirs]) for pair in stages.pairs]
+    return logits, [maps[stage] for stage in pairs]
 
 
 @contextlib.contextmanager
-def compared(stages: Stages, targets: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Within the context a forward pass of the student fills the list with the error of each stage, float32 [B].
+def compared(stages: Stages, targets: list[Tensor], images: slice = ALL) -> Iterator[list[Tensor]]:
+    """Within the context a forward pass of the student fills the list with the error of each stage, float32 [b].
 
     The error is the mean squared difference of the maps over the mean variance of the teacher's channels: 1 where the
-    student knows no more than each channel's mean. Maps that grow with the weights are standardised first, as the
-    BatchNorm that follows in such a network does, and the error is 1 less their correlation: as they are, they would
-    drive the student to infinity (docs/experiments.md).
+    student knows no more than each channel's mean. Shared stages' maps that grow with the weights are standardised
+    first, as the BatchNorm that follows in such a network does, and the error is 1 less their correlation: as they are,
+    they would drive the student to infinity (docs/experiments.md). Where channels are not aligned it is the share of
+    the teacher's variance that no linear map of the student's channels explains.
+
+    Args:
+        stages: of `stages_of`.
+        targets: of `teacher_maps`, one a stage.
+        images: the b of a batch whose maps they are.
     """
     errors: list[Tensor] = []
     expected = {pair.own: (pair, target) for pair, target in zip(stages.pairs, targets, strict=True)}
 
     def compare(stage: nn.Module, _inputs: object, output: Tensor) -> None:
         pair, target = expected[stage]
-        scale = 2.0 if pair.grows else mean_and_variance(target)[1].mean().clamp_min(SMALLEST_VARIANCE)
-        own = _seen(pair, output.to(torch.float32, copy=pair.grows))  # its backward pass needs it as it is now
+        some = Part.apply(output, (images,))
+        own = _seen(pair, some.to(torch.float32, copy=pair.standardised))  # its backward pass needs it as it is now
+        if not pair.aligned:
+            own = regressed(own, target)
         # Not a mean: its gradient comes in another memory layout, and what follows takes up to six times as long.
-        errors.append((own - target).square().sum((1, 2, 3)) / (scale * target[0].numel()))
+        errors.append((own - target).square().sum((1, 2, 3)) / (_scale(pair, target) * target[0].numel()))
 
     with removing([stage.register_forward_hook(compare) for stage in expected]):
         yield errors
@@ -115,49 +75,44 @@ def compared(stages: Stages, targets: list[Tensor]) -> Iterator[list[Tensor]]:
 
 def _seen(pair: Pair, maps: Tensor) -> Tensor:
     """Maps [B, C, H, W] as they are compared; a standardised channel has mean 0 and variance 1 over the batch."""
-    return F.batch_norm(maps, None, None, training=True) if pair.grows else maps
+    return F.batch_norm(maps, None, None, training=True) if pair.standardised else maps
 
 
-def _blocks(module: nn.Module) -> set[str]:
-    """The names of its children, if they are numbers: a block's own parts have words."""
-    names = {name for name, _ in module.named_children()}
-    return names if all(name.isdecimal() for name in names) else set()
+def _scale(pair: Pair, target: Tensor) -> Tensor | float:
+    """The mean squared difference of a student that knows nothing, or twice that of one that is not correlated."""
+    if pair.standardised:
+        return 2.0 if pair.aligned else 1.0
+    return mean_and_variance(target)[1].mean().clamp_min(SMALLEST_VARIANCE)
 
 
-def _is_map(stage: nn.Module, output: Tensor) -> bool:
-    """Whether it is [B, C, H, W]; with the channels last it would have as many rows as a convolution has outputs."""
-    convolutions = [layer for layer in stage.modules() if isinstance(layer, nn.Conv2d)]
-    return output.dim() == MAP_DIMENSIONS and any(layer.out_channels == output.shape[1] for layer in convolutions)
+def regressed(own: Tensor, target: Tensor) -> Tensor:
+    """The linear map of a student's channels that is nearest to the teacher's, as a map [b, D, H, W].
 
+    Its gradient is that of the student's channels alone: the best map has none. It is a ridge regression over all
+    positions of all images.
 
-@torch.no_grad()
-def _maps(network: nn.Module, stages: list[nn.Module], images: Tensor) -> dict[nn.Module, Tensor]:
-    """What each stage gives for these images; one that runs more than once, or never, or gives no tensor has none."""
-    maps: dict[nn.Module, list[object]] = {stage: [] for stage in stages}
-
-    def note(stage: nn.Module, _inputs: object, output: object) -> None:
-        maps[stage].append(output.clone() if isinstance(output, Tensor) else output)
-
-    with removing([stage.register_forward_hook(note) for stage in stages]):
-        network(images)
-    return {stage: seen[0] for stage, seen in maps.items() if len(seen) == 1 and isinstance(seen[0], Tensor)}
-
-
-def _growing(student: nn.Module, names: list[str], images: Tensor) -> set[str]:
-    """The stages, by name, whose map is another one when all convolutions have twice their weights.
-
-    BatchNorm layers take the batch's statistics, as while the student learns; nothing is dropped.
+    Args:
+        own: standardised channels of the student, float32 [b, C, H, W].
+        target: those of the teacher, float32 [b, D, H, W].
     """
-    copied = copy.deepcopy(student).eval()
-    for layer in copied.modules():
-        if is_batchnorm(layer):
-            layer.train()
-    stages = {name: copied.get_submodule(name) for name in names}
-    before = _maps(copied, [*stages.values()], images)
-    for layer in copied.modules():
-        if isinstance(layer, nn.Conv2d):
-            for name, parameter in layer.named_parameters():  # of what a parametrization computes the weight from, too
-                parameter.data *= 1 if name.endswith("bias") else 2
-    after = _maps(copied, [*stages.values()], images)
-    apart = {stage: (after[stage] - maps).norm() / maps.norm() for stage, maps in before.items()}
-    return {name for name, stage in stages.items() if float(apart.get(stage, 0.0)) > GROWTH}
+    rows, wanted = (maps.permute(0, 2, 3, 1).flatten(0, 2) for maps in (own, target))
+    with torch.autocast(own.device.type, enabled=False):
+        with torch.no_grad():
+            weights = solve(rows.T @ rows / len(rows), rows.T @ wanted / len(rows))
+        fitted = rows @ weights
+    return fitted.unflatten(0, (len(own), *own.shape[2:])).permute(0, 3, 1, 2)
+
+
+def solve(correlations: Tensor, wanted: Tensor) -> Tensor:
+    """The solution x [C, D] of (correlations [C, C] + a ridge) x = wanted [C, D], float32, by products alone.
+
+    A factorisation would make the host wait for a GPU. Newton's iteration finds the inverse; in float32 its product
+    with `wanted` is corrected once.
+    """
+    identity = torch.eye(len(correlations), device=correlations.device)
+    matrix = correlations + RIDGE * identity
+    inverse = identity / matrix.abs().sum(0).max()
+    for _ in range(INVERSION_STEPS):
+        inverse = inverse @ (2 * identity - matrix @ inverse)
+    solution = inverse @ wanted
+    return solution + inverse @ (wanted - matrix @ solution)

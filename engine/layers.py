@@ -1,6 +1,7 @@
-"""What all networks of ours share: the initialisation, the pooling before the last layer, a stride's gradient."""
+"""What all networks of ours share: the initialisation, the pooling before the last layer, a slice's gradient."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,30 @@ def layout_of(features: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def among_zeros(features: Tensor, shape: Sequence[int], stride: tuple[int, int], layout: torch.memory_format) -> Tensor:
-    """A feature map of this `shape` [B, C, H, W] that has `features` at every stride-th pixel, and zeros between."""
+def every(stride: tuple[int, int]) -> tuple[slice, ...]:
+    """Where every stride-th pixel of a feature map [B, C, H, W] stands."""
+    return slice(None), slice(None), slice(None, None, stride[0]), slice(None, None, stride[1])
+
+
+def among_zeros(
+    features: Tensor, shape: Sequence[int], places: tuple[slice, ...], layout: torch.memory_format
+) -> Tensor:
+    """A feature map of this `shape` [B, C, H, W] that has `features` at these places, and zeros elsewhere."""
     spread = torch.empty(*shape, dtype=features.dtype, device=features.device, memory_format=layout).zero_()
-    spread[:, :, :: stride[0], :: stride[1]] = features
+    spread[places] = features
     return spread
+
+
+class Part(torch.autograd.Function):
+    """Some images or pixels of a feature map; its gradient keeps the memory layout, as layers before it run best."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, places: tuple[slice, ...]) -> Tensor:
+        """[B, C, H, W] -> features[places]."""
+        ctx.places, ctx.shape, ctx.layout = places, features.shape, layout_of(features)
+        return features[places]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        """Zero where nothing was taken."""
+        return among_zeros(upstream, ctx.shape, ctx.places, ctx.layout), None

@@ -12,12 +12,12 @@ from torch import nn
 from engine import replay
 from engine.config import DistillationSettings
 from engine.device import Compute
-from engine.features import Stages, shared_stages
 from engine.images import Normalization
 from engine.inversion import Inverter, new_inverter
 from engine.recording import Recorded
 from engine.replay import ReplayBuffer
 from engine.source import Source
+from engine.stages import Stages, stages_of
 from engine.task import Classification
 from engine.teaching import Batch, empty_batch, loss_and_gradients, new_optimizer
 
@@ -72,7 +72,9 @@ def start(
     student.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     inverter = new_inverter(source, student, settings=settings, compute=compute)
     capacity = settings.samples if settings.replay else settings.rounds * settings.inversion_batch
-    stages = shared_stages(student, teacher, image_shape) if settings.feature_weight else Stages(teacher, ())
+    stages = Stages(teacher, ())
+    if settings.feature_weight:
+        stages = stages_of(student, teacher, image_shape, images=-(-settings.student_batch // 2))
     empty = partial(replay.empty_buffer, image_shape=image_shape, classes=task.classes, device=device)
     buffer, batch = empty(capacity, views=settings.views), empty_batch(settings.student_batch, image_shape[0], device)
     step = partial(

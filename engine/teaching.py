@@ -6,13 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.alteration import alter, numbers_for
+from engine.alteration import ALTERED, alter, numbers_for
 from engine.config import DistillationSettings
 from engine.device import Compute
-from engine.features import Stages, compared, teacher_maps
+from engine.features import compared, teacher_maps
 from engine.images import Normalization, render, to_input
 from engine.recording import Outputs, laid_out_as
 from engine.replay import ReplayBuffer
+from engine.stages import Stages
 from engine.task import Classification
 
 LONGEST_MEMORY = 0.1  # of the steps so far, of the weight average
@@ -72,10 +73,10 @@ def loss_and_gradients(
 ) -> Outputs:
     """The weighted losses of the logits and of the stages' maps, and the gradients of their sum.
 
-    With `stages` the teacher looks at the views now, of which every second is altered if `alters`; without, its kept
-    logits are used. Where no map is compared the second loss is 0. Behind the two losses stand each sample's divergence
-    [B] and the teacher's logits [B, K]. There is a gradient for each of `learning_parameters`; that of a parameter
-    without a part in the losses is zero.
+    With `stages` the teacher looks at the views now, of which every second is altered if `alters`; the maps of those
+    are compared. Without, its kept logits are used. Where no map is compared the second loss is 0. Behind the two
+    losses stand each sample's divergence [B] and the teacher's logits [B, K]. There is a gradient for each of
+    `learning_parameters`; that of a parameter without a part in the losses is zero.
     """
     slots, weights = batch.slots, batch.weights
     inputs = to_input(render(buffer.images, slots, buffer.views[slots, batch.views]), normalization)
@@ -86,12 +87,14 @@ def loss_and_gradients(
             teacher_logits, errors = buffer.logits[slots, batch.views], []
             student_logits = student(inputs)
         else:
-            teacher_logits, maps = teacher_maps(stages, inputs)
-            with compared(stages, maps) as errors:
+            teacher_logits, maps = teacher_maps(stages, inputs, ALTERED)
+            with compared(stages, maps, ALTERED) as errors:
                 student_logits = student(inputs)
     weights = weights / weights.mean()
     divergences = task.discrepancy(teacher_logits, student_logits, temperature)
-    loss, feature_loss = (weights * divergences).mean(), (weights * sum(errors, torch.zeros_like(weights))).mean()
+    loss = (weights * divergences).mean()
+    of_maps = weights[ALTERED]
+    feature_loss = (of_maps * sum(errors, torch.zeros_like(of_maps))).mean()
     parameters = learning_parameters(student)
     total = loss + batch.feature_weight * feature_loss
     gradients = torch.autograd.grad(total, parameters, materialize_grads=True)

@@ -7,13 +7,13 @@ import.
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.layers import among_zeros, global_average, initialise_convolutions, layout_of
+from engine.layers import Part, every, global_average, initialise_convolutions
 from engine.mobilenets import MobileNetV2, ProjectedMobileNetV2
 
 
@@ -28,34 +28,19 @@ def _stem_pool(stem_stride: int) -> nn.Module:
 # ResNet (He et al. 2016, arXiv 1512.03385): CIFAR's three-stage networks, and ResNet-18/34 with a 3x3 stem
 
 
-class Strided(torch.autograd.Function):
-    """Every `stride`-th pixel, as a slice; its gradient keeps the memory layout, as layers before it run best."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, stride: int) -> Tensor:
-        """[B, C, H, W] -> [B, C, H / stride, W / stride]."""
-        ctx.stride, ctx.shape, ctx.layout = stride, x.shape, layout_of(x)
-        return x[:, :, ::stride, ::stride]
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        """Zero where no pixel was taken."""
-        return among_zeros(upstream, ctx.shape, (ctx.stride, ctx.stride), ctx.layout), None
-
-
 class ZeroPaddedShortcut(nn.Module):
     """Option A of the paper: every `stride`-th pixel, and zero channels on both sides; no parameters."""
 
     def __init__(self, new_channels: int, stride: int) -> None:
         super().__init__()
         self.padding = (0, 0, 0, 0, new_channels // 2, new_channels - new_channels // 2)
-        self.stride = stride
+        self.places = every((stride, stride))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C + new_channels, H / stride, W / stride]."""
         is_traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
         # A trace holds no function of Python.
-        pixels = x[:, :, :: self.stride, :: self.stride] if is_traced else Strided.apply(x, self.stride)
+        pixels = x[self.places] if is_traced else Part.apply(x, self.places)
         return F.pad(pixels, self.padding)
 
 

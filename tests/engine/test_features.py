@@ -1,138 +1,14 @@
-from collections.abc import Callable
-
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.features import Stages, compared, shared_stages, teacher_maps
-from engine.probing import Logits
+from engine.features import compared, regressed, solve, teacher_maps
+from engine.stages import stages_of
 from engine.students import build_network
-from engine.zoo import ZOO, resnet_cifar
+from engine.zoo import ZOO
 
 SHAPE = (3, 16, 16)
-
-
-def names(stages: Stages, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
-    assert stages.pairs
-    own, theirs = ({module: name for name, module in network.named_modules()} for network in (student, teacher))
-    return [(own[pair.own], theirs[pair.theirs]) for pair in stages.pairs]
-
-
-@pytest.mark.parametrize(
-    ("teacher", "student", "expected"),
-    [
-        ("resnet20", "resnet8", ["layer1", "layer2", "layer3"]),
-        ("wrn16_1", "wrn10_1", ["block1.layer", "block2.layer", "block3.layer"]),
-        ("resnet34_cifar", "resnet18_cifar", ["layer1", "layer2", "layer3", "layer4"]),
-    ],
-)
-def test_the_stages_are_those_with_fewer_blocks(teacher: str, student: str, expected: list[str]) -> None:
-    networks = ZOO[student](5, 3), ZOO[teacher](5, 3)
-    assert names(shared_stages(*networks, SHAPE), *networks) == [(name, name) for name in expected]
-
-
-def test_a_teacher_whose_output_is_put_into_form_has_the_stages_of_its_network() -> None:
-    student, teacher = Staged(1), Staged(2)
-    wrapped = Logits(teacher, probabilities=True, keeps_layout=False)
-    stages = shared_stages(student, wrapped, SHAPE)
-    assert names(stages, student, teacher) == [("stage", "stage")]
-    assert stages.pairs
-    inputs = torch.rand(4, *SHAPE)
-    torch.testing.assert_close(teacher_maps(stages, inputs)[0], wrapped(inputs))  # logits, not probabilities
-
-
-@pytest.mark.parametrize(
-    ("teacher", "student"),
-    [
-        pytest.param("resnet8", "resnet8", id="the same"),
-        pytest.param("resnet8", "resnet20", id="a longer one"),
-        pytest.param("wrn16_2", "wrn10_1", id="a narrower one"),
-        pytest.param("resnet20", "vgg8", id="another family"),
-    ],
-)
-def test_others_share_none(teacher: str, student: str) -> None:
-    assert not shared_stages(ZOO[student](5, 3), ZOO[teacher](5, 3), SHAPE).pairs
-
-
-def test_looking_for_stages_leaves_the_networks_as_they_were() -> None:
-    student, teacher = resnet_cifar(5, 3, depth=8).train(), resnet_cifar(5, 3, depth=20).eval()
-    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    shared_stages(student, teacher, SHAPE)
-    assert student.training
-    assert not teacher.training
-    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
-    assert not any(module._forward_hooks for network in (student, teacher) for module in network.modules())
-
-
-class Twice(nn.Module):
-    """Runs its one stage twice."""
-
-    def __init__(self, blocks: int) -> None:
-        super().__init__()
-        self.stage = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(blocks)))
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.stage(self.stage(images)).mean((2, 3))
-        return logits
-
-
-class OfPairs(nn.Sequential):
-    """Gives two maps."""
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return super().forward(images), images
-
-
-class InPairs(nn.Module):
-    def __init__(self, blocks: int) -> None:
-        super().__init__()
-        self.stage = OfPairs(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(blocks)))
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.stage(images)[0].mean((2, 3))
-        return logits
-
-
-class ChannelsLast(nn.Module):
-    """A stage whose maps are [B, H, W, C], as Swin's are."""
-
-    def __init__(self, blocks: int) -> None:
-        super().__init__()
-        self.stage = nn.Sequential(*(nn.Linear(3, 3) for _ in range(blocks)))
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.stage(images.permute(0, 2, 3, 1)).mean((1, 2))
-        return logits
-
-
-class Block(nn.Module):
-    """One convolution, or two: a part of a block is missing, no block of a stage."""
-
-    def __init__(self, parts: int) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 3, 3, padding=1)
-        if parts > 1:
-            self.second = nn.Conv2d(3, 3, 3, padding=1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        for part in self.children():
-            images = part(images)
-        return images
-
-
-class OneBlock(nn.Module):
-    def __init__(self, parts: int) -> None:
-        super().__init__()
-        self.block = Block(parts)
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.block(images).mean((2, 3))
-        return logits
-
-
-@pytest.mark.parametrize("kind", [Twice, InPairs, ChannelsLast, OneBlock])
-def test_what_is_no_single_map_is_not_compared(kind: Callable[[int], nn.Module]) -> None:
-    assert not shared_stages(kind(1), kind(2), SHAPE).pairs
 
 
 class Staged(nn.Module):
@@ -148,44 +24,10 @@ class Staged(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize(
-    ("teacher", "student", "grows"), [("resnet20", "resnet8", False), ("wrn16_1", "wrn10_1", True)]
-)
-def test_maps_grow_where_no_batchnorm_ends_the_stage(teacher: str, student: str, grows: bool) -> None:
-    own = build_network(student, classes=10, channels=3, pixels=16)
-    before = {name: value.clone() for name, value in own.state_dict().items()}
-    stages = shared_stages(own, ZOO[teacher](10, 3), (3, 16, 16))
-    assert [pair.grows for pair in stages.pairs] == [grows] * 3
-    assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
-
-
-class Dropping(nn.Module):
-    """A network that forgets some of each image while it learns."""
-
-    def __init__(self, blocks: int) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(0.5)
-        self.stage = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)) for _ in range(blocks)))
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.stage(self.dropout(images)).mean((2, 3))
-        return logits
-
-
-def test_what_a_student_drops_is_no_growth() -> None:
-    assert [pair.grows for pair in shared_stages(Dropping(1), Dropping(2), SHAPE).pairs] == [False]
-
-
-def test_a_map_grows_with_weights_that_are_computed_from_others() -> None:
-    student = Staged(1)
-    nn.utils.parametrizations.weight_norm(student.stage[0])
-    assert [pair.grows for pair in shared_stages(student, Staged(2), SHAPE).pairs] == [True]
-
-
 def test_maps_that_do_not_grow_miss_a_share_of_the_variance() -> None:
     student, teacher = build_network("resnet8", classes=4, channels=3, pixels=16), ZOO["resnet14"](4, 3).eval()
-    stages = shared_stages(student, teacher, SHAPE)
-    assert [pair.grows for pair in stages.pairs] == [False] * 3
+    stages = stages_of(student, teacher, SHAPE, images=4)
+    assert [pair.standardised for pair in stages.pairs] == [False] * 3
     inputs, seen = torch.randn(4, *SHAPE), []
     _, maps = teacher_maps(stages, inputs)
     handle = stages.pairs[1].own.register_forward_hook(lambda _, __, output: seen.append(output.detach()))
@@ -200,7 +42,7 @@ def test_the_gradient_of_an_error_keeps_the_memory_layout_of_its_map() -> None:
     student, teacher = build_network("resnet8", classes=4, channels=3, pixels=16), ZOO["resnet14"](4, 3).eval()
     for network in (student, teacher):
         network.to(memory_format=torch.channels_last)
-    stages, seen = shared_stages(student, teacher, SHAPE), []
+    stages, seen = stages_of(student, teacher, SHAPE, images=4), []
     inputs = torch.randn(4, *SHAPE).contiguous(memory_format=torch.channels_last)
     _, maps = teacher_maps(stages, inputs)
     stages.pairs[-1].own.register_forward_hook(lambda _, __, output: seen.append(output))
@@ -215,7 +57,7 @@ def test_a_student_whose_maps_grow_does_not_run_away() -> None:
     student, teacher = build_network("wrn16_2", classes=4, channels=3, pixels=16), ZOO["wrn40_2"](4, 3)
     for _ in range(10):
         teacher(torch.randn(16, *SHAPE))
-    stages, inputs = shared_stages(student, teacher.eval(), SHAPE), torch.randn(64, *SHAPE)
+    stages, inputs = stages_of(student, teacher.eval(), SHAPE, images=64), torch.randn(64, *SHAPE)
     _, maps = teacher_maps(stages, inputs)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, nesterov=True)
     losses = []
@@ -233,7 +75,7 @@ def test_a_student_whose_maps_grow_does_not_run_away() -> None:
 
 def test_the_error_is_one_less_the_correlation_of_the_channels() -> None:
     student, teacher = Staged(1), Staged(2)
-    stages = shared_stages(student, teacher, SHAPE)
+    stages = stages_of(student, teacher, SHAPE, images=4)
     assert stages.pairs
     inputs = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0))
     logits, maps = teacher_maps(stages, inputs)
@@ -256,7 +98,7 @@ def test_the_error_is_one_less_the_correlation_of_the_channels() -> None:
 
 def test_the_error_does_not_grow_with_the_students_weights() -> None:
     student, teacher = Staged(1), Staged(2)
-    stages = shared_stages(student, teacher, SHAPE)
+    stages = stages_of(student, teacher, SHAPE, images=4)
     assert stages.pairs
     inputs = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0))
     _, maps = teacher_maps(stages, inputs)
@@ -273,7 +115,7 @@ def test_the_error_does_not_grow_with_the_students_weights() -> None:
 
 def test_a_student_that_fails_keeps_no_hook() -> None:
     student, teacher = Staged(1), Staged(2)
-    stages = shared_stages(student, teacher, SHAPE)
+    stages = stages_of(student, teacher, SHAPE, images=4)
     assert stages.pairs
     _, maps = teacher_maps(stages, torch.randn(4, *SHAPE))
     with pytest.raises(RuntimeError), compared(stages, maps):
@@ -286,10 +128,83 @@ def test_a_student_that_computes_the_same_misses_nothing() -> None:
     with torch.no_grad():
         product = teacher.stage[1].weight[:, :, 0, 0] @ teacher.stage[0].weight[:, :, 0, 0]
         student.stage[0].weight.copy_(product[:, :, None, None])
-    stages = shared_stages(student, teacher, SHAPE)
+    stages = stages_of(student, teacher, SHAPE, images=4)
     assert stages.pairs
     inputs = torch.randn(4, *SHAPE)
     _, maps = teacher_maps(stages, inputs)
     with compared(stages, maps) as errors:
         student(inputs)
     torch.testing.assert_close(errors[0], torch.zeros(4), atol=1e-6, rtol=0)
+
+
+def test_the_error_of_other_channels_is_what_no_linear_map_of_the_students_explains() -> None:
+    student, teacher = ZOO["vgg8"](4, 3), ZOO["resnet8"](4, 3).eval()
+    stages, inputs, seen = stages_of(student, teacher, SHAPE, images=16), torch.randn(32, *SHAPE), []
+    assert not any(pair.aligned for pair in stages.pairs)
+    stages.pairs[0].own.register_forward_hook(lambda _, __, output: seen.append(output.detach().clone()))
+    _, maps = teacher_maps(stages, inputs, slice(0, None, 2))
+    with compared(stages, maps, slice(0, None, 2)) as errors:
+        student(inputs)
+    rows, wanted = (part.permute(0, 2, 3, 1).flatten(0, 2) for part in (seen[0][::2], maps[0]))
+    rows = torch.cat((rows, torch.ones(len(rows), 1)), 1)
+    missed = wanted - rows @ torch.linalg.lstsq(rows, wanted).solution
+    assert [error.shape for error in errors] == [(16,)] * len(stages.pairs)
+    assert 0.3 < missed.square().mean() < 0.99
+    torch.testing.assert_close(errors[0].mean(), missed.square().mean(), atol=0.01, rtol=0)
+    expected = missed.square().mean(1).unflatten(0, (16, -1)).mean(1)
+    torch.testing.assert_close(errors[0], expected, atol=0.03, rtol=0)
+
+
+def test_a_student_that_has_the_teachers_channels_in_other_ones_misses_nothing() -> None:
+    target = F.batch_norm(torch.randn(8, 6, 9, 9), None, None, training=True)
+    mixed = torch.einsum("bchw,cd->bdhw", target, torch.randn(6, 10))
+    own = F.batch_norm(mixed, None, None, training=True)
+    assert (regressed(own, target) - target).square().mean() < 0.01
+    noise = F.batch_norm(torch.randn(8, 10, 9, 9), None, None, training=True)
+    assert (regressed(noise, target) - target).square().mean() > 0.95
+
+
+def test_the_gradient_of_a_regressed_map_is_that_with_the_best_weights_held() -> None:
+    own = F.batch_norm(torch.randn(4, 3, 5, 5), None, None, training=True).requires_grad_()
+    target = F.batch_norm(torch.randn(4, 2, 5, 5), None, None, training=True)
+    rows, wanted = (part.permute(0, 2, 3, 1).flatten(0, 2) for part in (own, target))
+    weights = torch.linalg.solve(rows.T @ rows / 100 + 0.01 * torch.eye(3), rows.T @ wanted / 100)
+    (found,) = torch.autograd.grad((regressed(own, target) - target).square().sum(), own)
+    (expected,) = torch.autograd.grad((rows @ weights.detach() - wanted).square().sum(), own)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_a_regressor_is_solved_in_float32_whatever_the_networks_compute_in() -> None:
+    own, target = (F.batch_norm(torch.randn(4, channels, 8, 8), None, None, training=True) for channels in (5, 3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = regressed(own, target)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, regressed(own, target))
+
+
+@pytest.mark.parametrize("channels", [1, 8, 320])
+@pytest.mark.parametrize("independent", [True, False])
+def test_products_solve_a_system(channels: int, independent: bool) -> None:
+    draws = torch.Generator().manual_seed(0)
+    rows = torch.randn(2000, channels if independent else 1 + channels // 8, generator=draws)
+    if not independent:
+        rows = rows @ torch.randn(rows.shape[1], channels, generator=draws)
+    matrix = torch.corrcoef(rows.T).reshape(channels, channels)
+    wanted = matrix @ torch.randn(channels, 4, generator=draws)
+    expected = torch.linalg.solve((matrix + 0.01 * torch.eye(channels)).double(), wanted.double())
+    found = solve(matrix, wanted)
+    assert (found - expected).norm() < 1e-2 * expected.norm()
+
+
+def test_the_gradient_of_some_images_is_zero_for_the_others() -> None:
+    student, teacher = build_network("resnet8", classes=4, channels=3, pixels=16), ZOO["resnet14"](4, 3).eval()
+    stages, inputs = stages_of(student, teacher, SHAPE, images=2), torch.randn(4, *SHAPE)
+    seen: list[Tensor] = []
+    _, maps = teacher_maps(stages, inputs, slice(0, None, 2))
+    assert maps[0].shape == (2, 16, 16, 16)
+    stages.pairs[0].own.register_forward_hook(lambda _, __, output: seen.append(output))
+    with compared(stages, maps, slice(0, None, 2)) as errors:
+        student(inputs)
+    (gradient,) = torch.autograd.grad(errors[0].sum(), seen)
+    assert gradient[1::2].abs().max() == 0
+    assert gradient[::2].abs().amax((1, 2, 3)).min() > 0

@@ -85,7 +85,7 @@ def tensors_of(state: State) -> dict[str, Tensor]:
     return found
 
 
-@pytest.fixture(scope="module", params=[8, 14], ids=["logits alone", "maps too"])
+@pytest.fixture(scope="module", params=[8, 14], ids=["of other channels", "of shared stages"])
 def finished(request: pytest.FixtureRequest) -> tuple[State, list[loop.RoundMetrics]]:
     """A smoke run on the GPU; tests may teach its student on."""
     state = begin("cuda", depth=request.param)
@@ -96,7 +96,7 @@ def test_a_smoke_run_counts_and_keeps_the_shapes_of_a_run_on_the_cpu(
     finished: tuple[State, list[loop.RoundMetrics]],
 ) -> None:
     state, metrics = finished
-    on_cpu = begin("cpu", depth=14 if state.stages.pairs else 8)
+    on_cpu = begin("cpu", depth=14 if state.stages.pairs[0].aligned else 8)
     cpu_metrics = list(distill(on_cpu))
     counted = ("round", "rounds", "phase", "images_seen", "steps", "buffer_size")
     for item, expected in zip(metrics, cpu_metrics, strict=True):
@@ -175,7 +175,7 @@ def test_a_replayed_step_gives_what_the_plain_call_gives(finished: tuple[State, 
 
 def test_recorded_runs_learn_as_well_as_plain_ones(finished: tuple[State, list[loop.RoundMetrics]]) -> None:
     state, replayed = finished
-    plain = list(distill(begin("cuda", depth=14 if state.stages.pairs else 8, cuda_graphs=False)))
+    plain = list(distill(begin("cuda", depth=14 if state.stages.pairs[0].aligned else 8, cuda_graphs=False)))
     assert replayed[-1].prior_loss < 2 * plain[-1].prior_loss
     assert replayed[-1].distillation_loss < 2 * plain[-1].distillation_loss
 

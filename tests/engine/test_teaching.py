@@ -6,13 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine import replay
-from engine.alteration import alter
+from engine.alteration import ALTERED, alter
 from engine.config import DistillationSettings
 from engine.device import Compute
-from engine.features import Stages, compared, shared_stages, teacher_maps
+from engine.features import compared, teacher_maps
 from engine.images import normalization, render, to_input
 from engine.recording import Outputs
 from engine.replay import ReplayBuffer
+from engine.stages import Stages, stages_of
 from engine.task import Classification
 from engine.teaching import (
     Batch,
@@ -103,15 +104,15 @@ def test_with_stages_the_teacher_sees_the_view_and_its_maps_are_learned_too(
 ) -> None:
     buffer, batch = drawn
     network, teacher = resnet_cifar(CLASSES, 1, depth=8, width=4), resnet_cifar(CLASSES, 1, depth=14, width=4).eval()
-    stages = shared_stages(network, teacher, (1, 12, 12))
+    stages = stages_of(network, teacher, (1, 12, 12), images=4)
     assert stages.pairs
     (loss, feature_loss, _, said), gradients = outputs(network, drawn, stages)
     inputs = to_input(render(buffer.images, batch.slots, buffer.views[batch.slots, batch.views]), CONSTANTS)
-    logits, maps = teacher_maps(stages, inputs)
-    with compared(stages, maps) as errors:
+    logits, maps = teacher_maps(stages, inputs, ALTERED)
+    with compared(stages, maps, ALTERED) as errors:
         each = Classification(CLASSES).discrepancy(logits, network(inputs), 4.0)
-    weights = batch.weights / batch.weights.sum()
-    expected, expected_feature = (weights * each).sum(), (weights * sum(errors)).sum()
+    weights = batch.weights / batch.weights.mean()
+    expected, expected_feature = (weights * each).mean(), (weights[::2] * sum(errors)).mean()
     (expected + 2.5 * expected_feature).backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(feature_loss, expected_feature.detach())

@@ -1,0 +1,189 @@
+"""Whose maps a student can be compared with its teacher's: stages that both share, or the last maps of equal size.
+
+Where a student is its teacher with fewer blocks in some stages (ResNet-8 of ResNet-20, WRN-16-2 of WRN-40-2), the maps
+at the end of those stages have the same shape, and their channels may be compared one with one. A network of another
+family has maps of the same height and width, with other channels: these are compared through a regressor
+(engine.features).
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engine.hooks import removing
+from engine.modes import evaluating
+from engine.probing import is_batchnorm, network_inside, noise
+from engine.shapes import Shape
+
+MAP_DIMENSIONS = 4  # [B, C, H, W]
+GROWTH = 0.1  # of a map's norm: more is no rounding
+POSITIONS_A_CHANNEL = 4  # fewer, and a regressor fits whatever it is given
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A place in both networks at which maps have the same height and width."""
+
+    own: nn.Module  # the student's
+    theirs: nn.Module
+    aligned: bool  # whether the channels are the same ones; else the student's are regressed on the teacher's
+    standardised: bool  # whether both maps are, before they are compared
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A teacher that looks on as its student learns, and the maps that are compared, if any."""
+
+    teacher: nn.Module
+    pairs: tuple[Pair, ...]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a module gave in a forward pass: it ran once, on a map if on anything."""
+
+    output: Tensor
+    sides: tuple[int, int] | None  # height and width of the map that it took
+
+
+def stages_of(student: nn.Module, teacher: nn.Module, image_shape: Shape, *, images: int) -> Stages:
+    """The maps that can be compared: of shared stages, else the last ones of equal size, if there are any.
+
+    A shared stage is a module of the same name and kind in both, made of numbered blocks, of which the student has some
+    of the teacher's, not all, and that gives one map of the same shape in both. Two images of noise are run through
+    both networks, which are on one device and stay as they are.
+
+    Args:
+        student: a network.
+        teacher: a network.
+        image_shape: (C, H, W).
+        images: whose maps are compared at each step.
+    """
+    inside = network_inside(teacher)
+    shown = noise(image_shape, images=2).to(next(student.parameters()).device)
+    with evaluating(student), evaluating(teacher):
+        own, theirs = _run(student, shown), _run(inside, shown)
+    names = _shared(student, inside, own, theirs)
+    if not names:
+        steps, their_steps = _steps(student, own, shown), _steps(inside, theirs, shown)
+        return Stages(teacher, tuple(_of_equal_size(steps, their_steps, images)))
+    growing = _growing(student, names, shown)
+    pairs = (
+        Pair(student.get_submodule(name), inside.get_submodule(name), aligned=True, standardised=name in growing)
+        for name in names
+    )
+    return Stages(teacher, tuple(pairs))
+
+
+@torch.no_grad()
+def _run(network: nn.Module, shown: Tensor) -> dict[nn.Module, Seen]:
+    """What each module gives for these images, in the order in which they end; only those that run once, to a map."""
+    seen: dict[nn.Module, list[Seen | None]] = {}
+
+    def note(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        taken = inputs[0] if inputs else None
+        sides = (taken.shape[2], taken.shape[3]) if isinstance(taken, Tensor) and _is_map(taken) else None
+        found = Seen(output.clone(), sides) if isinstance(output, Tensor) and _is_map(output) else None
+        seen.setdefault(module, []).append(found)
+
+    with removing([module.register_forward_hook(note) for module in network.modules()]):
+        network(shown)
+    return {module: found[0] for module, found in seen.items() if len(found) == 1 and found[0]}
+
+
+def _is_map(tensor: Tensor) -> bool:
+    return tensor.dim() == MAP_DIMENSIONS
+
+
+def _shared(
+    student: nn.Module, teacher: nn.Module, own: dict[nn.Module, Seen], theirs: dict[nn.Module, Seen]
+) -> list[str]:
+    """The names of the shared stages."""
+    others = dict(teacher.named_modules())
+    return [
+        name
+        for name, stage in student.named_modules()
+        if (other := others.get(name)) is not None
+        and type(stage) is type(other)
+        and _blocks(stage)
+        and _blocks(stage) < _blocks(other)
+        and stage in own
+        and other in theirs
+        and _has_channels_first(stage, own[stage].output)
+        and own[stage].output.shape == theirs[other].output.shape
+    ]
+
+
+def _blocks(module: nn.Module) -> set[str]:
+    """The names of its children, if they are numbers: a block's own parts have words."""
+    names = {name for name, _ in module.named_children()}
+    return names if all(name.isdecimal() for name in names) else set()
+
+
+def _has_channels_first(stage: nn.Module, output: Tensor) -> bool:
+    """Whether it is [B, C, H, W]; with the channels last it would have as many rows as a convolution has outputs."""
+    convolutions = [layer for layer in stage.modules() if isinstance(layer, nn.Conv2d)]
+    return any(layer.out_channels == output.shape[1] for layer in convolutions)
+
+
+def _growing(student: nn.Module, names: list[str], shown: Tensor) -> set[str]:
+    """The stages, by name, whose map is another one when all convolutions have twice their weights.
+
+    BatchNorm layers take the batch's statistics, as while the student learns; nothing is dropped.
+    """
+    copied = copy.deepcopy(student).eval()
+    for layer in copied.modules():
+        if is_batchnorm(layer):
+            layer.train()
+    stages = {name: copied.get_submodule(name) for name in names}
+    before = _run(copied, shown)
+    for layer in copied.modules():
+        if isinstance(layer, nn.Conv2d):
+            for name, parameter in layer.named_parameters():  # of what a parametrization computes the weight from, too
+                parameter.data *= 1 if name.endswith("bias") else 2
+    after = _run(copied, shown)
+    maps = {name: (before[stage].output, after[stage].output) for name, stage in stages.items()}
+    return {name for name, (old, new) in maps.items() if float((new - old).norm() / old.norm()) > GROWTH}
+
+
+def _of_equal_size(student: dict[nn.Module, Tensor], teacher: dict[nn.Module, Tensor], images: int) -> list[Pair]:
+    """For each height and width that both networks' maps have the last map of each; both from `_steps`."""
+    last = {
+        maps.shape[2:]: module
+        for module, maps in student.items()
+        if POSITIONS_A_CHANNEL * maps.shape[1] <= images * maps.shape[2:].numel()
+    }
+    targets = {maps.shape[2:]: module for module, maps in teacher.items()}
+    return [Pair(last[size], targets[size], aligned=False, standardised=True) for size in last if size in targets]
+
+
+def _steps(network: nn.Module, ran: dict[nn.Module, Seen], shown: Tensor) -> dict[nn.Module, Tensor]:
+    """The maps that a network hands on from module to module, in their order.
+
+    Those of the outermost modules that give a map of at least half the height and width of the one that they take:
+    blocks and layers, but no parts of a block, and nothing that holds the whole network.
+    """
+
+    def inside(module: nn.Module) -> Iterator[nn.Module]:
+        for child in module.children():
+            if child in ran and _is_step(ran[child], shown):
+                yield child
+            else:
+                yield from inside(child)
+
+    steps = set(inside(network))
+    return {module: seen.output for module, seen in ran.items() if module in steps}
+
+
+def _is_step(seen: Seen, shown: Tensor) -> bool:
+    """Whether a map is made of a map, is at least half as high and wide, and has the proportions of the images."""
+    (height, width), (images_height, images_width) = seen.output.shape[2:], shown.shape[2:]
+    return (
+        seen.sides is not None
+        and 2 * height >= seen.sides[0]
+        and 2 * width >= seen.sides[1]
+        and abs(height * images_width - width * images_height) <= max(images_height, images_width)
+    )

@@ -1,0 +1,205 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine.features import teacher_maps
+from engine.probing import Logits
+from engine.stages import Stages, stages_of
+from engine.students import build_network
+from engine.zoo import ZOO, resnet_cifar
+
+SHAPE = (3, 16, 16)
+
+
+def names(stages: Stages, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
+    assert stages.pairs
+    own, theirs = ({module: name for name, module in network.named_modules()} for network in (student, teacher))
+    return [(own[pair.own], theirs[pair.theirs]) for pair in stages.pairs]
+
+
+class Once(nn.Module):
+    """A stage of convolutions, and their means."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.stage = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(blocks)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.stage(images).mean((2, 3))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "expected"),
+    [
+        ("resnet20", "resnet8", ["layer1", "layer2", "layer3"]),
+        ("wrn16_1", "wrn10_1", ["block1.layer", "block2.layer", "block3.layer"]),
+        ("resnet34_cifar", "resnet18_cifar", ["layer1", "layer2", "layer3", "layer4"]),
+    ],
+)
+def test_the_stages_are_those_with_fewer_blocks(teacher: str, student: str, expected: list[str]) -> None:
+    networks = ZOO[student](5, 3), ZOO[teacher](5, 3)
+    assert names(stages_of(*networks, SHAPE, images=4), *networks) == [(name, name) for name in expected]
+
+
+def test_a_teacher_whose_output_is_put_into_form_has_the_stages_of_its_network() -> None:
+    student, teacher = Once(1), Once(2)
+    wrapped = Logits(teacher, probabilities=True, keeps_layout=False)
+    stages = stages_of(student, wrapped, SHAPE, images=4)
+    assert names(stages, student, teacher) == [("stage", "stage")]
+    assert stages.pairs
+    inputs = torch.rand(4, *SHAPE)
+    torch.testing.assert_close(teacher_maps(stages, inputs)[0], wrapped(inputs))  # logits, not probabilities
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "expected"),
+    [
+        pytest.param("resnet8", "resnet20", [("layer1", "layer1"), ("layer2", "layer2")], id="a longer one"),
+        pytest.param("wrn16_2", "wrn10_1", [("block1", "block1"), ("block2", "block2")], id="a narrower one"),
+        pytest.param("resnet20", "vgg8", [("features.2", "layer1"), ("features.6", "layer2")], id="another family"),
+        pytest.param("resnet20", "mobilenetv2", [("features.3", "layer1"), ("features.6", "layer2")], id="mobile"),
+    ],
+)
+def test_others_are_compared_where_maps_have_one_size(
+    teacher: str, student: str, expected: list[tuple[str, str]]
+) -> None:
+    networks = build_network(student, classes=5, channels=3, pixels=16), ZOO[teacher](5, 3)
+    stages = stages_of(*networks, SHAPE, images=16)
+    assert names(stages, *networks)[:2] == expected  # those of 16 and 8 px
+    assert not any(pair.aligned for pair in stages.pairs)
+    assert all(pair.standardised for pair in stages.pairs)
+
+
+@pytest.mark.parametrize(("images", "sizes"), [(1, 2), (3, 2), (4, 3), (39, 3), (40, 4)])
+def test_a_map_has_enough_positions_for_its_channels(images: int, sizes: int) -> None:
+    student = build_network("mobilenetv2", classes=5, channels=3, pixels=32)
+    teacher = ZOO["resnet18_cifar"](5, 3)  # maps of 32, 16, 8 and 4 px; the student's have 24, 32, 64 or 96, and 160 or more
+    assert len(stages_of(student, teacher, (3, 32, 32), images=images).pairs) == sizes
+
+
+def test_the_images_may_be_of_any_proportions() -> None:
+    student = build_network("mobilenetv2", classes=5, channels=3, pixels=32)
+    assert len(stages_of(student, ZOO["resnet8"](5, 3), (3, 17, 30), images=16).pairs) == 3
+
+
+def test_looking_for_stages_leaves_the_networks_as_they_were() -> None:
+    student, teacher = resnet_cifar(5, 3, depth=8).train(), resnet_cifar(5, 3, depth=20).eval()
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    stages_of(student, teacher, SHAPE, images=4)
+    assert student.training
+    assert not teacher.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+    assert not any(module._forward_hooks for network in (student, teacher) for module in network.modules())
+
+
+class Twice(Once):
+    """Runs its one stage twice."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(self.stage(images))
+
+
+class OfPairs(nn.Sequential):
+    """Gives two maps."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(images), images
+
+
+class InPairs(nn.Module):
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.stage = OfPairs(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(blocks)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.stage(images)[0].mean((2, 3))
+        return logits
+
+
+class ChannelsLast(nn.Module):
+    """A stage whose maps are [B, H, W, C], as Swin's are."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.stage = nn.Sequential(*(nn.Linear(3, 3) for _ in range(blocks)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.stage(images.permute(0, 2, 3, 1)).mean((1, 2))
+        return logits
+
+
+class Block(nn.Module):
+    """One convolution, or two: a part of a block is missing, no block of a stage."""
+
+    def __init__(self, parts: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 3, 3, padding=1)
+        if parts > 1:
+            self.second = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        for part in self.children():
+            images = part(images)
+        return images
+
+
+class OneBlock(nn.Module):
+    def __init__(self, parts: int) -> None:
+        super().__init__()
+        self.block = Block(parts)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.block(images).mean((2, 3))
+        return logits
+
+
+@pytest.mark.parametrize("kind", [Twice, ChannelsLast])
+def test_what_is_no_single_map_is_not_compared(kind: Callable[[int], nn.Module]) -> None:
+    assert not stages_of(kind(1), kind(2), SHAPE, images=4).pairs
+
+
+@pytest.mark.parametrize(("kind", "expected"), [(InPairs, ("stage.0", "stage.1")), (OneBlock, ("block", "block"))])
+def test_what_is_no_stage_has_no_channels_in_common(
+    kind: Callable[[int], nn.Module], expected: tuple[str, str]
+) -> None:
+    student, teacher = kind(1), kind(2)
+    stages = stages_of(student, teacher, SHAPE, images=4)
+    assert names(stages, student, teacher) == [expected]
+    assert not stages.pairs[0].aligned
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "grows"), [("resnet20", "resnet8", False), ("wrn16_1", "wrn10_1", True)]
+)
+def test_maps_grow_where_no_batchnorm_ends_the_stage(teacher: str, student: str, grows: bool) -> None:
+    own = build_network(student, classes=10, channels=3, pixels=16)
+    before = {name: value.clone() for name, value in own.state_dict().items()}
+    stages = stages_of(own, ZOO[teacher](10, 3), (3, 16, 16), images=4)
+    assert [pair.standardised for pair in stages.pairs] == [grows] * 3
+    assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
+
+
+class Dropping(nn.Module):
+    """A network that forgets some of each image while it learns."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+        self.stage = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)) for _ in range(blocks)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.stage(self.dropout(images)).mean((2, 3))
+        return logits
+
+
+def test_what_a_student_drops_is_no_growth() -> None:
+    assert [pair.standardised for pair in stages_of(Dropping(1), Dropping(2), SHAPE, images=4).pairs] == [False]
+
+
+def test_a_map_grows_with_weights_that_are_computed_from_others() -> None:
+    student = Once(1)
+    nn.utils.parametrizations.weight_norm(student.stage[0])
+    assert [pair.standardised for pair in stages_of(student, Once(2), SHAPE, images=4).pairs] == [True]
