@@ -44,10 +44,11 @@ class DistillationSettings:
     student_batch: int = USUAL_BATCH
     student_steps: int = 20  # a round; on a GPU other defaults hold for this and two more (GPU_DEFAULTS)
     student_rate: float = 0.1  # peak; SGD with Nesterov momentum; a half cosine to 0
+    rise_steps: int = 60  # of the student, over which its rate rises to that
     student_momentum: float = 0.9
     student_decay: float = 5e-4
     temperature: float = 4.0
-    feature_weight: float = 10.0  # of the maps at the end of each shared stage (engine.features); 0: logits alone
+    feature_weight: float = 10.0  # of each map that is compared with the teacher's (engine.features); 0: logits alone
     looking_share: float = 0.5  # of the run, in which the teacher looks on at each step, and that weight falls to 0
     alter: bool = True  # every second image of a step is altered while the teacher looks on (engine.alteration)
     inherit: bool = True  # begin with the layers that the student shares with the teacher; off: all of it afresh

@@ -21,7 +21,7 @@ from engine.inversion import InversionLosses, invert
 from engine.losses import modulation
 from engine.replay import ReplayBuffer
 from engine.state import State, looks_on
-from engine.teaching import averaged_tensors, learning_parameters, rate_factor, update_average
+from engine.teaching import averaged_tensors, learning_parameters, rate_factor, rise, update_average
 
 HELD_OUT_SHARES = 8, 32  # one new image in so many is held out: until there are enough, and then
 LONGEST_WARMUP = 0.2  # of the time limit
@@ -202,7 +202,7 @@ def teach(state: State, progress: float) -> Tensor:
     """The student's steps of one round on samples drawn by priority.
 
     In the first part of the run (`looking_share`; on a GPU all of it) the teacher looks on: images are altered, and
-    where stages are shared their maps are compared, with a weight that falls to 0: they lead a student that knows
+    maps of one size are compared, with a weight that falls to 0: they lead a student that knows
     little, and would keep one that cannot follow them from the logits. What the teacher says on the way of images as
     they are is kept, and is enough later.
 
@@ -210,17 +210,19 @@ def teach(state: State, progress: float) -> Tensor:
         their losses, of the logits and of the maps, float32 [student_steps, 2].
     """
     settings, buffer, batch = state.settings, state.buffer, state.batch
-    for group in state.optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * rate_factor(progress)
     asks = looks_on(state, progress)
     plain = PLAIN if asks and settings.alter else slice(None)
     if asks:
-        batch.feature_weight.fill_(settings.feature_weight * (1 - progress / settings.looking_share))
+        batch.feature_weight.fill_(
+            settings.feature_weight * state.stages.weight * (1 - progress / settings.looking_share)
+        )
     parameters = learning_parameters(state.student)
     averaged, learning = averaged_tensors(state.average), averaged_tensors(state.student)
     state.student.train()
     losses = torch.zeros(settings.student_steps, 2, device=state.rng.device)
     for step in range(settings.student_steps):
+        for group in state.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate_factor(progress) * rise(state.steps, settings.rise_steps)
         draw(state, any_view=asks)
         (*both, divergences, teacher_logits), gradients = state.gradients[asks]()
         for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -19,6 +19,7 @@ from engine.probing import is_batchnorm, network_inside, noise
 from engine.shapes import Shape
 
 MAP_DIMENSIONS = 4  # [B, C, H, W]
+REGRESSED_WEIGHT = 3.0
 GROWTH = 0.1  # of a map's norm: more is no rounding
 POSITIONS_A_CHANNEL = 4  # fewer, and a regressor fits whatever it is given
 
@@ -39,6 +40,11 @@ class Stages:
 
     teacher: nn.Module
     pairs: tuple[Pair, ...]
+
+    @property
+    def weight(self) -> float:
+        """Of the maps' errors, in that of shared stages: a regressor leaves less of them."""
+        return 1.0 if all(pair.aligned for pair in self.pairs) else REGRESSED_WEIGHT
 
 
 @dataclass(frozen=True)

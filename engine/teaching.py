@@ -27,7 +27,7 @@ class Batch:
     views: Tensor  # int64 [B], which of a sample's augmentations
     weights: Tensor  # float32 [B], importance weights
     numbers: Tensor  # float32 [ceil(B / 2), N], how every second image is altered (engine.alteration)
-    feature_weight: Tensor  # scalar, of the maps at the end of each shared stage
+    feature_weight: Tensor  # scalar, of each map that is compared
 
 
 def empty_batch(number: int, channels: int, device: torch.device) -> Batch:
@@ -105,6 +105,14 @@ def loss_and_gradients(
 def rate_factor(progress: float) -> float:
     """The learning rate's share of its peak: a half cosine to 0; `progress`, of the run, is in 0...1."""
     return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def rise(steps: int, length: int) -> float:
+    """The share of its peak that the rate has risen to after so many steps, 1 from `length` on.
+
+    A student that inherits nothing is thrown off by the whole rate, and does not recover (docs/experiments.md).
+    """
+    return min(1.0, (steps + 1) / length)
 
 
 def averaged_tensors(network: nn.Module) -> list[Tensor]:
