@@ -202,9 +202,9 @@ def teach(state: State, progress: float) -> Tensor:
     """The student's steps of one round on samples drawn by priority.
 
     In the first part of the run (`looking_share`; on a GPU all of it) the teacher looks on: images are altered, and
-    maps of one size are compared, with a weight that falls to 0: they lead a student that knows
-    little, and would keep one that cannot follow them from the logits. What the teacher says on the way of images as
-    they are is kept, and is enough later.
+    maps that can be compared are, with a weight that falls to 0: they lead a student that knows little, and would keep
+    one that cannot follow them from the logits. What the teacher says on the way of images as they are is kept, and is
+    enough later.
 
     Returns:
         their losses, of the logits and of the maps, float32 [student_steps, 2].

@@ -91,7 +91,7 @@ class StudentReport:
 class DistillationReport:
     """What was spent, and the synthetic samples at the end.
 
-    `matched_stages` is how many of the teacher's stages the student was shown the maps of.
+    `matched_stages` is how many maps of the teacher the student was taught.
     """
 
     method: str

@@ -35,6 +35,7 @@ SETTINGS = DistillationSettings(
     generator_latent=16,
     student_batch=16,
     student_steps=3,
+    rise_steps=1,
 )
 
 
@@ -367,6 +368,22 @@ def rates(state: State, **limits: float) -> list[float]:
 def test_the_rate_of_each_round_follows_the_rounds() -> None:
     found = rates(begin(rounds=5, warmup_rounds=0, student_rate=0.1))
     assert found == pytest.approx([0.1 * rate_factor(done / 5) for done in range(5)])
+
+
+def test_the_rate_rises_over_the_first_steps_and_then_falls_with_the_run() -> None:
+    state = begin(rounds=5, warmup_rounds=0, student_rate=0.1, student_steps=1, rise_steps=4)
+    risen = [0.25, 0.5, 0.75, 1, 1]
+    assert rates(state) == pytest.approx([0.1 * rate_factor(done / 5) * share for done, share in enumerate(risen)])
+
+
+def test_maps_of_other_channels_count_more_than_those_of_shared_stages() -> None:
+    found = []
+    for depth in (8, 14):
+        state = begin(teacher=network(0, depth=depth), feature_weight=2.0, looking_share=1.0, warmup_rounds=0)
+        assert all(pair.aligned == (depth == 14) for pair in state.stages.pairs)
+        next(distill(state))
+        found.append(float(state.batch.feature_weight))
+    assert found == [6.0, 2.0]
 
 
 def test_inherited_layers_learn_at_their_own_rate() -> None:

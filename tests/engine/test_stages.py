@@ -76,7 +76,7 @@ def test_others_are_compared_where_maps_have_one_size(
 @pytest.mark.parametrize(("images", "sizes"), [(1, 2), (3, 2), (4, 3), (39, 3), (40, 4)])
 def test_a_map_has_enough_positions_for_its_channels(images: int, sizes: int) -> None:
     student = build_network("mobilenetv2", classes=5, channels=3, pixels=32)
-    teacher = ZOO["resnet18_cifar"](5, 3)  # maps of 32, 16, 8 and 4 px; the student's have 24, 32, 64 or 96, and 160 or more
+    teacher = ZOO["resnet18_cifar"](5, 3)  # of 32, 16, 8 and 4 px, where the student has 24, 32, 64 or 96, 160 or more
     assert len(stages_of(student, teacher, (3, 32, 32), images=images).pairs) == sizes
 
 
