@@ -8,6 +8,7 @@ from the first step on, and nothing has to be kept.
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,21 +22,17 @@ from engine.stages import Pair, Stages
 SMALLEST_VARIANCE = 1e-6
 RIDGE = 1e-2  # of a standardised channel's variance
 INVERSION_STEPS = 14  # of Newton's iteration; what they leave undone is as if the ridge were larger
-ALL = slice(None)  # images of a batch
 
 
 @torch.no_grad()
-def teacher_maps(stages: Stages, inputs: Tensor, images: slice = ALL) -> tuple[Tensor, list[Tensor]]:
-    """The teacher's logits [B, K], and its map of b `images` at the end of each stage as it is compared.
-
-    A map is float32 [b, C, H, W].
-    """
+def teacher_maps(stages: Stages, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The teacher's logits [B, K], and its maps at the places of `stages` as they are compared, float32 [b, C, h, W]."""
     pairs = {pair.theirs: pair for pair in stages.pairs}
     maps: dict[nn.Module, Tensor] = {}
 
     def keep(stage: nn.Module, _inputs: object, output: Tensor) -> None:
         # A copy, as what follows may change it in place; standardised here, while caches hold it.
-        maps[stage] = _seen(pairs[stage], output[images].to(torch.float32, copy=True))
+        maps[stage] = _seen(pairs[stage], output[stages.places].to(torch.float32, copy=True))
 
     with removing([stage.register_forward_hook(keep) for stage in pairs]):
         logits = stages.teacher(inputs)
@@ -43,8 +40,8 @@ def teacher_maps(stages: Stages, inputs: Tensor, images: slice = ALL) -> tuple[T
 
 
 @contextlib.contextmanager
-def compared(stages: Stages, targets: list[Tensor], images: slice = ALL) -> Iterator[list[Tensor]]:
-    """Within the context a forward pass of the student fills the list with the error of each stage, float32 [b].
+def compared(stages: Stages, targets: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Within the context a forward pass of the student fills the list with the errors of each map, float32 [b].
 
     The error is the mean squared difference of the maps over the mean variance of the teacher's channels: 1 where the
     student knows no more than each channel's mean. Shared stages' maps that grow with the weights are standardised
@@ -55,22 +52,41 @@ def compared(stages: Stages, targets: list[Tensor], images: slice = ALL) -> Iter
     Args:
         stages: of `stages_of`.
         targets: of `teacher_maps`, one a stage.
-        images: the b of a batch whose maps they are.
     """
     errors: list[Tensor] = []
     expected = {pair.own: (pair, target) for pair, target in zip(stages.pairs, targets, strict=True)}
 
     def compare(stage: nn.Module, _inputs: object, output: Tensor) -> None:
         pair, target = expected[stage]
-        some = Part.apply(output, (images,))
+        some = Part.apply(output, stages.places)
         own = _seen(pair, some.to(torch.float32, copy=pair.standardised))  # its backward pass needs it as it is now
         if not pair.aligned:
             own = regressed(own, target)
-        # Not a mean: its gradient comes in another memory layout, and what follows takes up to six times as long.
-        errors.append((own - target).square().sum((1, 2, 3)) / (_scale(pair, target) * target[0].numel()))
+        errors.append(SquaredDistances.apply(own, target) / (_scale(pair, target) * target[0].numel()))
 
     with removing([stage.register_forward_hook(compare) for stage in expected]):
         yield errors
+
+
+class SquaredDistances(torch.autograd.Function):
+    """Of each map from its target; with half of the passes over memory that PyTorch's own operations make of it.
+
+    The gradient keeps the memory layout, which that of a mean does not: what follows would take up to six times as
+    long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, targets: Tensor) -> Tensor:
+        """[b, C, H, W], both float32, to [b]; the targets have no gradient."""
+        apart = maps - targets
+        ctx.save_for_backward(apart)
+        return torch.linalg.vector_norm(apart, dim=(1, 2, 3)).square()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        """d distance / d map = 2 (map - target)."""
+        (apart,) = ctx.saved_tensors
+        return apart * (2 * upstream)[:, None, None, None], None
 
 
 def _seen(pair: Pair, maps: Tensor) -> Tensor:

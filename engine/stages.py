@@ -13,11 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from engine.alteration import ALTERED
 from engine.hooks import removing
 from engine.modes import evaluating
 from engine.probing import is_batchnorm, network_inside, noise
 from engine.shapes import Shape
 
+Places = tuple[slice, ...]  # of a batch of maps [B, C, H, W]
+
+ALL: Places = (slice(None),)
+COMPARED: Places = (ALTERED, slice(None), slice(None, None, 2))  # of every second image every second row
 MAP_DIMENSIONS = 4  # [B, C, H, W]
 REGRESSED_WEIGHT = 3.0
 GROWTH = 0.1  # of a map's norm: more is no rounding
@@ -40,6 +45,7 @@ class Stages:
 
     teacher: nn.Module
     pairs: tuple[Pair, ...]
+    places: Places = COMPARED
 
     @property
     def weight(self) -> float:
@@ -55,7 +61,9 @@ class Seen:
     sides: tuple[int, int] | None  # height and width of the map that it took
 
 
-def stages_of(student: nn.Module, teacher: nn.Module, image_shape: Shape, *, images: int) -> Stages:
+def stages_of(
+    student: nn.Module, teacher: nn.Module, image_shape: Shape, *, batch: int, places: Places = COMPARED
+) -> Stages:
     """The maps that can be compared: of shared stages, else the last ones of equal size, if there are any.
 
     A shared stage is a module of the same name and kind in both, made of numbered blocks, of which the student has some
@@ -66,7 +74,8 @@ def stages_of(student: nn.Module, teacher: nn.Module, image_shape: Shape, *, ima
         student: a network.
         teacher: a network.
         image_shape: (C, H, W).
-        images: whose maps are compared at each step.
+        batch: images of a step.
+        places: of each map that are compared.
     """
     inside = network_inside(teacher)
     shown = noise(image_shape, images=2).to(next(student.parameters()).device)
@@ -75,13 +84,13 @@ def stages_of(student: nn.Module, teacher: nn.Module, image_shape: Shape, *, ima
     names = _shared(student, inside, own, theirs)
     if not names:
         steps, their_steps = _steps(student, own, shown), _steps(inside, theirs, shown)
-        return Stages(teacher, tuple(_of_equal_size(steps, their_steps, images)))
+        return Stages(teacher, tuple(_of_equal_size(steps, their_steps, batch, places)), places)
     growing = _growing(student, names, shown)
     pairs = (
         Pair(student.get_submodule(name), inside.get_submodule(name), aligned=True, standardised=name in growing)
         for name in names
     )
-    return Stages(teacher, tuple(pairs))
+    return Stages(teacher, tuple(pairs), places)
 
 
 @torch.no_grad()
@@ -155,12 +164,18 @@ def _growing(student: nn.Module, names: list[str], shown: Tensor) -> set[str]:
     return {name for name, (old, new) in maps.items() if float((new - old).norm() / old.norm()) > GROWTH}
 
 
-def _of_equal_size(student: dict[nn.Module, Tensor], teacher: dict[nn.Module, Tensor], images: int) -> list[Pair]:
+def _of_equal_size(
+    student: dict[nn.Module, Tensor], teacher: dict[nn.Module, Tensor], batch: int, places: Places
+) -> list[Pair]:
     """For each height and width that both networks' maps have the last map of each; both from `_steps`."""
+
+    def positions(maps: Tensor) -> int:
+        return torch.empty(batch, 1, *maps.shape[2:], device="meta")[places].numel()
+
     last = {
         maps.shape[2:]: module
         for module, maps in student.items()
-        if POSITIONS_A_CHANNEL * maps.shape[1] <= images * maps.shape[2:].numel()
+        if POSITIONS_A_CHANNEL * maps.shape[1] <= positions(maps)
     }
     targets = {maps.shape[2:]: module for module, maps in teacher.items()}
     return [Pair(last[size], targets[size], aligned=False, standardised=True) for size in last if size in targets]

@@ -74,7 +74,7 @@ def start(
     capacity = settings.samples if settings.replay else settings.rounds * settings.inversion_batch
     stages = Stages(teacher, ())
     if settings.feature_weight:
-        stages = stages_of(student, teacher, image_shape, images=-(-settings.student_batch // 2))
+        stages = stages_of(student, teacher, image_shape, batch=settings.student_batch)
     empty = partial(replay.empty_buffer, image_shape=image_shape, classes=task.classes, device=device)
     buffer, batch = empty(capacity, views=settings.views), empty_batch(settings.student_batch, image_shape[0], device)
     step = partial(

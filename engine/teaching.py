@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.alteration import ALTERED, alter, numbers_for
+from engine.alteration import alter, numbers_for
 from engine.config import DistillationSettings
 from engine.device import Compute
 from engine.features import compared, teacher_maps
@@ -73,8 +73,8 @@ def loss_and_gradients(
 ) -> Outputs:
     """The weighted losses of the logits and of the stages' maps, and the gradients of their sum.
 
-    With `stages` the teacher looks at the views now, of which every second is altered if `alters`; the maps of those
-    are compared. Without, its kept logits are used. Where no map is compared the second loss is 0. Behind the two
+    With `stages` the teacher looks at the views now, of which every second is altered if `alters`, and maps are
+    compared. Without, its kept logits are used. Where no map is compared the second loss is 0. Behind the two
     losses stand each sample's divergence [B] and the teacher's logits [B, K]. There is a gradient for each of
     `learning_parameters`; that of a parameter without a part in the losses is zero.
     """
@@ -87,14 +87,14 @@ def loss_and_gradients(
             teacher_logits, errors = buffer.logits[slots, batch.views], []
             student_logits = student(inputs)
         else:
-            teacher_logits, maps = teacher_maps(stages, inputs, ALTERED)
-            with compared(stages, maps, ALTERED) as errors:
+            teacher_logits, maps = teacher_maps(stages, inputs)
+            with compared(stages, maps) as errors:
                 student_logits = student(inputs)
     weights = weights / weights.mean()
     divergences = task.discrepancy(teacher_logits, student_logits, temperature)
-    loss = (weights * divergences).mean()
-    of_maps = weights[ALTERED]
-    feature_loss = (of_maps * sum(errors, torch.zeros_like(of_maps))).mean()
+    loss, feature_loss = (weights * divergences).mean(), torch.zeros_like(divergences[0])
+    if stages is not None and errors:
+        feature_loss = (weights[stages.places[0]] * torch.stack(errors).sum(0)).mean()
     parameters = learning_parameters(student)
     total = loss + batch.feature_weight * feature_loss
     gradients = torch.autograd.grad(total, parameters, materialize_grads=True)

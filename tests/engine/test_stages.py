@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from engine.features import teacher_maps
 from engine.probing import Logits
-from engine.stages import Stages, stages_of
+from engine.stages import ALL, Stages, stages_of
 from engine.students import build_network
 from engine.zoo import ZOO, resnet_cifar
 
@@ -41,13 +41,13 @@ class Once(nn.Module):
 )
 def test_the_stages_are_those_with_fewer_blocks(teacher: str, student: str, expected: list[str]) -> None:
     networks = ZOO[student](5, 3), ZOO[teacher](5, 3)
-    assert names(stages_of(*networks, SHAPE, images=4), *networks) == [(name, name) for name in expected]
+    assert names(stages_of(*networks, SHAPE, batch=4, places=ALL), *networks) == [(name, name) for name in expected]
 
 
 def test_a_teacher_whose_output_is_put_into_form_has_the_stages_of_its_network() -> None:
     student, teacher = Once(1), Once(2)
     wrapped = Logits(teacher, probabilities=True, keeps_layout=False)
-    stages = stages_of(student, wrapped, SHAPE, images=4)
+    stages = stages_of(student, wrapped, SHAPE, batch=4, places=ALL)
     assert names(stages, student, teacher) == [("stage", "stage")]
     assert stages.pairs
     inputs = torch.rand(4, *SHAPE)
@@ -67,28 +67,36 @@ def test_others_are_compared_where_maps_have_one_size(
     teacher: str, student: str, expected: list[tuple[str, str]]
 ) -> None:
     networks = build_network(student, classes=5, channels=3, pixels=16), ZOO[teacher](5, 3)
-    stages = stages_of(*networks, SHAPE, images=16)
+    stages = stages_of(*networks, SHAPE, batch=16, places=ALL)
     assert names(stages, *networks)[:2] == expected  # those of 16 and 8 px
     assert not any(pair.aligned for pair in stages.pairs)
     assert all(pair.standardised for pair in stages.pairs)
 
 
-@pytest.mark.parametrize(("images", "sizes"), [(1, 2), (3, 2), (4, 3), (39, 3), (40, 4)])
-def test_a_map_has_enough_positions_for_its_channels(images: int, sizes: int) -> None:
+@pytest.mark.parametrize(("batch", "sizes"), [(1, 2), (3, 2), (4, 3), (39, 3), (40, 4)])
+def test_a_map_has_enough_positions_for_its_channels(batch: int, sizes: int) -> None:
     student = build_network("mobilenetv2", classes=5, channels=3, pixels=32)
     teacher = ZOO["resnet18_cifar"](5, 3)  # of 32, 16, 8 and 4 px, where the student has 24, 32, 64 or 96, 160 or more
-    assert len(stages_of(student, teacher, (3, 32, 32), images=images).pairs) == sizes
+    assert len(stages_of(student, teacher, (3, 32, 32), batch=batch, places=ALL).pairs) == sizes
+
+
+def test_positions_that_are_not_compared_do_not_count() -> None:
+    student = build_network("mobilenetv2", classes=5, channels=3, pixels=32)
+    found = [
+        len(stages_of(student, ZOO["resnet18_cifar"](5, 3), (3, 32, 32), batch=batch).pairs) for batch in (158, 160)
+    ]
+    assert found == [3, 4]  # a quarter of them is
 
 
 def test_the_images_may_be_of_any_proportions() -> None:
     student = build_network("mobilenetv2", classes=5, channels=3, pixels=32)
-    assert len(stages_of(student, ZOO["resnet8"](5, 3), (3, 17, 30), images=16).pairs) == 3
+    assert len(stages_of(student, ZOO["resnet8"](5, 3), (3, 17, 30), batch=16, places=ALL).pairs) == 3
 
 
 def test_looking_for_stages_leaves_the_networks_as_they_were() -> None:
     student, teacher = resnet_cifar(5, 3, depth=8).train(), resnet_cifar(5, 3, depth=20).eval()
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    stages_of(student, teacher, SHAPE, images=4)
+    stages_of(student, teacher, SHAPE, batch=4, places=ALL)
     assert student.training
     assert not teacher.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
@@ -158,7 +166,7 @@ class OneBlock(nn.Module):
 
 @pytest.mark.parametrize("kind", [Twice, ChannelsLast])
 def test_what_is_no_single_map_is_not_compared(kind: Callable[[int], nn.Module]) -> None:
-    assert not stages_of(kind(1), kind(2), SHAPE, images=4).pairs
+    assert not stages_of(kind(1), kind(2), SHAPE, batch=4, places=ALL).pairs
 
 
 @pytest.mark.parametrize(("kind", "expected"), [(InPairs, ("stage.0", "stage.1")), (OneBlock, ("block", "block"))])
@@ -166,7 +174,7 @@ def test_what_is_no_stage_has_no_channels_in_common(
     kind: Callable[[int], nn.Module], expected: tuple[str, str]
 ) -> None:
     student, teacher = kind(1), kind(2)
-    stages = stages_of(student, teacher, SHAPE, images=4)
+    stages = stages_of(student, teacher, SHAPE, batch=4, places=ALL)
     assert names(stages, student, teacher) == [expected]
     assert not stages.pairs[0].aligned
 
@@ -177,7 +185,7 @@ def test_what_is_no_stage_has_no_channels_in_common(
 def test_maps_grow_where_no_batchnorm_ends_the_stage(teacher: str, student: str, grows: bool) -> None:
     own = build_network(student, classes=10, channels=3, pixels=16)
     before = {name: value.clone() for name, value in own.state_dict().items()}
-    stages = stages_of(own, ZOO[teacher](10, 3), (3, 16, 16), images=4)
+    stages = stages_of(own, ZOO[teacher](10, 3), (3, 16, 16), batch=4, places=ALL)
     assert [pair.standardised for pair in stages.pairs] == [grows] * 3
     assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
 
@@ -196,10 +204,12 @@ class Dropping(nn.Module):
 
 
 def test_what_a_student_drops_is_no_growth() -> None:
-    assert [pair.standardised for pair in stages_of(Dropping(1), Dropping(2), SHAPE, images=4).pairs] == [False]
+    assert [pair.standardised for pair in stages_of(Dropping(1), Dropping(2), SHAPE, batch=4, places=ALL).pairs] == [
+        False
+    ]
 
 
 def test_a_map_grows_with_weights_that_are_computed_from_others() -> None:
     student = Once(1)
     nn.utils.parametrizations.weight_norm(student.stage[0])
-    assert [pair.standardised for pair in stages_of(student, Once(2), SHAPE, images=4).pairs] == [True]
+    assert [pair.standardised for pair in stages_of(student, Once(2), SHAPE, batch=4, places=ALL).pairs] == [True]

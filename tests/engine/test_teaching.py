@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine import replay
-from engine.alteration import ALTERED, alter
+from engine.alteration import alter
 from engine.config import DistillationSettings
 from engine.device import Compute
 from engine.features import compared, teacher_maps
@@ -104,12 +104,12 @@ def test_with_stages_the_teacher_sees_the_view_and_its_maps_are_learned_too(
 ) -> None:
     buffer, batch = drawn
     network, teacher = resnet_cifar(CLASSES, 1, depth=8, width=4), resnet_cifar(CLASSES, 1, depth=14, width=4).eval()
-    stages = stages_of(network, teacher, (1, 12, 12), images=4)
+    stages = stages_of(network, teacher, (1, 12, 12), batch=4)
     assert stages.pairs
     (loss, feature_loss, _, said), gradients = outputs(network, drawn, stages)
     inputs = to_input(render(buffer.images, batch.slots, buffer.views[batch.slots, batch.views]), CONSTANTS)
-    logits, maps = teacher_maps(stages, inputs, ALTERED)
-    with compared(stages, maps, ALTERED) as errors:
+    logits, maps = teacher_maps(stages, inputs)
+    with compared(stages, maps) as errors:
         each = Classification(CLASSES).discrepancy(logits, network(inputs), 4.0)
     weights = batch.weights / batch.weights.mean()
     expected, expected_feature = (weights * each).mean(), (weights[::2] * sum(errors)).mean()
