@@ -26,7 +26,10 @@ INVERSION_STEPS = 14  # of Newton's iteration; what they leave undone is as if t
 
 @torch.no_grad()
 def teacher_maps(stages: Stages, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The teacher's logits [B, K], and its maps at the places of `stages` as they are compared, float32 [b, C, h, W]."""
+    """The teacher's logits [B, K], and its maps at the places of `stages` as they are compared.
+
+    A map is float32 [b, C, h, w].
+    """
     pairs = {pair.theirs: pair for pair in stages.pairs}
     maps: dict[nn.Module, Tensor] = {}
 
