@@ -1,8 +1,9 @@
-"""A real teacher on two cores for a fixed time: CIFAR-10's ResNet-20 to resnet8, and the curve of the run.
+"""A real teacher on two cores for a fixed time: CIFAR-10's ResNet-20 to a student, and the curve of the run.
 
-    python -m benchmarks.cifar TEACHER TEST_FOLDER [--time-limit 20m] [--seed 0] [--out benchmarks/results/cifar.json]
+    python -m benchmarks.cifar TEACHER TEST_FOLDER [--student resnet8] [--time-limit 20m] [--seed 0] [--out FILE]
 
-TEACHER is a ResNet-20 of CIFAR-10, TEST_FOLDER its test images, a folder a class. Run it on an idle machine.
+TEACHER is a ResNet-20 of CIFAR-10, TEST_FOLDER its test images, a folder a class. Writes
+benchmarks/results/cifar_STUDENT.json. Run it on an idle machine.
 """
 
 import argparse
@@ -28,19 +29,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", type=Path)
     parser.add_argument("test_folder", type=Path)
+    parser.add_argument("--student", default="resnet8")
     parser.add_argument("--time-limit", default="20m")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS / "cifar.json")
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    options = ["--student", "resnet8", "--time-limit", arguments.time_limit, "--eval-data"]
+    options = ["--student", arguments.student, "--time-limit", arguments.time_limit, "--eval-data"]
     shown = ["ssdkd", "compress", arguments.teacher.name, *options, "/".join(arguments.test_folder.parts[-2:])]
     source = provenance(" ".join(shown))
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
+        run_folder = Path(folder) / "run"
         words = ["compress", str(arguments.teacher), *options, str(arguments.test_folder)]
-        runs = [run(words, seed=arguments.seed, out=out)]
-        points = curve(out / "metrics.jsonl")
-    save(arguments.out, {"kind": "cifar", **source, "runs": runs, "curve": points})
+        runs = [run(words, seed=arguments.seed, out=run_folder)]
+        points = curve(run_folder / "metrics.jsonl")
+    out = arguments.out or RESULTS / f"cifar_{arguments.student}.json"
+    save(out, {"kind": "cifar", **source, "runs": runs, "curve": points})
 
 
 if __name__ == "__main__":
