@@ -8,7 +8,7 @@ new priorities, weight average. There is NO forward pass of the teacher in it: i
 teacher looks at the views of a sample when that enters the buffer (`teacher_forwards_per_draw` says how often that is
 for each image that the student sees, `ratio_to_bare_with_those` counts them in). In the first part of a run it does ask
 the teacher, for its logits of images of which half are altered, and for its maps: that step is timed, too, where the
-pair shares stages. So there are two bare
+pair has maps to compare. So there are two bare
 steps, on one batch that lies on the device: with the teacher's forward pass, as distillation usually has it, and
 without. Both do forward, the loss of the logits, backward, the same SGD, and nothing else. On a GPU the engine's step
 is a CUDA graph, the bare ones are not; it is timed without its graph, too. All run in the same precision, in short

@@ -72,7 +72,7 @@ def compared(stages: Stages, targets: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 class SquaredDistances(torch.autograd.Function):
-    """Of each map from its target; with half of the passes over memory that PyTorch's own operations make of it.
+    """Of each map from its target; in fewer passes over memory than PyTorch's own operations make of it.
 
     The gradient keeps the memory layout, which that of a mean does not: what follows would take up to six times as
     long.

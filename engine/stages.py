@@ -22,9 +22,9 @@ from engine.shapes import Shape
 Places = tuple[slice, ...]  # of a batch of maps [B, C, H, W]
 
 ALL: Places = (slice(None),)
-COMPARED: Places = (ALTERED, slice(None), slice(None, None, 2))  # of every second image every second row
+COMPARED: Places = (ALTERED, slice(None), slice(None, None, 2))  # of the altered images every second row
 MAP_DIMENSIONS = 4  # [B, C, H, W]
-REGRESSED_WEIGHT = 3.0
+REGRESSED_WEIGHT = 3.0  # of such a map's error, in that of a shared stage's
 GROWTH = 0.1  # of a map's norm: more is no rounding
 POSITIONS_A_CHANNEL = 4  # fewer, and a regressor fits whatever it is given
 
@@ -49,7 +49,7 @@ class Stages:
 
     @property
     def weight(self) -> float:
-        """Of the maps' errors, in that of shared stages: a regressor leaves less of them."""
+        """What `feature_weight` is multiplied by: a regressor leaves less of an error."""
         return 1.0 if all(pair.aligned for pair in self.pairs) else REGRESSED_WEIGHT
 
 
@@ -75,7 +75,7 @@ def stages_of(
         teacher: a network.
         image_shape: (C, H, W).
         batch: images of a step.
-        places: of each map that are compared.
+        places: what is compared of each map.
     """
     inside = network_inside(teacher)
     shown = noise(image_shape, images=2).to(next(student.parameters()).device)

@@ -92,7 +92,8 @@ def loss_and_gradients(
                 student_logits = student(inputs)
     weights = weights / weights.mean()
     divergences = task.discrepancy(teacher_logits, student_logits, temperature)
-    loss, feature_loss = (weights * divergences).mean(), torch.zeros_like(divergences[0])
+    loss = (weights * divergences).mean()
+    feature_loss = torch.zeros_like(loss)
     if stages is not None and errors:
         feature_loss = (weights[stages.places[0]] * torch.stack(errors).sum(0)).mean()
     parameters = learning_parameters(student)
