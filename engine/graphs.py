@@ -109,6 +109,24 @@ def restore_batchnorm(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
+def show_outputs(module: fx.GraphModule) -> None:
+    """Puts a layer that changes nothing behind every operation, so that hooks see what it gives; in place."""
+    operations = [
+        node
+        for node in module.graph.nodes
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.users
+    ]
+    for index, node in enumerate(operations):
+        name = f"output_{index}"
+        module.add_module(name, nn.Identity())
+        users = list(node.users)
+        with module.graph.inserting_after(node):
+            shown = module.graph.call_module(name, (node,))
+        for user in users:
+            user.replace_input_with(node, shown)
+    module.recompile()
+
+
 def loosen_batch(module: fx.GraphModule, batch: int) -> None:
     """Replaces a batch size that the exporter wrote into reshaping operations by that of their input; in place."""
     for node in list(module.graph.nodes):

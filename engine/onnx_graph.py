@@ -47,7 +47,10 @@ class Step:
 
 
 class OnnxModule(nn.Module):
-    """An ONNX graph of one input and one output; BatchNorm layers are layers, so that hooks see their inputs."""
+    """An ONNX graph of one input and one output.
+
+    For hooks BatchNorm layers are layers, and behind each operation stands one that changes nothing.
+    """
 
     def __init__(
         self, steps: Sequence[Step], weights: Mapping[str, Tensor], constants: Mapping[str, Any], ends: tuple[str, str]
@@ -64,6 +67,7 @@ class OnnxModule(nn.Module):
                 self.layers[str(len(self.steps))] = batchnorm_layer(weight, bias, mean, variance, epsilon)
                 step = Step(step.operation, step.inputs[:1], step.outputs[:1], {}, step.last_uses)
             self.steps.append(step)
+        self.outputs = nn.ModuleList(nn.Identity() for _ in self.steps)
         used = {name for step in self.steps for name in step.inputs}
         self.weights = nn.ParameterDict()
         self.weight_keys = {name: str(index) for index, name in enumerate(name for name in weights if name in used)}
@@ -88,6 +92,7 @@ class OnnxModule(nn.Module):
                 result = constant_of_shape(*arguments, **step.attributes, device=images.device)
             else:
                 result = OPERATIONS[step.operation](*arguments, **step.attributes)
+            result = self.outputs[index](result)
             results = result if isinstance(result, list) else [result]
             values |= dict(
                 zip(step.outputs, results, strict=False)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from engine.errors import SSDKDError
-from engine.graphs import Graph, loosen_batch, loosen_device, restore_batchnorm
+from engine.graphs import Graph, loosen_batch, loosen_device, restore_batchnorm, show_outputs
 from engine.safe_archive import FILE_OPERATIONS, needs_trust, packed, read_members, without_folder
 from engine.safe_pickle import UNREADABLE, damaged
 from engine.shapes import Shape
@@ -80,6 +80,7 @@ def read_export(path: Path, *, trust_pickle: bool) -> tuple[State, Graph]:
     restore_batchnorm(module)
     if batch is not None:
         loosen_batch(module, batch)
+    show_outputs(module)
 
     def run(images: Tensor) -> Tensor:
         with torch.no_grad():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from engine.errors import SSDKDError
-from engine.graphs import Graph, loosen_device, rename_convolutions, restore_batchnorm
+from engine.graphs import Graph, loosen_device, rename_convolutions, restore_batchnorm, show_outputs
 from engine.probing import FORWARD_ERRORS, TRIED_PIXELS, noise
 from engine.safe_archive import FILE_OPERATIONS, needs_trust, packed, read_members, without_folder
 from engine.safe_pickle import UNREADABLE, damaged
@@ -93,6 +93,7 @@ def read_torchscript(
             loosen_device(operations)
             rename_convolutions(operations)
             module = restore_batchnorm(operations)
+            show_outputs(operations)
         except _NotPlainError as error:
             notes.append(f"The TorchScript graph has {error}, so its BatchNorm layers cannot be used.")
     return state, Graph(module, run, None, None), notes

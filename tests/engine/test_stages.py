@@ -1,13 +1,17 @@
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from engine.features import teacher_maps
+from engine.onnx_graph import read_onnx
 from engine.probing import Logits
 from engine.stages import ALL, Stages, stages_of
 from engine.students import build_network
+from engine.torch_export import read_export
+from engine.torchscript import read_torchscript
 from engine.zoo import ZOO, resnet_cifar
 
 SHAPE = (3, 16, 16)
@@ -86,6 +90,38 @@ def test_positions_that_are_not_compared_do_not_count() -> None:
         len(stages_of(student, ZOO["resnet18_cifar"](5, 3), (3, 32, 32), batch=batch).pairs) for batch in (158, 160)
     ]
     assert found == [3, 4]  # a quarter of them is
+
+
+def write_program(network: nn.Module, images: Tensor, path: Path) -> nn.Module:
+    torch.export.save(torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)), path)
+    return read_export(path, trust_pickle=False)[1].module
+
+
+def write_script(network: nn.Module, images: Tensor, path: Path) -> nn.Module:
+    torch.jit.trace(network, images).save(str(path))  # type: ignore[no-untyped-call]
+    return read_torchscript(path, SHAPE)[1].module
+
+
+def write_onnx(network: nn.Module, images: Tensor, path: Path) -> nn.Module:
+    batch = {"dynamic_axes": {"images": {0: "batch"}}, "input_names": ["images"]}
+    torch.onnx.export(network, (images,), str(path), dynamo=False, **batch)  # type: ignore[arg-type]
+    return read_onnx(path)[1].module
+
+
+@pytest.mark.parametrize("write", [write_program, write_script, write_onnx])
+@pytest.mark.filterwarnings("ignore")  # of what PyTorch will write no more
+def test_a_teacher_that_is_a_graph_shows_the_maps_of_the_network_that_it_was(
+    write: Callable[[nn.Module, Tensor, Path], nn.Module], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    network, images = ZOO["resnet8"](5, 3).eval(), torch.rand(2, *SHAPE)
+    student = build_network("vgg8", classes=5, channels=3, pixels=16)
+    found, expected = (
+        teacher_maps(stages_of(student, teacher, SHAPE, batch=64, places=ALL), images)
+        for teacher in (network, write(network, images, tmp_path / "network"))
+    )
+    assert [tuple(maps.shape) for maps in found[1]] == [(2, 16, 16, 16), (2, 32, 8, 8), (2, 64, 4, 4)]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_images_may_be_of_any_proportions() -> None:
