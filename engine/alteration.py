@@ -33,14 +33,10 @@ def alter(inputs: Tensor, numbers: Tensor) -> Tensor:
     Returns:
         float32 [B, C, H, W], in the memory layout of `inputs`.
     """
-    height, width = inputs.shape[2:]
     rotation, zoom, gain, brightness, share = numbers[:, :COMMON].unbind(1)
-    angle, scale = ROTATION * rotation, (ZOOM * zoom).exp()
-    along, across, still = scale * angle.cos(), scale * angle.sin(), torch.zeros_like(scale)
-    rows = along, -across * height / width, still, across * width / height, along, still
-    places = F.affine_grid(torch.stack(rows, 1).unflatten(1, (2, 3)), list(inputs[ALTERED].shape), align_corners=False)
+    places = _places(ROTATION * rotation, (ZOOM * zoom).exp(), *inputs.shape[2:])
     seen = F.grid_sample(inputs[ALTERED], places, padding_mode="reflection", align_corners=False)
-    deviation, mean = torch.std_mean(inputs, (0, 2, 3), keepdim=True)
+    deviation, mean = _deviation_and_mean(inputs)
     offset = (BRIGHTNESS * brightness[:, None] + TINT * numbers[:, COMMON:])[:, :, None, None] * deviation
     seen = mean + (seen - mean) * (GAIN * gain).exp()[:, None, None, None] + offset
     plain = inputs[PLAIN]
@@ -48,3 +44,25 @@ def alter(inputs: Tensor, numbers: Tensor) -> Tensor:
     altered = inputs.clone()
     altered[ALTERED] = torch.lerp(partners, seen, torch.special.ndtr(share)[:, None, None, None])  # uniform in 0...1
     return altered
+
+
+def _places(angle: Tensor, scale: Tensor, height: int, width: int) -> Tensor:
+    """Where `F.grid_sample` finds the pixels of turned and zoomed images, [B, H, W, 2]; both [B].
+
+    As of `F.affine_grid`, which takes three times as long on a CPU.
+    """
+    down, right = ((2 * torch.arange(side, device=angle.device) + 1) / side - 1 for side in (height, width))
+    down = down[:, None]
+    along, across = (part[:, None, None] for part in (scale * angle.cos(), scale * angle.sin()))
+    return torch.stack(
+        (along * right - across * (height / width) * down, along * down + across * (width / height) * right), -1
+    )
+
+
+def _deviation_and_mean(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each channel of [B, C, H, W], each [1, C, 1, 1]. Over rows of pixels: a sum over few channels is slow."""
+    channels, width = inputs.shape[1], inputs.shape[3]
+    rows = inputs.permute(0, 2, 3, 1).flatten(0, 1).flatten(1)  # [B H, W C]
+    mean = rows.mean(0).view(width, channels).mean(0)
+    variance = (rows - mean.repeat(width)).square().mean(0).view(width, channels).mean(0)
+    return variance.sqrt().view(1, -1, 1, 1), mean.view(1, -1, 1, 1)

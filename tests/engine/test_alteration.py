@@ -42,7 +42,7 @@ def test_numbers_of_nothing_change_nothing() -> None:
 def test_contrast_brightness_and_tint() -> None:
     drawn = numbers({GAIN: 2.0, BRIGHTNESS: -1.0, TINT: 3.0})
     offset = torch.tensor([-0.3 + 0.45, -0.3, -0.3])[:, None, None]  # the tint is of the first channel alone
-    deviation, mean = (value[:, None, None] for value in torch.std_mean(pictures(), (0, 2, 3)))
+    deviation, mean = (value[:, None, None] for value in torch.std_mean(pictures(), (0, 2, 3), correction=0))
     expected = mean + (pictures()[0] - mean) * math.exp(0.5) + offset * deviation
     torch.testing.assert_close(alter(pictures(), drawn)[0], expected, atol=1e-5, rtol=1e-5)
 
