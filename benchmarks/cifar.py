@@ -42,7 +42,7 @@ def main() -> None:
         words = ["compress", str(arguments.teacher), *options, str(arguments.test_folder)]
         runs = [run(words, seed=arguments.seed, out=run_folder)]
         points = curve(run_folder / "metrics.jsonl")
-    out = arguments.out or RESULTS / f"cifar_{arguments.student}.json"
+    out = arguments.out or RESULTS / f"cifar_{arguments.student.replace('/', '_')}.json"
     save(out, {"kind": "cifar", **source, "runs": runs, "curve": points})
 
 

@@ -7,7 +7,7 @@ from engine.errors import SSDKDError
 
 EFFORTS: dict[str, int] = {"smoke": 16, "quick": 150, "full": 1200}  # rounds
 # What is not here has 1 for integers, 0 for the rest.
-LOWEST = {"student_batch": 2, "warmup_rounds": 0, "shift": 0, "held_out": 2, "temperature": 0.01}
+LOWEST = {"student_batch": 4, "warmup_rounds": 0, "shift": 0, "held_out": 2, "temperature": 0.01}
 HIGHEST = 10**9  # of all but shares of the run: more is a slip
 SHARES = ("looking_share",)  # of the run: 1 at most
 USUAL_BATCH = 64  # images of a step

@@ -1,4 +1,4 @@
-"""Feature matching: a student also learns what its teacher computes on the way, at the places of engine.stages.
+"""Feature matching: a student also learns what its teacher computes on the way, in the pairs of engine.stages.
 
 A target for every position of every map says more of an image than the logits do (Romero et al. 2015, FitNets). Where
 the channels are not the same ones, the teacher's are compared with what the best linear map of the student's makes of
@@ -21,12 +21,12 @@ from engine.stages import Pair, Stages
 
 SMALLEST_VARIANCE = 1e-6
 RIDGE = 1e-2  # of a standardised channel's variance
-INVERSION_STEPS = 14  # of Newton's iteration; what they leave undone is as if the ridge were larger
+NEWTON_STEPS = 14  # of Newton's iteration; what they leave undone is as if the ridge were larger
 
 
 @torch.no_grad()
 def teacher_maps(stages: Stages, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The teacher's logits [B, K], and its maps at the places of `stages` as they are compared.
+    """The teacher's logits [B, K], and its maps of the pairs of `stages` as they are compared.
 
     A map is float32 [b, C, h, w].
     """
@@ -72,11 +72,7 @@ def compared(stages: Stages, targets: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 class SquaredDistances(torch.autograd.Function):
-    """Of each map from its target; in fewer passes over memory than PyTorch's own operations make of it.
-
-    The gradient keeps the memory layout, which that of a mean does not: what follows would take up to six times as
-    long.
-    """
+    """Of each map from its target; in fewer passes over memory than PyTorch's own operations make of it."""
 
     @staticmethod
     def forward(ctx: Any, maps: Tensor, targets: Tensor) -> Tensor:
@@ -131,7 +127,7 @@ def solve(correlations: Tensor, wanted: Tensor) -> Tensor:
     identity = torch.eye(len(correlations), device=correlations.device)
     matrix = correlations + RIDGE * identity
     inverse = identity / matrix.abs().sum(0).max()
-    for _ in range(INVERSION_STEPS):
+    for _ in range(NEWTON_STEPS):
         inverse = inverse @ (2 * identity - matrix @ inverse)
     solution = inverse @ wanted
     return solution + inverse @ (wanted - matrix @ solution)

@@ -7,8 +7,9 @@ family has maps of the same height and width, with other channels: these are com
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,11 @@ from engine.shapes import Shape
 Places = tuple[slice, ...]  # of a batch of maps [B, C, H, W]
 
 ALL: Places = (slice(None),)
-COMPARED: Places = (ALTERED, slice(None), slice(None, None, 2))  # of the altered images every second row
+COMPARED: Places = (
+    ALTERED,
+    slice(None),
+    slice(None, None, 2),
+)  # of every second image, the altered ones, every second row
 MAP_DIMENSIONS = 4  # [B, C, H, W]
 REGRESSED_WEIGHT = 3.0  # of such a map's error, in that of a shared stage's
 GROWTH = 0.1  # of a map's norm: more is no rounding
@@ -55,10 +60,10 @@ class Stages:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a module gave in a forward pass: it ran once, on a map if on anything."""
+    """What a module took and gave in a forward pass, in which it ran once and gave a map."""
 
-    output: Tensor
-    sides: tuple[int, int] | None  # height and width of the map that it took
+    shape: torch.Size  # [B, C, H, W] of what it gave
+    sides: tuple[int, int] | None  # height and width of what it took, if that was a map
 
 
 def stages_of(
@@ -83,8 +88,8 @@ def stages_of(
         own, theirs = _run(student, shown), _run(inside, shown)
     names = _shared(student, inside, own, theirs)
     if not names:
-        steps, their_steps = _steps(student, own, shown), _steps(inside, theirs, shown)
-        return Stages(teacher, tuple(_of_equal_size(steps, their_steps, batch, places)), places)
+        handed_on, their_handed_on = _handed_on(student, own, shown), _handed_on(inside, theirs, shown)
+        return Stages(teacher, tuple(_of_equal_size(handed_on, their_handed_on, batch, places)), places)
     growing = _growing(student, names, shown)
     pairs = (
         Pair(student.get_submodule(name), inside.get_submodule(name), aligned=True, standardised=name in growing)
@@ -95,22 +100,34 @@ def stages_of(
 
 @torch.no_grad()
 def _run(network: nn.Module, shown: Tensor) -> dict[nn.Module, Seen]:
-    """What each module gives for these images, in the order in which they end; only those that run once, to a map."""
+    """What each module does with these images, in the order in which they end; only those that run once, to a map.
+
+    A map [B, C, H, W] has one entry for each image, and as many channels as some convolution gives or takes: what is
+    inside an attention, or has its channels last, is none.
+    """
+    images = len(shown)
+    channels = {size for weight in network.parameters() if weight.dim() == MAP_DIMENSIONS for size in weight.shape[:2]}
     seen: dict[nn.Module, list[Seen | None]] = {}
+
+    def is_map(value: object) -> TypeGuard[Tensor]:
+        return (
+            isinstance(value, Tensor)
+            and value.dim() == MAP_DIMENSIONS
+            and value.shape[0] == images
+            and value.shape[1] in channels
+        )
 
     def note(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         taken = inputs[0] if inputs else None
-        sides = (taken.shape[2], taken.shape[3]) if isinstance(taken, Tensor) and _is_map(taken) else None
-        found = Seen(output.clone(), sides) if isinstance(output, Tensor) and _is_map(output) else None
-        seen.setdefault(module, []).append(found)
+        sides = (
+            (taken.shape[2], taken.shape[3]) if isinstance(taken, Tensor) and taken.dim() == MAP_DIMENSIONS else None
+        )
+        seen.setdefault(module, []).append(Seen(output.shape, sides) if is_map(output) else None)
 
-    with removing([module.register_forward_hook(note) for module in network.modules()]):
+    hookable = [module for module in network.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    with removing([module.register_forward_hook(note) for module in hookable]):
         network(shown)
     return {module: found[0] for module, found in seen.items() if len(found) == 1 and found[0]}
-
-
-def _is_map(tensor: Tensor) -> bool:
-    return tensor.dim() == MAP_DIMENSIONS
 
 
 def _shared(
@@ -127,8 +144,8 @@ def _shared(
         and _blocks(stage) < _blocks(other)
         and stage in own
         and other in theirs
-        and _has_channels_first(stage, own[stage].output)
-        and own[stage].output.shape == theirs[other].output.shape
+        and _has_channels_first(stage, own[stage].shape)
+        and own[stage].shape == theirs[other].shape
     ]
 
 
@@ -138,10 +155,10 @@ def _blocks(module: nn.Module) -> set[str]:
     return names if all(name.isdecimal() for name in names) else set()
 
 
-def _has_channels_first(stage: nn.Module, output: Tensor) -> bool:
+def _has_channels_first(stage: nn.Module, shape: torch.Size) -> bool:
     """Whether it is [B, C, H, W]; with the channels last it would have as many rows as a convolution has outputs."""
     convolutions = [layer for layer in stage.modules() if isinstance(layer, nn.Conv2d)]
-    return any(layer.out_channels == output.shape[1] for layer in convolutions)
+    return any(layer.out_channels == shape[1] for layer in convolutions)
 
 
 def _growing(student: nn.Module, names: list[str], shown: Tensor) -> set[str]:
@@ -153,55 +170,65 @@ def _growing(student: nn.Module, names: list[str], shown: Tensor) -> set[str]:
     for layer in copied.modules():
         if is_batchnorm(layer):
             layer.train()
-    stages = {name: copied.get_submodule(name) for name in names}
-    before = _run(copied, shown)
+    before = _outputs(copied, names, shown)
     for layer in copied.modules():
         if isinstance(layer, nn.Conv2d):
             for name, parameter in layer.named_parameters():  # of what a parametrization computes the weight from, too
                 parameter.data *= 1 if name.endswith("bias") else 2
-    after = _run(copied, shown)
-    maps = {name: (before[stage].output, after[stage].output) for name, stage in stages.items()}
-    return {name for name, (old, new) in maps.items() if float((new - old).norm() / old.norm()) > GROWTH}
+    after = _outputs(copied, names, shown)
+    return {name for name in names if float((after[name] - before[name]).norm() / before[name].norm()) > GROWTH}
+
+
+@torch.no_grad()
+def _outputs(network: nn.Module, names: list[str], shown: Tensor) -> dict[str, Tensor]:
+    """What the modules of these names give for these images; a copy, as what follows may change it in place."""
+    outputs: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        return lambda _module, _inputs, output: outputs.update({name: output.clone()})
+
+    with removing([network.get_submodule(name).register_forward_hook(hook(name)) for name in names]):
+        network(shown)
+    return outputs
 
 
 def _of_equal_size(
-    student: dict[nn.Module, Tensor], teacher: dict[nn.Module, Tensor], batch: int, places: Places
+    student: dict[nn.Module, torch.Size], teacher: dict[nn.Module, torch.Size], batch: int, places: Places
 ) -> list[Pair]:
-    """For each height and width that both networks' maps have the last map of each; both from `_steps`."""
+    """For each height and width that both networks' maps have the last map of each; both from `_handed_on`."""
 
-    def positions(maps: Tensor) -> int:
-        return torch.empty(batch, 1, *maps.shape[2:], device="meta")[places].numel()
+    def positions(shape: torch.Size) -> int:
+        return torch.empty(batch, 1, *shape[2:], device="meta")[places].numel()
 
     last = {
-        maps.shape[2:]: module
-        for module, maps in student.items()
-        if POSITIONS_A_CHANNEL * maps.shape[1] <= positions(maps)
+        shape[2:]: module for module, shape in student.items() if POSITIONS_A_CHANNEL * shape[1] <= positions(shape)
     }
-    targets = {maps.shape[2:]: module for module, maps in teacher.items()}
+    targets = {shape[2:]: module for module, shape in teacher.items()}
     return [Pair(last[size], targets[size], aligned=False, standardised=True) for size in last if size in targets]
 
 
-def _steps(network: nn.Module, ran: dict[nn.Module, Seen], shown: Tensor) -> dict[nn.Module, Tensor]:
-    """The maps that a network hands on from module to module, in their order.
+def _handed_on(network: nn.Module, ran: dict[nn.Module, Seen], shown: Tensor) -> dict[nn.Module, torch.Size]:
+    """The shapes of the maps that a network hands on from module to module, in their order.
 
     Those of the outermost modules that give a map of at least half the height and width of the one that they take:
-    blocks and layers, but no parts of a block, and nothing that holds the whole network.
+    blocks and layers, but no parts of a block, and nothing that holds the whole network. A network that is a graph has
+    no blocks, but its operations (`engine.graphs.show_outputs`): the last of a size may be inside one.
     """
 
     def inside(module: nn.Module) -> Iterator[nn.Module]:
         for child in module.children():
-            if child in ran and _is_step(ran[child], shown):
+            if child in ran and _hands_on(ran[child], shown):
                 yield child
             else:
                 yield from inside(child)
 
-    steps = set(inside(network))
-    return {module: seen.output for module, seen in ran.items() if module in steps}
+    outermost = set(inside(network))
+    return {module: seen.shape for module, seen in ran.items() if module in outermost}
 
 
-def _is_step(seen: Seen, shown: Tensor) -> bool:
+def _hands_on(seen: Seen, shown: Tensor) -> bool:
     """Whether a map is made of a map, is at least half as high and wide, and has the proportions of the images."""
-    (height, width), (images_height, images_width) = seen.output.shape[2:], shown.shape[2:]
+    (height, width), (images_height, images_width) = seen.shape[2:], shown.shape[2:]
     return (
         seen.sides is not None
         and 2 * height >= seen.sides[0]

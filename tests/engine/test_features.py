@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.features import compared, regressed, solve, teacher_maps
+from engine.features import SquaredDistances, compared, regressed, solve, teacher_maps
 from engine.stages import ALL, stages_of
 from engine.students import build_network
 from engine.zoo import ZOO
@@ -50,6 +52,22 @@ def test_the_gradient_of_an_error_keeps_the_memory_layout_of_its_map() -> None:
         student(inputs)
     (gradient,) = torch.autograd.grad(errors[-1].mean(), seen)
     assert gradient.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_squared_distances_and_their_gradient() -> None:
+    maps, targets = torch.randn(2, 3, 2, 4, 5, dtype=torch.float64)
+    torch.testing.assert_close(SquaredDistances.apply(maps, targets), (maps - targets).square().sum((1, 2, 3)))
+    assert torch.autograd.gradcheck(lambda own: SquaredDistances.apply(own, targets), maps.requires_grad_())
+
+
+def test_a_teachers_map_is_kept_as_it_is_before_what_follows_changes_it() -> None:
+    student, teacher = Staged(1), Staged(2).eval()
+    stages, images = stages_of(student, teacher, SHAPE, batch=4, places=ALL), torch.randn(4, *SHAPE)
+    (pair,) = stages.pairs
+    expected = teacher.stage(images)
+    found = teacher_maps(replace(stages, pairs=(replace(pair, standardised=False),)), images)[1][0]
+    assert expected.min() < -0.1  # which the ReLU behind it takes away
+    assert torch.equal(found, expected)
 
 
 def test_a_student_whose_maps_grow_does_not_run_away() -> None:
@@ -183,12 +201,14 @@ def test_a_regressor_is_solved_in_float32_whatever_the_networks_compute_in() -> 
 
 
 @pytest.mark.parametrize("channels", [1, 8, 320])
-@pytest.mark.parametrize("independent", [True, False])
-def test_products_solve_a_system(channels: int, independent: bool) -> None:
+@pytest.mark.parametrize("kind", ["independent", "of low rank", "nearly equal"])
+def test_products_solve_a_system(channels: int, kind: str) -> None:
     draws = torch.Generator().manual_seed(0)
-    rows = torch.randn(2000, channels if independent else 1 + channels // 8, generator=draws)
-    if not independent:
+    rows = torch.randn(2000, channels if kind == "independent" else 1 + channels // 8, generator=draws)
+    if kind == "of low rank":
         rows = rows @ torch.randn(rows.shape[1], channels, generator=draws)
+    if kind == "nearly equal":
+        rows = rows[:, :1] + 0.3 * torch.randn(2000, channels, generator=draws)
     matrix = torch.corrcoef(rows.T).reshape(channels, channels)
     wanted = matrix @ torch.randn(channels, 4, generator=draws)
     expected = torch.linalg.solve((matrix + 0.01 * torch.eye(channels)).double(), wanted.double())

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models import resnet50
 
 from engine.features import teacher_maps
 from engine.onnx_graph import read_onnx
@@ -11,7 +12,7 @@ from engine.probing import Logits
 from engine.stages import ALL, Stages, stages_of
 from engine.students import build_network
 from engine.torch_export import read_export
-from engine.torchscript import read_torchscript
+from engine.torchscript import Bare, read_torchscript
 from engine.zoo import ZOO, resnet_cifar
 
 SHAPE = (3, 16, 16)
@@ -45,7 +46,9 @@ class Once(nn.Module):
 )
 def test_the_stages_are_those_with_fewer_blocks(teacher: str, student: str, expected: list[str]) -> None:
     networks = ZOO[student](5, 3), ZOO[teacher](5, 3)
-    assert names(stages_of(*networks, SHAPE, batch=4, places=ALL), *networks) == [(name, name) for name in expected]
+    stages = stages_of(*networks, SHAPE, batch=4, places=ALL)
+    assert names(stages, *networks) == [(name, name) for name in expected]
+    assert all(pair.aligned for pair in stages.pairs)
 
 
 def test_a_teacher_whose_output_is_put_into_form_has_the_stages_of_its_network() -> None:
@@ -53,7 +56,7 @@ def test_a_teacher_whose_output_is_put_into_form_has_the_stages_of_its_network()
     wrapped = Logits(teacher, probabilities=True, keeps_layout=False)
     stages = stages_of(student, wrapped, SHAPE, batch=4, places=ALL)
     assert names(stages, student, teacher) == [("stage", "stage")]
-    assert stages.pairs
+    assert stages.pairs[0].aligned
     inputs = torch.rand(4, *SHAPE)
     torch.testing.assert_close(teacher_maps(stages, inputs)[0], wrapped(inputs))  # logits, not probabilities
 
@@ -110,7 +113,7 @@ def write_onnx(network: nn.Module, images: Tensor, path: Path) -> nn.Module:
 
 @pytest.mark.parametrize("write", [write_program, write_script, write_onnx])
 @pytest.mark.filterwarnings("ignore")  # of what PyTorch will write no more
-def test_a_teacher_that_is_a_graph_shows_the_maps_of_the_network_that_it_was(
+def test_a_graph_of_plain_blocks_shows_the_maps_at_their_ends(
     write: Callable[[nn.Module, Tensor, Path], nn.Module], tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
@@ -122,6 +125,17 @@ def test_a_teacher_that_is_a_graph_shows_the_maps_of_the_network_that_it_was(
     )
     assert [tuple(maps.shape) for maps in found[1]] == [(2, 16, 16, 16), (2, 32, 8, 8), (2, 64, 4, 4)]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_graph_of_bottlenecks_shows_the_map_before_the_convolution_that_halves_it(tmp_path: Path) -> None:
+    network, shape = resnet50(num_classes=5).eval(), (3, 64, 64)
+    graph = write_program(network, torch.rand(2, *shape), tmp_path / "network")
+    student = build_network("vgg8", classes=5, channels=3, pixels=64)
+    found = [
+        [maps.shape[1] for maps in teacher_maps(stages_of(student, teacher, shape, batch=64), torch.rand(2, *shape))[1]]
+        for teacher in (network, graph)
+    ]
+    assert found == [[64, 256, 512], [64, 128, 256]]  # inside the next stage's first block
 
 
 def test_the_images_may_be_of_any_proportions() -> None:
@@ -200,6 +214,25 @@ class OneBlock(nn.Module):
         return logits
 
 
+class Attention(nn.Module):
+    """A map [heads B, C, H, W], one [B, heads, H, W], and the one that is handed on."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.heads, self.weights = nn.Identity(), nn.Identity()
+        self.convolution = nn.Conv2d(3, 8 * blocks, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.heads(self.convolution(images).unflatten(1, (2, -1)).flatten(0, 1))
+        logits: Tensor = self.weights(maps.unflatten(0, (-1, 2)).sum(2).repeat(1, 3, 1, 1)).mean((2, 3))
+        return logits
+
+
+def test_attention_is_no_map() -> None:
+    networks = Attention(1), Attention(2)
+    assert names(stages_of(*networks, SHAPE, batch=16, places=ALL), *networks) == [("convolution", "convolution")]
+
+
 @pytest.mark.parametrize("kind", [Twice, ChannelsLast])
 def test_what_is_no_single_map_is_not_compared(kind: Callable[[int], nn.Module]) -> None:
     assert not stages_of(kind(1), kind(2), SHAPE, batch=4, places=ALL).pairs
@@ -237,6 +270,17 @@ class Dropping(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.stage(self.dropout(images)).mean((2, 3))
         return logits
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_scripted_part_has_no_maps_and_does_no_harm() -> None:
+    student, teacher = build_network("vgg8", classes=5, channels=3, pixels=16), ZOO["resnet8"](5, 3).eval()
+    expected = len(stages_of(student, teacher, SHAPE, batch=64, places=ALL).pairs)
+    scripted = Bare(torch.jit.script(Once(2)))  # type: ignore[no-untyped-call]
+    assert not stages_of(student, scripted, SHAPE, batch=64, places=ALL).pairs
+    student.features[2] = torch.jit.script(nn.Identity())  # type: ignore[no-untyped-call,operator]
+    assert len(stages_of(student, teacher, SHAPE, batch=64, places=ALL).pairs) == expected
+    assert not any(module._forward_hooks for network in (student, scripted) for module in network.modules())
 
 
 def test_what_a_student_drops_is_no_growth() -> None:
