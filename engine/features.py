@@ -52,15 +52,19 @@ def compared(stages: Stages, targets: list[Tensor]) -> Iterator[list[Tensor]]:
     they would drive the student to infinity (docs/experiments.md). Where channels are not aligned it is the share of
     the teacher's variance that no linear map of the student's channels explains.
 
+    A module that gives no such map in training mode is left out; of one that runs twice there, its first map counts.
+
     Args:
         stages: of `stages_of`.
-        targets: of `teacher_maps`, one a stage.
+        targets: of `teacher_maps`, one a pair.
     """
     errors: list[Tensor] = []
     expected = {pair.own: (pair, target) for pair, target in zip(stages.pairs, targets, strict=True)}
 
-    def compare(stage: nn.Module, _inputs: object, output: Tensor) -> None:
-        pair, target = expected[stage]
+    def compare(stage: nn.Module, _inputs: object, output: object) -> None:
+        if stage not in expected or not _fits(output, stages, expected[stage][1]):
+            return
+        pair, target = expected.pop(stage)
         some = Part.apply(output, stages.places)
         own = _seen(pair, some.to(torch.float32, copy=pair.standardised))  # its backward pass needs it as it is now
         if not pair.aligned:
@@ -69,6 +73,14 @@ def compared(stages: Stages, targets: list[Tensor]) -> Iterator[list[Tensor]]:
 
     with removing([stage.register_forward_hook(compare) for stage in expected]):
         yield errors
+
+
+def _fits(output: object, stages: Stages, target: Tensor) -> bool:
+    """Whether it is a map whose compared part is of the target's images, height and width."""
+    if not isinstance(output, Tensor) or output.dim() != target.dim():
+        return False
+    part = output[stages.places]
+    return len(part) == len(target) and part.shape[2:] == target.shape[2:]
 
 
 class SquaredDistances(torch.autograd.Function):

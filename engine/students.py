@@ -69,9 +69,10 @@ def build_student(name: str, *, teacher: "Teacher", weights: Path | None = None,
         else:
             student = build_network(name, classes=spec.classes, channels=channels, pixels=min(height, width))
         student = student.to("cpu", torch.float32)
-        if not any(parameter.requires_grad for parameter in student.parameters()):
+        own = {*student.parameters()} - {*teacher.module.parameters()}
+        if not any(parameter.requires_grad for parameter in own):
             raise SSDKDError(
-                f"the student {name} has no parameter that can learn: expected one with requires_grad",
+                f"the student {name} has no parameter of its own that can learn: expected one with requires_grad",
                 "leave at least its last layer unfrozen",
             )
         if weights is not None:

@@ -70,6 +70,45 @@ def test_a_teachers_map_is_kept_as_it_is_before_what_follows_changes_it() -> Non
     assert torch.equal(found, expected)
 
 
+class WithImages(nn.Conv2d):
+    """Gives its images beside its map while it learns."""
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
+        maps = super().forward(images)
+        return (maps, images) if self.training else maps
+
+
+class OtherInTraining(nn.Module):
+    """Two maps, of which the first, or both, are of another form while it learns."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.first = (WithImages if kind == "a pair" else nn.Conv2d)(3, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 4, 3, padding=1, stride=2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        shown = images
+        if self.training and self.kind == "smaller":
+            shown = images[:, :, 1:, 1:]
+        if self.training and self.kind == "of more images":
+            shown = torch.cat((images, images))
+        maps = self.first(shown)
+        logits: Tensor = self.second(maps[0] if isinstance(maps, tuple) else maps).mean((2, 3))
+        return logits[: len(images)]
+
+
+@pytest.mark.parametrize(("kind", "left"), [("a pair", 1), ("smaller", 1), ("of more images", 0)])
+def test_maps_that_are_others_in_training_are_left_out(kind: str, left: int) -> None:
+    student, teacher = OtherInTraining(kind), ZOO["resnet8"](4, 3).eval()
+    stages, inputs = stages_of(student, teacher, SHAPE, batch=16, places=ALL), torch.randn(16, *SHAPE)
+    assert len(stages.pairs) == 2
+    _, maps = teacher_maps(stages, inputs)
+    with compared(stages, maps) as errors:
+        student.train()(inputs)
+    assert len(errors) == left
+
+
 def test_a_student_whose_maps_grow_does_not_run_away() -> None:
     torch.manual_seed(0)
     student, teacher = build_network("wrn16_2", classes=4, channels=3, pixels=16), ZOO["wrn40_2"](4, 3)

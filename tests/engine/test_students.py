@@ -318,13 +318,19 @@ def test_a_student_is_tried_as_it_will_be_trained(
         build_student("users_students:of_two_inputs", teacher=teacher)
     with pytest.raises(SSDKDError, match="two_heads gives tuple in train mode"):
         build_student("users_students:two_heads", teacher=teacher)
-    with pytest.raises(SSDKDError, match="frozen has no parameter that can learn"):
+    with pytest.raises(SSDKDError, match="frozen has no parameter of its own that can learn"):
         build_student("users_students:frozen", teacher=teacher)
     student = build_student("users_students:flatten", teacher=teacher)
     assert student.training
     assert not student.norm.running_mean.any()  # type: ignore[union-attr, operator]
     assert student.norm.num_batches_tracked == 0  # type: ignore[union-attr]
     assert student.conv.weight.is_contiguous()  # type: ignore[union-attr, operator]
+
+
+def test_the_teacher_itself_is_no_student(monkeypatch: pytest.MonkeyPatch, teacher: Teacher) -> None:
+    monkeypatch.setattr("engine.students.build_network", lambda *_, **__: teacher.module.requires_grad_(True))
+    with pytest.raises(SSDKDError, match="has no parameter of its own that can learn"):
+        build_student("resnet8", teacher=teacher)
 
 
 def test_what_the_user_froze_stays_frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: Teacher) -> None:
