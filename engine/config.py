@@ -100,10 +100,10 @@ def settings_for(
         student_batch=batch,
         warmup_rounds=min(10, max(1, rounds // 4)),
     )
-    settings = replace(sized, **{**(GPU_DEFAULTS if largest_batch > USUAL_BATCH else {}), **overrides})
+    typed = {name: float(value) if types[name] is float else value for name, value in overrides.items()}
+    settings = replace(sized, **{**(GPU_DEFAULTS if largest_batch > USUAL_BATCH else {}), **typed})
     _check_ranges(settings)
-    floats: dict[str, Any] = {name: float(value) for name, value in overrides.items() if types[name] is float}
-    return replace(settings, **floats)
+    return settings
 
 
 def batch_for(image_shape: tuple[int, int, int], largest: int = USUAL_BATCH) -> int:

@@ -1,6 +1,7 @@
-"""What all networks of ours share: the initialisation, the pooling before the last layer, a slice's gradient."""
+"""What networks share: their initialisation, how weights are loaded, the pooling at the end, a slice's gradient."""
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,13 @@ def initialise_convolutions(module: nn.Module) -> nn.Module:
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
     return module
+
+
+def with_versions(module: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The weights, of the layers as they are in `module`: some networks ask for their version, which files forget."""
+    versioned = OrderedDict(weights)
+    versioned._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
+    return versioned
 
 
 def global_average(features: Tensor) -> Tensor:

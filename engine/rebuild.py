@@ -24,6 +24,7 @@ from engine.identify import (
     map_in_order,
     shapes_of,
 )
+from engine.layers import with_versions
 from engine.probing import FORWARD_ERRORS, input_channels, noise
 from engine.students import SMALL_PIXELS, STUDENTS, build_network, check_network_name, published_networks
 from engine.unwrap import State
@@ -241,7 +242,8 @@ def _order_warnings(arch: str, ours: Mapping[str, TensorShape], theirs: Mapping[
 
 def _load(module: nn.Module, state: State, names: Mapping[str, str]) -> None:
     """Puts the tensors in place; counters of batches that the file lacks keep their zeros."""
-    missing, unexpected = module.load_state_dict({theirs: state[ours] for ours, theirs in names.items()}, strict=False)
+    weights = {theirs: state[ours] for ours, theirs in names.items()}
+    missing, unexpected = module.load_state_dict(with_versions(module, weights), strict=False)
     if type(module).__name__ in ("GoogLeNet", "Inception3"):
         _drop_auxiliary_heads(module)
     leftover = [name for name in missing if not name.endswith("num_batches_tracked")] + unexpected

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from engine.checkpoints import read_checkpoint
 from engine.errors import SSDKDError, first_line
-from engine.layers import initialise_convolutions
+from engine.layers import initialise_convolutions, with_versions
 from engine.mobilenets import MobileNetV2
 from engine.probing import FORWARD_ERRORS
 from engine.shapes import Shape, words
@@ -251,7 +251,7 @@ def _load_weights(student: nn.Module, name: str, path: Path) -> None:
             + (f"; and {len(differences) - 4} more" if len(differences) > 4 else ""),
             "give the weights of this very network with --student-weights, or leave the option out",
         )
-    student.load_state_dict({**expected, **found})
+    student.load_state_dict(with_versions(student, {**expected, **found}))
 
 
 def _is_finite(weight: Tensor | None) -> bool:

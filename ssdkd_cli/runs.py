@@ -257,11 +257,13 @@ def _of_architecture(build: "Callable[[int, int], nn.Module]", card: StudentCard
 
 def _checked(module: "nn.Module", weights: "Mapping[str, Tensor]", card: StudentCard) -> "nn.Module":
     """The module with these weights. Raises SSDKDError where they do not fit, or it is not the network of the card."""
+    from engine.layers import with_versions
+
     name = card.teacher_arch if card.student == SAME else card.student
     hint = "run ssdkd where the student's code is the one that was distilled"
     module = module.to("cpu").float().eval().requires_grad_(False)
     try:
-        module.load_state_dict(weights)
+        module.load_state_dict(with_versions(module, weights))
     except RuntimeError as error:
         first = str(error).strip().splitlines()[-1].strip()[:200]
         raise SSDKDError(f"the weights do not fit the student {name}: {first}", hint) from None

@@ -86,6 +86,7 @@ def test_overrides_win_over_effort_and_size() -> None:
     ("overrides", "message", "hint"),
     [
         ({"looking_share": 1.5}, "'looking_share' is 1.5: expected 0 or more, 1 at most", "correct"),
+        ({"looking_share": 2}, "'looking_share' is 2.0: expected 0 or more, 1 at most", "correct"),
         ({"student_batch": 3}, "'student_batch' is 3: expected 4 or more", "correct"),
         ({"sample": 10}, "unknown distillation setting 'sample'", "samples"),
         ({"rounds": 1.5}, "'rounds' is 1.5: expected int", "config"),
@@ -133,3 +134,8 @@ def test_values_out_of_range_are_refused(overrides: dict[str, Any], message: str
     with pytest.raises(SSDKDError) as raised:
         settings_for("full", image_shape=CIFAR, **overrides)
     assert message in raised.value.message
+
+
+@pytest.mark.parametrize("name", ["feature_weight", "spread_weight", "looking_share", "shift"])
+def test_what_may_be_nothing_may_be_written_as_zero(name: str) -> None:
+    assert getattr(settings_for("quick", image_shape=CIFAR, **{name: 0}), name) == 0

@@ -1,4 +1,5 @@
 import torch
+from torchvision import models
 
 from engine.rebuild import rebuild_stated
 from engine.students import STUDENTS
@@ -21,3 +22,11 @@ def test_above_small_images_a_students_name_is_the_students_form():
     ours.load_state_dict(state)
     with torch.no_grad():
         assert torch.equal(large.module.eval()(images), ours.eval()(images))
+
+
+def test_a_network_that_asks_for_its_version_is_loaded_from_a_file_that_forgot_it():
+    network = models.mnasnet0_5(num_classes=5)
+    found = rebuild_stated(dict(network.state_dict()), "mnasnet0_5", keeps_order=True, pixels=64)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(found.module.eval()(images), network.eval()(images))
