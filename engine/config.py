@@ -100,10 +100,10 @@ def settings_for(
         student_batch=batch,
         warmup_rounds=min(10, max(1, rounds // 4)),
     )
-    typed = {name: float(value) if types[name] is float else value for name, value in overrides.items()}
-    settings = replace(sized, **{**(GPU_DEFAULTS if largest_batch > USUAL_BATCH else {}), **typed})
+    settings = replace(sized, **{**(GPU_DEFAULTS if largest_batch > USUAL_BATCH else {}), **overrides})
     _check_ranges(settings)
-    return settings
+    floats: dict[str, Any] = {name: float(value) for name, value in overrides.items() if types[name] is float}
+    return replace(settings, **floats)
 
 
 def batch_for(image_shape: tuple[int, int, int], largest: int = USUAL_BATCH) -> int:
@@ -114,7 +114,7 @@ def batch_for(image_shape: tuple[int, int, int], largest: int = USUAL_BATCH) -> 
 
 def _check_ranges(settings: DistillationSettings) -> None:
     for name, value in vars(settings).items():
-        lowest = LOWEST.get(name, 1 if isinstance(value, int) else 0)
+        lowest = LOWEST.get(name, 1 if isinstance(getattr(DistillationSettings, name), int) else 0)
         highest = 1 if name in SHARES else HIGHEST
         if not lowest <= value <= highest and not isinstance(value, bool):
             raise SSDKDError(

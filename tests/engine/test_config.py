@@ -86,7 +86,7 @@ def test_overrides_win_over_effort_and_size() -> None:
     ("overrides", "message", "hint"),
     [
         ({"looking_share": 1.5}, "'looking_share' is 1.5: expected 0 or more, 1 at most", "correct"),
-        ({"looking_share": 2}, "'looking_share' is 2.0: expected 0 or more, 1 at most", "correct"),
+        ({"looking_share": 2}, "'looking_share' is 2: expected 0 or more, 1 at most", "correct"),
         ({"student_batch": 3}, "'student_batch' is 3: expected 4 or more", "correct"),
         ({"sample": 10}, "unknown distillation setting 'sample'", "samples"),
         ({"rounds": 1.5}, "'rounds' is 1.5: expected int", "config"),
