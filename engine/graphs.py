@@ -84,8 +84,8 @@ def restore_batchnorm(module: fx.GraphModule) -> fx.GraphModule:
         weight, bias, mean, variance = (_constant(module, argument) for argument in node.args[1:5])
         if mean is None or variance is None:
             continue
-        name = f"batchnorm_{index}"
-        module.add_module(name, batchnorm_layer(weight, bias, mean, variance, node.args[BATCHNORMS[node.target]]))
+        restored = batchnorm_layer(weight, bias, mean, variance, node.args[BATCHNORMS[node.target]])
+        name = _added(module, f"batchnorm_{index}", restored)
         with module.graph.inserting_before(node):
             layer = module.graph.call_module(name, (node.args[0],))
         if node.target is aten.batch_norm.default:
@@ -117,8 +117,7 @@ def show_outputs(module: fx.GraphModule) -> None:
         if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.users
     ]
     for index, node in enumerate(operations):
-        name = f"output_{index}"
-        module.add_module(name, nn.Identity())
+        name = _added(module, f"output_{index}", nn.Identity())
         users = list(node.users)
         with module.graph.inserting_after(node):
             shown = module.graph.call_module(name, (node,))
@@ -149,7 +148,8 @@ def same_logits(module: nn.Module, graph: Graph, shape: Shape) -> bool:
             found = module.eval()(images)
     except FORWARD_ERRORS:
         return False
-    return isinstance(found, Tensor) and found.shape == expected.shape and relative_error(found, expected) < TOLERANCE
+    both = isinstance(found, Tensor) and isinstance(expected, Tensor)
+    return both and found.shape == expected.shape and relative_error(found, expected) < TOLERANCE
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -217,6 +217,14 @@ def batchnorm_layer(
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().clone())
     return layer.eval()
+
+
+def _added(module: nn.Module, name: str, layer: nn.Module) -> str:
+    """Adds a layer under that name, or a longer one where the network has something of that name; returns it."""
+    while hasattr(module, name):
+        name += "_"
+    module.add_module(name, layer)
+    return name
 
 
 def _constant(module: fx.GraphModule, argument: object) -> Tensor | None:

@@ -209,9 +209,9 @@ def where(condition: Any, a: Any, b: Any) -> Tensor:
     return torch.where(chosen.to(a.device if b.is_cpu else b.device), a, b)
 
 
-def shape_of(x: Tensor, *, start: int = 0, end: int | None = None) -> Tensor:
-    """The sizes of x as a tensor on the CPU."""
-    return torch.tensor(list(x.shape)[start:end], dtype=torch.int64)
+def shape_of(x: Any, *, start: int = 0, end: int | None = None) -> Tensor:
+    """The sizes of x, a tensor or a constant, as a tensor on the CPU."""
+    return torch.tensor(np.shape(x)[start:end], dtype=torch.int64)
 
 
 def concat(*parts: Any, axis: int) -> Tensor:

@@ -11,7 +11,9 @@ from engine.shapes import Shape, words
 
 TRIED_PIXELS = (32, 64, 96, 128, 224, 256, 299, 384, 28)
 # What layers raise at sizes that they cannot take.
-FORWARD_ERRORS = (RuntimeError, ValueError, AssertionError, IndexError, TypeError, KeyError, torch.jit.Error)
+FORWARD_ERRORS = (
+    *(RuntimeError, ValueError, AssertionError, IndexError, TypeError, KeyError, AttributeError, torch.jit.Error),
+)
 NEVER_RUNS = "ssdkd_never_runs"  # set on layers that the forward pass leaves out
 
 

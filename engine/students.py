@@ -68,11 +68,10 @@ def build_student(name: str, *, teacher: "Teacher", weights: Path | None = None,
             student = _afresh(teacher)
         else:
             student = build_network(name, classes=spec.classes, channels=channels, pixels=min(height, width))
-        student = student.to("cpu", torch.float32)
-        own = {*student.parameters()} - {*teacher.module.parameters()}
-        if not any(parameter.requires_grad for parameter in own):
+        student = copy.deepcopy(student).to("cpu", torch.float32)  # what it shares with the teacher would learn there
+        if not any(parameter.requires_grad for parameter in student.parameters()):
             raise SSDKDError(
-                f"the student {name} has no parameter of its own that can learn: expected one with requires_grad",
+                f"the student {name} has no parameter that can learn: expected one with requires_grad",
                 "leave at least its last layer unfrozen",
             )
         if weights is not None:
@@ -259,23 +258,31 @@ def _is_finite(weight: Tensor | None) -> bool:
 
 
 def _try_forward(student: nn.Module, name: str, input_shape: Shape, classes: int) -> None:
-    """Makes sure that it gives logits, in train mode for images as training has them: in channels_last."""
+    """Makes sure that it gives logits, in train mode for images in channels_last and with gradients, as training has
+    them.
+    """
     size = words(input_shape)
     images = torch.zeros(2, *input_shape)
     if student.training:
         images = images.contiguous(memory_format=torch.channels_last)
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(student.training):
             logits = student(images)
+            if isinstance(logits, Tensor) and logits.requires_grad:
+                learning = [parameter for parameter in student.parameters() if parameter.requires_grad]
+                torch.autograd.grad(logits.sum(), learning, allow_unused=True)
     except FORWARD_ERRORS as error:
         reason = first_line(error)
         if student.training:
+            hints = {
+                "inplace": "operations that change nothing in place",
+                "view": "reshape or flatten(1) in place of view",
+            }
+            hint = next((f"use {better} in its forward pass" for word, better in hints.items() if word in reason), None)
             raise SSDKDError(
                 f"the student {name} cannot be trained on images of {size} in channels_last, the memory format of"
                 f" training: {reason}",
-                "use flatten(1) or reshape in place of view in its forward pass"
-                if "view" in reason
-                else "choose a student that can (`ssdkd students`)",
+                hint or "choose a student that can (`ssdkd students`)",
             ) from error
         raise SSDKDError(
             f"the student {name} cannot take images of {size}: {reason}",

@@ -255,7 +255,13 @@ def _as_operations(graph: Any, example: Tensor) -> fx.GraphModule:
                     symbol = written.call_function(
                         operation, arguments, {key: symbols[name] for key, name in named.items()}
                     )
-                define(outputs[0], symbol, value)
+                if len(outputs) == 1:
+                    define(outputs[0], symbol, value)
+                    continue
+                for index, name in enumerate(outputs):
+                    is_node = isinstance(symbol, fx.Node)
+                    part = written.call_function(operator.getitem, (symbol, index)) if is_node else symbol[index]
+                    define(name, part, value[index])
             else:
                 raise _NotPlainError(f"an instruction {kind}")
 

@@ -427,3 +427,10 @@ def test_a_file_of_weights_that_is_cut_short(tmp_path):
     (tmp_path / "weights.bin").write_bytes(content[: len(content) // 2])
     with pytest.raises(SSDKDError, match="damaged or cut short"):
         read_onnx(path)
+
+
+def test_the_shape_of_a_constant(tmp_path):
+    nodes = [node("Shape", "c", "n"), node("Cast", "n", "f", to=1), node("Mul", "x f", "y")]
+    _, graph, _ = read_onnx(write(tmp_path / "a.onnx", nodes, {"c": sizes(5, 6, 7)}))
+    images = torch.randn(2, *SHAPE)
+    assert torch.equal(graph.module(images), 3 * images)

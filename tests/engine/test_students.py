@@ -318,7 +318,7 @@ def test_a_student_is_tried_as_it_will_be_trained(
         build_student("users_students:of_two_inputs", teacher=teacher)
     with pytest.raises(SSDKDError, match="two_heads gives tuple in train mode"):
         build_student("users_students:two_heads", teacher=teacher)
-    with pytest.raises(SSDKDError, match="frozen has no parameter of its own that can learn"):
+    with pytest.raises(SSDKDError, match="frozen has no parameter that can learn"):
         build_student("users_students:frozen", teacher=teacher)
     student = build_student("users_students:flatten", teacher=teacher)
     assert student.training
@@ -327,10 +327,32 @@ def test_a_student_is_tried_as_it_will_be_trained(
     assert student.conv.weight.is_contiguous()  # type: ignore[union-attr, operator]
 
 
-def test_the_teacher_itself_is_no_student(monkeypatch: pytest.MonkeyPatch, teacher: Teacher) -> None:
-    monkeypatch.setattr("engine.students.build_network", lambda *_, **__: teacher.module.requires_grad_(True))
-    with pytest.raises(SSDKDError, match="has no parameter of its own that can learn"):
-        build_student("resnet8", teacher=teacher)
+def test_a_student_shares_nothing_with_its_teacher(monkeypatch: pytest.MonkeyPatch, teacher: Teacher) -> None:
+    monkeypatch.setattr(
+        "engine.students.build_network", lambda *_, **__: nn.Sequential(teacher.module.requires_grad_(True))
+    )
+    student = build_student("users_students:around_the_teacher", teacher=teacher)
+    assert not {*student.modules()} & {*teacher.module.modules()}
+    assert not {*student.parameters()} & {*teacher.module.parameters()}
+    assert not teacher.module.training
+
+
+class ChangesItsReLU(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 5, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = F.relu(self.conv(images))
+        maps[:, :2] = 0
+        return maps.mean((2, 3))
+
+
+def test_a_student_without_gradients_is_refused(monkeypatch: pytest.MonkeyPatch, teacher: Teacher) -> None:
+    monkeypatch.setattr("engine.students.build_network", lambda *_, **__: ChangesItsReLU())
+    with pytest.raises(SSDKDError, match=r"cannot be trained on images of 1x16x16 .*modified by an inplace") as caught:
+        build_student("users_students:changes_its_relu", teacher=teacher)
+    assert "change nothing in place" in caught.value.hint
 
 
 def test_what_the_user_froze_stays_frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: Teacher) -> None:

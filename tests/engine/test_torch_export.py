@@ -336,3 +336,24 @@ def test_two_inputs_are_refused(tmp_path):
 )
 def test_sizes_that_torch_writes_are_formulas(text):
     assert _is_formula(text)
+
+
+class NamedAsOurs(nn.Module):
+    """Has layers of the names that are given to what is put into a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.batchnorm_1, self.batchnorm_0 = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.output_0 = nn.Linear(3, 3)
+        self.batchnorm_1.running_mean.fill_(0.5)
+
+    def forward(self, x):
+        return self.output_0(self.batchnorm_0(self.batchnorm_1(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("decompose", [False, True])
+def test_layers_may_have_any_names(tmp_path, decompose):
+    network = NamedAsOurs()
+    _, graph = read_export(write(tmp_path / "a.pt2", network, dynamic=True, decompose=decompose), trust_pickle=False)
+    assert torch.allclose(graph.module(IMAGES), network(IMAGES), atol=1e-5)
+    assert sum(isinstance(layer, GraphBatchNorm) for layer in graph.module.modules()) == 2

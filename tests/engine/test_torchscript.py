@@ -281,3 +281,23 @@ def test_a_network_of_two_inputs(tmp_path):
     path = save(tmp_path / "a.pt", lambda: torch.jit.script(TakesTwo().eval()))
     with pytest.raises(SSDKDError, match="takes 2 inputs: expected one"):
         read_torchscript(path, (3, 8, 8))
+
+
+class OfTwoOutputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        deviation, mean = torch.std_mean(self.norm(x), [2, 3])
+        return self.head(torch.cat([deviation, mean], 1))
+
+
+def test_an_operation_of_two_outputs_leaves_the_batchnorm(tmp_path):
+    network = OfTwoOutputs().eval()
+    _, graph, notes = read_torchscript(save(tmp_path / "a.pt", lambda: torch.jit.script(network)), (3, 8, 8))
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(graph.module(images), network(images))
+    assert notes == []
+    assert any(isinstance(layer, GraphBatchNorm) for layer in graph.module.modules())
