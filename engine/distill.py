@@ -43,9 +43,7 @@ class RoundMetrics:
     class_loss: float
     adversarial_loss: float
     distillation_loss: float  # of the logits, mean of the round's steps; NaN in the warm-up
-    feature_loss: (
-        float  # of the maps, summed over the pairs that are compared; 0 where none is compared, NaN in the warm-up
-    )
+    feature_loss: float  # of the maps, summed over those compared; 0 where none is, NaN in the warm-up
     agreement: float  # percent, of the averaged student with the teacher on the newest held-out samples
     class_balance: float  # smallest over largest class count of the buffer
     images_per_second: float  # that the student saw, this round
