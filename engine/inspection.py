@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.batchnorm import has_possible_variances, has_running_statistics, is_trained
+from engine.graphs import GraphBatchNorm
 from engine.modes import evaluating
 from engine.probing import noise
 from engine.shapes import words
@@ -17,6 +18,7 @@ from engine.teacher import Teacher, TeacherSpec, tells_images_apart
 
 MAX_NAMED = 3
 SUGGESTED_STUDENTS = ("mobilenetv2", "resnet20", "resnet8")  # the largest first
+WEIGHTS = {2: "matrix", 4: "convolution"}  # dimensions of a weight -> what it is; others are biases and the like
 WORTH_TRYING = (0.5, 1.0)  # below this share of the teacher's parameters and of its FLOPs; rather the first
 
 
@@ -26,7 +28,7 @@ class Inspection:
 
     spec: TeacherSpec
     flops: int  # of one image: multiplications and additions counted apart
-    layers: dict[str, int]  # class name -> how many, of the layers that have weights
+    layers: dict[str, int]  # class name -> how many, of the layers that have weights; of a graph what they are
     findings: tuple[str, ...]  # what is suspicious; empty if nothing is
     student: str | None  # the one to try; None if none of ours is smaller
     command: str | None  # what to type: `ssdkd compress`, `ssdkd export` without a student; None if it would be refused
@@ -35,9 +37,6 @@ class Inspection:
 def inspect_teacher(teacher: Teacher) -> Inspection:
     """Looks at the weights of a teacher, which may have been loaded with allow_nonfinite=True."""
     spec, module = teacher.spec, teacher.module
-    kinds = Counter(
-        type(layer).__name__ for layer in module.modules() if next(layer.parameters(recurse=False), None) is not None
-    )
     broken = _nonfinite_tensors(module)
     findings = [
         *_batchnorm_findings(module),
@@ -59,7 +58,7 @@ def inspect_teacher(teacher: Teacher) -> Inspection:
     return Inspection(
         spec=spec,
         flops=flops,
-        layers=dict(kinds.most_common()),
+        layers=dict(_layer_kinds(module, is_graph=spec.arch == "graph").most_common()),
         findings=tuple(findings),
         student=student,
         command=shlex.join(["ssdkd", verb, spec.path, *wanted, *spec.flags]) if accepted else None,
@@ -92,6 +91,20 @@ def count_flops(module: nn.Module, input_shape: tuple[int, int, int]) -> int:
     with evaluating(module), torch.no_grad(), counter:
         module(torch.zeros(1, *input_shape, device=device))
     return int(counter.get_total_flops())
+
+
+def _layer_kinds(module: nn.Module, *, is_graph: bool) -> Counter[str]:
+    """How many layers with weights there are of each kind; a graph's are its BatchNorm layers and its weights."""
+    kinds: Counter[str] = Counter()
+    for layer in module.modules():
+        weights = list(layer.parameters(recurse=False))
+        if isinstance(layer, GraphBatchNorm):
+            kinds["BatchNorm"] += 1
+        elif is_graph:
+            kinds.update(WEIGHTS[weight.dim()] for weight in weights if weight.dim() in WEIGHTS)
+        elif weights:
+            kinds[type(layer).__name__] += 1
+    return kinds
 
 
 def _batchnorm_findings(module: nn.Module) -> list[str]:

@@ -56,7 +56,6 @@ def as_classifier(module: nn.Module, shape: Shape, name: str) -> tuple[nn.Module
     Raises:
         SSDKDError: the network cannot take such images, or what it gives is no vector of logits.
     """
-    _check_channels(module, shape, name)
     ran: set[nn.Module] = set()
     norms = [layer for layer in module.modules() if is_batchnorm(layer)]
     handles = [layer.register_forward_hook(lambda layer, *_: ran.add(layer)) for layer in norms]
@@ -65,7 +64,7 @@ def as_classifier(module: nn.Module, shape: Shape, name: str) -> tuple[nn.Module
         with removing(handles), torch.no_grad():
             out = module(images)
     except FORWARD_ERRORS as error:
-        raise _wrong_size(module, shape, name, error) from error
+        raise (_wrong_channels(module, shape, name) or _wrong_size(module, shape, name, error)) from error
     for layer in norms:
         if layer not in ran:
             setattr(layer, NEVER_RUNS, True)
@@ -112,13 +111,15 @@ def input_channels(module: nn.Module) -> int | None:
     return first.in_channels if first is not None else None
 
 
-def _check_channels(module: nn.Module, shape: Shape, name: str) -> None:
+def _wrong_channels(module: nn.Module, shape: Shape, name: str) -> SSDKDError | None:
+    """None where the channels are the first convolution's; some stems turn pixels into channels before it."""
     channels = input_channels(module)
-    if channels is not None and channels != shape[0]:
-        raise SSDKDError(
-            f"--input says {shape[0]} channels, but the first convolution of {name} takes {channels}",
-            f"give --input {words((channels, *shape[1:]))}",
-        )
+    if channels in (None, shape[0]):
+        return None
+    return SSDKDError(
+        f"--input says {shape[0]} channels, but the first convolution of {name} takes {channels}",
+        f"give --input {words((channels, *shape[1:]))}",
+    )
 
 
 def _wrong_size(module: nn.Module, shape: Shape, name: str, error: BaseException) -> SSDKDError:

@@ -84,7 +84,7 @@ def _from_graph(checkpoint: Checkpoint, graph: Graph, name: str, arch: str | Non
         return replace(found, input_shape=shape)
     shape = shape or _first_that_runs(graph, state)
     check_graph(graph, shape, name)
-    evidence = "not identified; the graph itself is run, and computes what its own runtime does"
+    evidence = "not identified; run as it is, after a check against its own runtime"
     return Rebuilt(graph.module, GRAPH, evidence, shape[1], (), graph.input_shape)
 
 

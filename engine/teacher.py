@@ -14,7 +14,7 @@ from engine.hashing import sha256_of
 from engine.onnx_graph import data_files
 from engine.probing import as_classifier, input_channels
 from engine.resolve import resolve_network
-from engine.shapes import Shape, words
+from engine.shapes import Shape, each_channel, words
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FALLBACK_PIXELS = 32
@@ -214,12 +214,8 @@ def _preprocessing(
 
     With a warning for the last, and for timm's where the network has other classes than timm's weights.
     """
-    for flag, values in (("--mean", mean), ("--std", std)):
-        if values is not None and len(values) != channels:
-            raise SSDKDError(
-                f"{flag} has {len(values)} values, but the teacher takes {channels} channels",
-                f"give one value a channel: {flag} {','.join(['0.5'] * channels)}",
-            )
+    mean = None if mean is None else each_channel("--mean", mean, channels)
+    std = None if std is None else each_channel("--std", std, channels)
     if mean is not None and std is not None:
         return Preprocessing(mean, std, "flag"), []
     config, is_own = _timm_config(module)

@@ -31,7 +31,7 @@ NPY_MAGIC = b"\x93NUMPY"
 class LabelledImages:
     """Images uint8 [N, H, W, C] with their classes int64 [N] and, for each class, its name.
 
-    `doubt` is a sentence where the model's class names were known and the folders have others.
+    `doubt` is a sentence where folders were numbered in alphabetical order for want of better knowledge.
     """
 
     images: NDArray[np.uint8]
@@ -170,13 +170,23 @@ def _number_classes(
 def _doubt(
     path: Path, names: tuple[str, ...], ordered_names: tuple[str, ...], class_names: tuple[str, ...] | None
 ) -> str | None:
-    if class_names is None or ordered_names == class_names:
+    if ordered_names == class_names or _are_numbers_in_order(names):
         return None
-    first, known = (", ".join(found[:3]) for found in (names, class_names))
-    return (
-        f"{path} is numbered in alphabetical order ({first}, ...): its folders do not carry the names of the model's "
-        f"classes ({known}, ...)"
-    )
+    said = f"{path} is numbered in alphabetical order ({_first(names)}): "
+    if class_names is None:
+        return (
+            said + "the model's class names are not known; if the training's order was another, --classes FILE says it"
+        )
+    return said + f"its folders do not carry the names of the model's classes ({_first(class_names)})"
+
+
+def _first(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _are_numbers_in_order(names: tuple[str, ...]) -> bool:
+    """Whether folders are called 0, 1, 2 or 00, 01, 02: of 0 to 10 the alphabet has 10 before 2."""
+    return all(name.isdecimal() for name in names) and [int(name) for name in names] == list(range(len(names)))
 
 
 def _plain(name: str) -> str:

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from engine.errors import SSDKDError
+from engine.shapes import each_channel
 
 PREFIX = "ssdkd."
 
@@ -123,13 +124,7 @@ def preprocessing_of(
             "the model file does not say how its images are normalised (it was not written by ssdkd)",
             f"state it with --mean and --std, for example --mean {means} --std {stds}",
         )
-    for flag, values in (("--mean", mean), ("--std", std)):
-        if len(values) != channels:
-            raise SSDKDError(
-                f"{flag.lstrip('-')} has {len(values)} values, but the model takes {channels} channels",
-                f"give one value a channel: {flag} {','.join(['0.5'] * channels)}",
-            )
-    return mean, std
+    return each_channel("--mean", mean, channels), each_channel("--std", std, channels)
 
 
 def ssdkd_version() -> str:

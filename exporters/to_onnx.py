@@ -75,8 +75,8 @@ def _to_proto(module: nn.Module, input_shape: tuple[int, int, int]) -> onnx.Mode
         )
     if any(isinstance(child, torch.jit.ScriptModule) for child in module.modules()):
         raise SSDKDError(
-            f"{name} is TorchScript, which torch's ONNX exporter does not take",
-            "state the network that it was made from with --arch, so that it is rebuilt as a module",
+            f"{name} is TorchScript, or has a part that is: torch's ONNX exporter does not take it",
+            "give the plain network that was scripted: a teacher's with --arch, a student's as your own function",
         )
     try:
         with quiet(), torch.no_grad():  # where it fails it prints whole graphs, past `verbose=False`

@@ -56,13 +56,15 @@ BATCH = 32  # the batches after them, smaller ones for large images
 class Verification:
     """Whether a file passed, and why; `max_abs_error` of logits and `agreement` in percent are None if it never ran.
 
-    `verified` is None for a file that cannot run on this machine.
+    `verified` is None for a file that cannot run on this machine. `doubt`: what too few samples could not decide, of a
+    file that passed.
     """
 
     verified: bool | None
     reason: str
     max_abs_error: float | None
     agreement: float | None
+    doubt: str | None = None
 
 
 def verify(

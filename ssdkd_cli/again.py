@@ -19,13 +19,28 @@ from ssdkd_cli import console, runs
 from ssdkd_cli.artifacts import artifact, file_name, file_names, make_files, score_file, timed_paths
 from ssdkd_cli.environment import profile_warnings
 from ssdkd_cli.gates import Limits, decide, recommend, runtime_format
-from ssdkd_cli.labels import chance_warnings, labelled_images, network_accuracy, numbered_images, read_classes
+from ssdkd_cli.labels import (
+    chance_warnings,
+    labelled_images,
+    network_accuracy,
+    numbered_images,
+    read_classes,
+    student_warnings,
+)
 from ssdkd_cli.material import NOISE_SAMPLES, Material, read_teacher, smooth_noise
 from ssdkd_cli.plans import PLAN
 from ssdkd_cli.report import Artifact, Gate, Percentiles, Report, problem_of, read_report
 from ssdkd_cli.report_page import write_report
 from ssdkd_cli.target import Target
-from ssdkd_cli.timing import BATCHES, busy_warnings, crowded_warnings, measure, time_files, time_plan_file
+from ssdkd_cli.timing import (
+    BATCHES,
+    busy_warnings,
+    crowded_warnings,
+    measure,
+    slower_warnings,
+    time_files,
+    time_plan_file,
+)
 from ssdkd_cli.words import percent
 
 TIMED_LATER = (
@@ -119,7 +134,10 @@ def export(
     teacher_accuracy = _teacher_accuracy(material, labelled, is_needed=limits.max_drop is not None)
     proofs = make_files(subject, target, folder, compute=compute, seed=seed)
     _, timings, _ = measure(*timed_paths(proofs), subject.samples.held_out, folder, batch=target.timed_batch)
-    doubts = busy_warnings({path.name: timing for path, timing in timings.items()}, folder)
+    named = {path.name: timing for path, timing in timings.items()}
+    doubts = busy_warnings(named, folder)
+    if runtime_format(target) == "onnx":  # else these files are no more than what the device makes its plan of
+        doubts += slower_warnings(named, file_name("fp32", ".onnx"))
     console.warn_all([*doubts, *crowded_warnings(compute.threads), *profile_warnings(target.profile.name)])
     profile = target.profile.name if target.is_named else None
     artifacts = tuple(
@@ -223,18 +241,18 @@ def evaluate(
 ) -> list[Score]:
     """The accuracy of a run's student and of its files, or of one file, an exported one or a teacher's.
 
-    What describes the network is for a single file; `arch` and `trust_pickle` are for a teacher's.
+    What describes the network is for a single file, but for `classes`; `arch` and `trust_pickle` are for a teacher's.
 
     Raises:
         SSDKDError: no model, data that does not fit it, or an option that does not apply to it.
     """
-    stated = {"--arch": arch, "--input": input_shape, "--mean": mean, "--std": std, "--classes": classes}
+    stated = {"--arch": arch, "--input": input_shape, "--mean": mean, "--std": std}
     given = " ".join(name for name, value in stated.items() if value is not None)
     if model.is_dir() and given:
         raise SSDKDError(f"{given} describe a single file; {model} is a run, which knows its own", f"leave {given} out")
-    if model.is_dir():
-        return _score_run(model, data, trust_pickle)
     number, names = read_classes(classes)
+    if model.is_dir():
+        return _score_run(model, data, number, names, trust_pickle=trust_pickle)
     if model.suffix.lower() not in OPENERS:
         teacher = read_teacher(
             model,
@@ -249,6 +267,7 @@ def evaluate(
         card = runs.teacher_card(teacher.spec, runs.SAME)
         labelled = labelled_images(data, card)
         value = network_accuracy(teacher.module, card, labelled)
+        doubts = chance_warnings(value, card.classes)
     else:
         runtime = open_runtime(model, input_shape=input_shape)
         for flag, is_given in (("--arch", arch is not None), ("--trust-pickle", trust_pickle)):
@@ -257,21 +276,29 @@ def evaluate(
                     f"{flag} is for a run that needs its teacher's file, or for a checkpoint; {model} runs as it is",
                     f"leave {flag} out",
                 )
-        if number not in (None, runtime.classes):
-            raise SSDKDError(f"--classes says {number}, but {model} has {runtime.classes} outputs", "correct --classes")
+        _check_number(number, model, runtime.classes)
         said = describe(runtime.metadata)
         mean, std = preprocessing_of(said, channels=runtime.input_shape[0], mean=mean, std=std)
         labelled = numbered_images(data, runtime.input_shape, runtime.classes, names or said.class_names)
         value = accuracy(runtime.run, labelled, mean=mean, std=std, batch=runtime.fixed_batch)
-    console.warn_all(chance_warnings(value, len(labelled.class_names)))
+        doubts = student_warnings(value, runtime.classes, of_teacher=None)
+    console.warn_all(doubts)
     return [Score(str(model), value, len(labelled.labels))]
 
 
-def _score_run(model: Path, data: Path, trust_pickle: bool) -> list[Score]:
+def _check_number(number: int | None, model: Path, classes: int) -> None:
+    if number not in (None, classes):
+        raise SSDKDError(f"--classes says {number}, but {model} has {classes} outputs", "correct --classes")
+
+
+def _score_run(
+    model: Path, data: Path, number: int | None, names: tuple[str, ...] | None, *, trust_pickle: bool
+) -> list[Score]:
     run = runs.open_run(model, trust_pickle=trust_pickle)
     warn_of_replaced_files(model)
     card = run.card
-    labelled = labelled_images(data, card)
+    _check_number(number, model, card.classes)
+    labelled = numbered_images(data, card.input_shape, card.classes, names or card.class_names)
     images = len(labelled.labels)
     with console.stage("score", f"running {images:,} images"):
         value = network_accuracy(run.module, card, labelled)
@@ -282,7 +309,16 @@ def _score_run(model: Path, data: Path, trust_pickle: bool) -> list[Score]:
             except SSDKDError as error:
                 again = f"write it anew: ssdkd export {model} --overwrite, or take it out of the run's folder"
                 raise SSDKDError(f"{path}: {error.message}", again) from error
+    console.warn_all(student_warnings(value, card.classes, of_teacher=_known_accuracy(model, labelled)))
     return scores
+
+
+def _known_accuracy(run: Path, labelled: LabelledImages) -> float | None:
+    """The teacher's accuracy (percent) where the run's report has it of these very images."""
+    with contextlib.suppress(SSDKDError):
+        teacher = read_report(run).teacher
+        return teacher.accuracy if teacher.accuracy_sha256 == labelled.sha256 else None
+    return None
 
 
 def warn_of_replaced_files(folder: Path) -> None:
@@ -319,7 +355,9 @@ def bench(model: Path, *, input_shape: tuple[int, int, int] | None) -> list[File
     if timings[0].latency_batch > 1:
         console.warn(f"the latency is of {timings[0].latency_batch} images at once: no other batch can be run")
     timed = dict(zip((*others, *plans), timings, strict=True))
-    console.warn_all(busy_warnings({path.name: timing for path, timing in timed.items()}, model))
+    named = {path.name: timing for path, timing in timed.items()}
+    on_cpu = {path.name: timed[path] for path in others}
+    console.warn_all([*busy_warnings(named, model), *slower_warnings(on_cpu, file_name("fp32", ".onnx"))])
     return [FileTiming(str(path), **vars(timing)) for path, timing in timed.items()]
 
 

@@ -119,7 +119,9 @@ def _graph(
     qat, fallback = (target.qat, target.fallback) if is_asked else ("off", False)
     with console.stage("int8", "quantizing, calibrated on synthetic samples") as done:
         graph = integer_graph(subject, exported, Integers(target.scheme, qat, fallback, compute, seed))
-        done("; ".join(graph.notes), good=not loses_too_much(graph.loss, most_lost(len(subject.samples.held_out))))
+        allowed = most_lost(len(subject.samples.held_out))
+        is_in_doubt = graph.loss.points > allowed and not loses_too_much(graph.loss, allowed)
+        done("; ".join(graph.notes), good=None if is_in_doubt else graph.loss.points <= allowed)
     return graph
 
 
@@ -151,7 +153,7 @@ def _write_and_prove(graph: Graph, subject: Subject, folder: Path, *, is_asked: 
             if graph.precision == "int8" and found.verified:
                 found = with_loss(found, graph.loss, len(subject.samples.held_out))
             found = replace(found, reason=found.reason.replace(unproven.name, path.name))
-            done(found.reason, good=bool(found.verified))
+            done(found.reason, good=None if found.doubt else bool(found.verified))
         if not found.verified and not is_asked:
             console.warn(f"no {graph.precision} file: ask for it with --precision {graph.precision}, and more is tried")
             return None
@@ -203,6 +205,7 @@ def artifact(
         integer_share=100 * graph.integer_share,
         float_layers=graph.float_layers,
         input_range=input_range(embed_preprocessing=subject.embed_preprocessing),
+        doubt=verification.doubt,
     )
 
 

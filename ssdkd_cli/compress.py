@@ -15,8 +15,7 @@ from ssdkd_cli.outcome import Outcome
 ASSETS = Path(__file__).parent / "assets"
 DEMO_TEACHER = ASSETS / "demo_teacher.pt"
 
-# As they would be typed; the demo's help shows them.
-DEMO_DEFAULTS: dict[str, object] = {
+DEMO_DEFAULTS = {  # as they would be typed
     "student": "wrn10_1",
     "effort": "quick",
     "time_limit": "135s",
@@ -61,9 +60,11 @@ def run_demo(context: typer.Context, options: Options) -> Outcome:
     Just look: [bold]ssdkd demo[/bold]
 
     Another student, on a GPU: [bold]ssdkd demo --student mobilenetv2 --device cuda[/bold]
+
+    All rounds, not those of two minutes: [bold]ssdkd demo --time-limit 1h[/bold]
     """
     return run_compress(context, options)
 
 
 compress = command_taking_options(run_compress)
-demo = command_taking_options(run_demo, teacher=DEMO_TEACHER)
+demo = command_taking_options(run_demo, defaults=DEMO_DEFAULTS, teacher=DEMO_TEACHER)

@@ -116,7 +116,10 @@ def error(message: str, hint: str) -> None:
 
 @contextmanager
 def stage(name: str, doing: str) -> Iterator[Callable[..., None]]:
-    """A spinner while a stage works; the function that it yields, done(text, good=True), says what came of it."""
+    """A spinner while a stage works; the function that it yields, done(text, good=True), says what came of it.
+
+    `good` is None where that is not decided.
+    """
     with counted(name, doing) as (_, done):
         yield done
 
@@ -124,7 +127,8 @@ def stage(name: str, doing: str) -> Iterator[Callable[..., None]]:
 @contextmanager
 def counted(name: str, doing: str) -> Iterator[tuple[Callable[[str], None], Callable[..., None]]]:
     """A stage of many rounds: yields tick(text), which tells of a round, and the `done` of a stage."""
-    last, outcome, started = -PLAIN_LINE_SECONDS, (doing, True), time.perf_counter()
+    last, started = -PLAIN_LINE_SECONDS, time.perf_counter()
+    outcome: tuple[str, bool | None] = (doing, True)
     view = Live(waiting(name, doing), console=show, transient=True, refresh_per_second=FRAMES)
 
     def tick(text: str) -> None:
@@ -135,7 +139,7 @@ def counted(name: str, doing: str) -> Iterator[tuple[Callable[[str], None], Call
             last = time.perf_counter() - started
             note(f"{doing}, {text}")
 
-    def done(text: str, good: bool = True) -> None:
+    def done(text: str, good: bool | None = True) -> None:
         nonlocal outcome
         outcome = (text, good)
 
@@ -152,7 +156,7 @@ def waiting(name: str, doing: str) -> Spinner:
     return Spinner("dots", Text.assemble((f"{name:<{NAME_WIDTH}}", "bold"), (doing, QUIET)), style=ACCENT)
 
 
-def finish(name: str, text: str, good: bool, started: float) -> None:
+def finish(name: str, text: str, good: bool | None, started: float) -> None:
     """The line that a finished stage leaves; `started` is its time.perf_counter()."""
     seconds = time.perf_counter() - started
     spent = f"  {duration(seconds)}" if seconds >= 1 else ""

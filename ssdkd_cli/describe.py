@@ -31,7 +31,7 @@ from ssdkd_cli.report import (
 from ssdkd_cli.target import Target
 from ssdkd_cli.teaching import Distilled
 from ssdkd_cli.timing import Timing
-from ssdkd_cli.words import count
+from ssdkd_cli.words import count, duration
 
 METHOD = "SSD-KD"
 NOT_REPEATABLE = "the time limit hurried the run: the same seed does not give the same student again"
@@ -180,30 +180,32 @@ def run_warnings(state: State) -> list[str]:
         if step.refusal
     ]
     done, planned = state.round, state.settings.rounds
-    cut_short = (
-        f"the time limit ended the run after {done} of {planned} rounds: the student is worse than that of a full run; "
-        "raise --time-limit"
-    )
+    cut_short = [
+        f"distilling ended at its time limit after {done} of {planned} rounds: the student is worse than that of all, "
+        f"which take about {duration(state.seconds * planned / done)} here (--time-limit)"
+        for _ in range(done < planned)
+    ]
     return [
         *prior_warnings(class_histogram(state)),
-        *([cut_short] if done < planned else []),
+        *cut_short,
         *([NOT_REPEATABLE] if state.hurried else []),
         *slow,
     ]
 
 
 def size_warnings(student: nn.Module, teacher: Teacher) -> list[str]:
-    """A sentence for each of parameters and FLOPs of which the student has more than the teacher."""
+    """A sentence on a student that has more parameters or FLOPs than the teacher."""
     spec = teacher.spec
     flops = (count_flops(network, spec.input_shape) for network in (teacher.module, student))
     export = shlex.join(["ssdkd", "export", spec.path, "--precision", "int8", *spec.flags])
     sizes = {"parameters": (spec.parameters, count_parameters(student)), "FLOPs": tuple(flops)}
-    return [
-        f"the student has more {name} than the teacher, {count(of_student)} against {count(of_teacher)}: "
-        f"take a smaller one, or make the teacher faster as it is with `{export}`"
+    more = [
+        f"more {name} than the teacher, {count(of_student)} against {count(of_teacher)}"
         for name, (of_teacher, of_student) in sizes.items()
         if of_student > of_teacher
     ]
+    advice = f"take a smaller one, or make the teacher's own file smaller with `{export}`"
+    return [f"the student has {', and '.join(more)}: {advice}"] if more else []
 
 
 def prior_warnings(histogram: Sequence[int]) -> list[str]:

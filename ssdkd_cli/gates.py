@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from engine.errors import SSDKDError
 from ssdkd_cli.report import Artifact, Gate, Recommendation, origin
-from ssdkd_cli.words import compared, times
+from ssdkd_cli.words import SAME, compared, times
 
 if TYPE_CHECKING:
     from ssdkd_cli.target import Target
@@ -124,15 +124,15 @@ def judge(limits: Limits, artifact: Artifact, teacher_accuracy: float | None) ->
 def decide(
     limits: Limits, artifacts: Sequence[Artifact], target: "Target", teacher_accuracy: float | None
 ) -> tuple[list[Artifact], tuple[Gate, ...]]:
-    """The verified files for the target's runtime that pass every limit, the fastest first; and the limits as judged.
+    """The verified files for the target's runtime that pass every limit, and the limits as judged.
 
-    Judged are the files whose precision and format were asked for; where no precision was, the fastest file that
-    passes, or the fastest one if none does. The latency is judged of files for that runtime alone: the ONNX file that a
-    plan is made of is timed on the CPU.
+    The fastest file comes first, those in doubt behind the others. Judged are the files whose precision and format were
+    asked for; where no precision was, the first that passes, or the first of all if none does. The latency is judged of
+    files for that runtime alone: the ONNX file that a plan is made of is timed on the CPU.
     """
     native = runtime_format(target)
     untimed = replace(limits, max_latency_ms=None)
-    verified = sorted((item for item in artifacts if item.verified and item.format == native), key=_slowness)
+    verified = sorted((item for item in artifacts if item.verified and item.format == native), key=_doubt_and_slowness)
     passing = [item for item in verified if all(gate.passed for gate in judge(limits, item, teacher_accuracy))]
     asked = [item for item in artifacts if item.precision in target.asked and item.format in target.formats]
     gates = (
@@ -154,26 +154,33 @@ def runtime_format(target: "Target") -> str:
 
 
 def recommend(passing: Sequence[Artifact], teacher_latency_ms: float | None) -> Recommendation | None:
-    """The first of the files that pass every limit, fastest first, with what was measured on this machine.
+    """The first of the files that pass every limit, as `decide` orders them, with what was measured on this machine.
 
     `teacher_latency_ms` is the teacher's through ONNX Runtime: plans, on another clock, are not compared with it.
     """
     if not passing:
         return None
     best, *others = passing
-    why = f"the fastest of {len(passing)} files that pass" if others else "the only file that is verified and passes"
+    equals = [item for item in passing if bool(item.doubt) == bool(best.doubt)]
+    why = "the only file that is verified and passes" if not others else f"the fastest of {len(equals)} files that pass"
+    if len(equals) < len(passing):
+        why = f"{why} without doubt" if len(equals) > 1 else "the only file that passes without doubt"
+    if best.doubt:
+        why += f"; {best.doubt}"
     if best.teacher_agreement is not None:
         why += f"; it predicts the teacher's class on {best.teacher_agreement:.1f} % of held-out samples"
     if not best.latency_ms:
         return Recommendation(best.path, f"{why}; no latency was measured here")
     if teacher_latency_ms and best.format == "onnx":
         why += f"; on this machine {beside_teacher(teacher_latency_ms, best.latency_ms.p50)}"
-    slower = [
-        f"{item.path} takes {times(item.latency_ms.p50, best.latency_ms.p50)} as long"
-        for item in others
-        if item.latency_ms
-    ]
-    return Recommendation(best.path, "; ".join((why, *slower)))
+    beside = [_beside_best(item, item.latency_ms.p50 / best.latency_ms.p50) for item in others if item.latency_ms]
+    return Recommendation(best.path, "; ".join((why, *beside)))
+
+
+def _beside_best(artifact: Artifact, ratio: float) -> str:
+    """What another file takes, `ratio` times the recommended one's time, and why it may be faster and is not taken."""
+    taken = "as long" if 1 / SAME < ratio < SAME else f"{times(ratio, 1)} as long"
+    return f"{artifact.path} takes {taken}" + (f", but {artifact.doubt}" if artifact.doubt else "")
 
 
 def beside_teacher(teacher_ms: float, file_ms: float) -> str:
@@ -188,5 +195,5 @@ def gate_line(gate: Gate) -> str:
     return f"--{gate.name.replace('_', '-')} {gate.limit:g}{origin(gate)}: {gate.artifact} {found}"
 
 
-def _slowness(artifact: Artifact) -> float:
-    return artifact.latency_ms.p50 if artifact.latency_ms else float("inf")
+def _doubt_and_slowness(artifact: Artifact) -> tuple[bool, float]:
+    return artifact.doubt is not None, artifact.latency_ms.p50 if artifact.latency_ms else math.inf

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 NEAR_CHANCE = 0.1  # of the way from chance to all right
+LEAST_KEPT = 0.5  # of the teacher's own way from chance, that a student should go
+TOO_LITTLE = (
+    "it has learned too little; give it more rounds (--effort full, no --time-limit) or take a larger --student"
+)
 
 
 def read_classes(classes: int | Path | None) -> tuple[int | None, tuple[str, ...] | None]:
@@ -71,3 +75,33 @@ def chance_warnings(accuracy: float | None, classes: int) -> list[str]:
         "the labels in the order of the network's classes (folders are numbered alphabetically, unless --classes FILE "
         "names the classes), and are --mean, --std and --input those of the training?"
     ]
+
+
+def student_warnings(accuracy: float | None, classes: int, *, of_teacher: float | None) -> list[str]:
+    """A sentence on a student's accuracy (percent) that is far below its teacher's on the same images.
+
+    The images cannot be to blame there. Of a teacher that is near chance itself, `chance_warnings` speaks; where its
+    accuracy is not known, they ask of the student.
+    """
+    if of_teacher is None:
+        asked = "If they are, and it is a student whose teacher does better on these images, it has learned too little"
+        return [f"{warning} {asked}" for warning in chance_warnings(accuracy, classes)]
+    chance = 100 / classes
+    if (
+        accuracy is None
+        or accuracy > chance + LEAST_KEPT * (of_teacher - chance)
+        or chance_warnings(of_teacher, classes)
+    ):
+        return []
+    return [
+        f"the student has {percent(accuracy)} accuracy, its teacher {percent(of_teacher)} on the same images, chance "
+        f"is {percent(chance)}: {TOO_LITTLE}"
+    ]
+
+
+def agreement_warnings(agreement: float, classes: int) -> list[str]:
+    """A sentence on a student that agrees with its teacher (percent, of held-out samples) too seldom to be used."""
+    chance = 100 / classes
+    if agreement > chance + LEAST_KEPT * (100 - chance):
+        return []
+    return [f"the student agrees with its teacher on {percent(agreement)} of held-out samples: {TOO_LITTLE}"]

@@ -55,7 +55,7 @@ def inspect(
             allow_nonfinite=True,
         )
         found = inspect_teacher(loaded)
-        done(loaded.spec.arch)
+        done(network(loaded.spec.arch))
     spec, images = found.spec, found.spec.preprocessing
     facts = {
         "format": spec.format,

@@ -66,7 +66,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def ssdkd(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option(
+            "--version", metavar="", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
     """Make a vision network small enough for an edge device, without the data it was trained on.
@@ -87,12 +90,10 @@ GROUPS: dict[str, dict[str, Callable[..., Outcome]]] = {
         "report": run_commands.report,
     },
 }
-DEFAULTS: dict[str, dict[str, object]] = {"demo": compress.DEMO_DEFAULTS}
 
 for _group, _commands in GROUPS.items():
     for _name, _command in _commands.items():
-        _settings = {"default_map": DEFAULTS[_name]} if _name in DEFAULTS else {}
-        app.command(_name, rich_help_panel=_group, context_settings=_settings)(within_boundary(_command))
+        app.command(_name, rich_help_panel=_group)(within_boundary(_command))
 app.add_typer(profile_commands.app, name="profiles", rich_help_panel="Look")
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ makes a command's signature from them.
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
@@ -19,6 +20,7 @@ from ssdkd_cli.outcome import Outcome
 from ssdkd_cli.parsing import (
     finite,
     in_unit,
+    not_too_large,
     parse_classes,
     parse_duration,
     parse_effort,
@@ -47,14 +49,14 @@ MEAN = typer.Option(
     parser=parse_numbers,
     callback=in_unit,
     metavar="R,G,B",
-    help="Mean of the normalisation, a number a channel, of images in 0...1.",
+    help="Mean of the normalisation, of images in 0...1: a number a channel, or one for all.",
     rich_help_panel="Teacher",
 )
 STD = typer.Option(
     parser=parse_spread,
     is_eager=True,  # read before --mean, whose error may name it
     metavar="R,G,B",
-    help="Standard deviation of the normalisation, a number a channel.",
+    help="Standard deviation of the normalisation: a number a channel, or one for all.",
     rich_help_panel="Teacher",
 )
 CLASSES = typer.Option(
@@ -63,15 +65,17 @@ CLASSES = typer.Option(
     help="How many classes, or a labels file with one class name a line.",
     rich_help_panel="Teacher",
 )
+FLAG = ""  # metavar of an option that takes no value
 TRUST_PICKLE = typer.Option(
     "--trust-pickle",
+    metavar=FLAG,
     help="Allow a file whose loading runs code. Only for files that you trust.",
     rich_help_panel="Teacher",
 )
 DEVICE = typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:1.", rich_help_panel="Run")
 SEED = typer.Option(
     min=0,
-    max=2**63 - 1,
+    callback=not_too_large,
     metavar="N",
     help="Of all random numbers: on an idle CPU the same seed gives the same result, bit for bit.",
     rich_help_panel="Run",
@@ -102,6 +106,7 @@ QAT = typer.Option(
 )
 NO_FALLBACK = typer.Option(
     "--no-fallback",
+    metavar=FLAG,
     help="All layers of an INT8 file in integers, or exit code 3: none is left in float32.",
     rich_help_panel="Result",
 )
@@ -142,21 +147,27 @@ MIN_AGREEMENT = typer.Option(
 )
 FP16_IO = typer.Option(
     "--fp16-io",
+    metavar=FLAG,
     help="An FP16 file takes images and gives logits in float16 too; without it these are float32.",
     rich_help_panel="Result",
 )
 EMBED_PREPROCESSING = typer.Option(
     "--embed-preprocessing",
+    metavar=FLAG,
     help="The exported file takes images in 0...1 and normalises them itself.",
     rich_help_panel="Result",
 )
 OVERWRITE = typer.Option(
     "--overwrite",
+    metavar=FLAG,
     help="Replace what is there: an earlier run, or of an export the files of the same names.",
     rich_help_panel="Result",
 )
 JSON = typer.Option(
-    "--json", help="Print the result as JSON on stdout, and nothing else there.", rich_help_panel="Result"
+    "--json",
+    metavar=FLAG,
+    help="Print the result as JSON on stdout, and nothing else there.",
+    rich_help_panel="Result",
 )
 
 
@@ -177,7 +188,8 @@ class Options:
         str,
         typer.Option(
             metavar="NAME",
-            help="From `ssdkd students`, torchvision, timm, package.module:function, or `same` as the teacher.",
+            help="From `ssdkd students`, torchvision, timm, package.module:function, or `same` as the teacher "
+            "(a graph: with its --arch).",
             rich_help_panel="Student",
         ),
     ]
@@ -209,7 +221,7 @@ class Options:
         typer.Option(
             min=1,
             metavar="N",
-            help=f"Synthetic samples that the student learns from; of compress {DistillationSettings.samples}.",
+            help=f"Synthetic samples that the student learns from; else {DistillationSettings.samples}.",
             rich_help_panel="Run",
         ),
     ] = None
@@ -239,7 +251,7 @@ class Options:
             metavar="FILE",
             is_eager=True,
             callback=apply_config,
-            help="TOML file with values for what is not typed, such as a run's config.toml.",
+            help="TOML file with values for what is not typed, required ones too, such as a run's config.toml.",
             rich_help_panel="Run",
         ),
     ] = None
@@ -260,7 +272,7 @@ class Options:
         typer.Option(
             parser=parse_path,
             metavar="DIR",
-            help="Folder of the run; of compress runs/<teacher>-<student>.",
+            help="Folder of the run; else runs/<teacher>-<student>.",
             rich_help_panel="Result",
         ),
     ] = None
@@ -289,8 +301,16 @@ def as_typed(options: Options) -> dict[str, object]:
     }
 
 
-def command_taking_options(run: Callable[[typer.Context, Options], Outcome], **fixed: Any) -> Callable[..., Outcome]:
-    """A function for Typer whose parameters are the fields of Options, less those that are `fixed`; it calls `run`."""
+def command_taking_options(
+    run: Callable[[typer.Context, Options], Outcome],
+    *,
+    defaults: Mapping[str, str] = MappingProxyType({}),
+    **fixed: Any,
+) -> Callable[..., Outcome]:
+    """A function for Typer whose parameters are the fields of Options, less those that are `fixed`; it calls `run`.
+
+    `defaults` are the command's own, as they would be typed.
+    """
 
     def command(context: typer.Context, **values: Any) -> Outcome:
         return run(context, Options(**fixed, **values))
@@ -303,7 +323,7 @@ def command_taking_options(run: Callable[[typer.Context, Options], Outcome], **f
                 inspect.Parameter(
                     option.name,
                     inspect.Parameter.KEYWORD_ONLY,
-                    default=_default(option),
+                    default=defaults.get(option.name, _default(option)),
                     annotation=_for_typer(hints[option.name]),
                 )
             )
@@ -320,6 +340,7 @@ def _default(option: "dataclasses.Field[Any]") -> object:
 
 
 def _for_typer(annotation: Any) -> Any:
-    """Any where there is a parser: Typer reads a tuple type as so many words of the command line."""
+    """Any where there is a parser, but for a path: Typer reads a tuple type as so many words of the command line."""
     kind, declared = get_args(annotation)
-    return Annotated[Any, declared] if getattr(declared, "parser", None) else Annotated[kind, declared]
+    is_any = kind is not Path and getattr(declared, "parser", None)
+    return Annotated[Any if is_any else kind, declared]

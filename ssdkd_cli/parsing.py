@@ -109,6 +109,13 @@ def finite(value: float | None) -> float | None:
     return value
 
 
+def not_too_large(seed: int) -> int:
+    """The seed itself. Raises typer.BadParameter where it has more bits than PyTorch takes."""
+    if seed >= 2**63:
+        raise typer.BadParameter(f"expected a number below 2^63; found {seed}")
+    return seed
+
+
 def without_repeats(names: list[str]) -> list[str]:
     """Each name once, in the order in which they were first given."""
     return list(dict.fromkeys(names))

@@ -33,7 +33,14 @@ from ssdkd_cli.describe import Scores, count_parameters, describe_run, run_warni
 from ssdkd_cli.environment import profile_warnings
 from ssdkd_cli.files import check_file_size, check_space, new_folder, write_text
 from ssdkd_cli.gates import Limits, check_limits, with_budget
-from ssdkd_cli.labels import chance_warnings, labelled_images, network_accuracy, read_classes
+from ssdkd_cli.labels import (
+    agreement_warnings,
+    chance_warnings,
+    labelled_images,
+    network_accuracy,
+    read_classes,
+    student_warnings,
+)
 from ssdkd_cli.material import read_teacher
 from ssdkd_cli.options import Options, as_typed
 from ssdkd_cli.precisions import Subject, agreement
@@ -135,6 +142,7 @@ def compress(options: Options, *, command: str) -> Finished:
                 artifacts = tuple(artifact(proof, subject, timings, labelled, profile=profile) for proof in proofs)
                 correct = f", accuracy {percent(scores.student_accuracy)}" if labelled else ""
                 done(f"agreement {percent(scores.agreement)}{correct}")
+            warnings += console.warn_all(learning_warnings(scores, teacher.spec.classes, options.effort))
             report = describe_run(
                 teacher,
                 distilled,
@@ -258,6 +266,15 @@ def read_labelled(
     return labelled, correct
 
 
+def learning_warnings(scores: Scores, classes: int, effort: str) -> list[str]:
+    """A sentence on a student that learned too little; of --effort smoke that was said at the start."""
+    if effort == "smoke":
+        return []
+    if scores.labelled is None:
+        return agreement_warnings(scores.agreement, classes)
+    return student_warnings(scores.student_accuracy, classes, of_teacher=scores.teacher_accuracy)
+
+
 def needed_bytes(teacher: Teacher, student: nn.Module, settings: DistillationSettings) -> int:
     """What a run writes at most: the teacher as ONNX for the timing, the student in each precision, samples, report."""
     image_bytes = math.prod(teacher.spec.input_shape)
@@ -272,7 +289,8 @@ def check_memory(teacher: Teacher, settings: DistillationSettings, compute: Comp
         raise SSDKDError(
             f"{settings.samples:,} samples need {buffered_bytes / 1e9:,.1f} GB of memory: expected "
             f"{memory_bytes / 1e9:,.1f} GB at most, which is all there is",
-            "use fewer --samples",
+            "use fewer --samples"
+            + (", or fewer `views` in the [distillation] table" if settings.views > DistillationSettings.views else ""),
         )
 
 

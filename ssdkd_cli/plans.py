@@ -62,7 +62,7 @@ def for_tensorrt(proof: Proven, subject: Subject, target: Target) -> list[Proven
             plan = rejected_path(plan)
         sidecar_path(unproven).replace(sidecar_path(plan))
         plan = unproven.replace(plan) if found.verified is False else accept(unproven, plan)
-        done(f"{plan}, {size(plan.stat().st_size)}; {found.reason}", good=found.verified)
+        done(f"{plan}, {size(plan.stat().st_size)}; {found.reason}", good=None if found.doubt else found.verified)
     return [Proven(plan, "trt", said, proof.graph, found, precision_notes(sidecar))]
 
 

@@ -247,10 +247,12 @@ def agreement(subject: Subject, predicted: NDArray[np.int64]) -> float:
 
 
 def better(graph: Graph, tried: Graph, helps: bool) -> Graph:
-    """`tried` where it helps, else `graph`; the notes tell of both."""
+    """`tried` where it helps, else `graph`; the notes tell of both, and which was kept."""
+    before, after = math.sqrt(graph.error), math.sqrt(tried.error)
+    found = f"{tried.notes[0]} (rms error of the logits {after:.2g}, before {before:.2g})"
     if helps:
-        return replace(tried, notes=(*graph.notes, *tried.notes))
-    return replace(graph, notes=(*graph.notes, f"{tried.notes[0]}, no gain: it was left out"))
+        return replace(tried, notes=(*graph.notes, f"{found}: kept"))
+    return replace(graph, notes=(*graph.notes, f"{found}, no gain: it was left out"))
 
 
 def rounded_together(subject: Subject, integers: Integers) -> nn.Module:

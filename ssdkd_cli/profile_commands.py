@@ -48,6 +48,14 @@ def _list(json: bool) -> Outcome:
     return printed(json, found, functools.partial(console.print_table, head, rows, right=(3, 4, 5), caption=caption))
 
 
+def list_profiles(json: Annotated[bool, JSON] = False) -> Outcome:
+    """List the device profiles, as `ssdkd profiles` does.
+
+    Example: [bold]ssdkd profiles list[/bold]
+    """
+    return _list(json)
+
+
 def show(
     context: typer.Context,
     profile: Annotated[
@@ -87,4 +95,5 @@ def _with_source(value: object, source: str | None) -> str:
 
 app = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]})
 app.callback(invoke_without_command=True)(profiles)
+app.command("list")(within_boundary(list_profiles))
 app.command("show")(within_boundary(show))

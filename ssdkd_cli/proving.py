@@ -49,11 +49,15 @@ def proof_of(subject: Subject, path: Path, precision: str) -> Verification:
 
 
 def with_loss(found: Verification, loss: Loss, samples: int) -> Verification:
-    """`found`, and a word on what an INT8 file loses against the teacher; where that is too much it is not verified."""
+    """`found`, and a word on what an INT8 file loses against the teacher; where that is too much it is not verified.
+
+    Where it is too much and may be chance, it is a doubt.
+    """
     allowed = most_lost(samples)
     if loss.points <= allowed:
         return found
     is_too_much = loses_too_much(loss, allowed)
-    verdict = "" if is_too_much else f"; on {samples} samples the difference may be chance"
+    verdict = "" if is_too_much else f", which on {samples} samples may be chance"
     said = f"it loses {loss.points:.2f} points of agreement with the teacher, {allowed:.2f} may be lost{verdict}"
-    return replace(found, verified=not is_too_much, reason=f"{said}; {found.reason}")
+    doubt = None if is_too_much else said
+    return replace(found, verified=not is_too_much, reason=f"{said}; {found.reason}", doubt=doubt)

@@ -113,6 +113,7 @@ class Artifact:
 
     `teacher_agreement` is with the teacher. `integer_share` is the percentage of multiply-accumulates in integers,
     `float_layers` those of an INT8 file that stayed in float32. `input_range` is what the file's own metadata says.
+    `doubt` is what the proof of a verified file left open.
     """
 
     path: str
@@ -136,6 +137,7 @@ class Artifact:
     integer_share: float = 0.0
     float_layers: tuple[str, ...] = ()
     input_range: str = NORMALISED
+    doubt: str | None = None
 
 
 @dataclass(frozen=True, config=STRICT)

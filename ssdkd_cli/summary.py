@@ -14,7 +14,7 @@ Row = tuple[str, str, str, str]  # name, teacher, student, gain
 
 def show_report(folder: Path, report: Report) -> None:
     """Print the table, the artifacts, the limits, what is recommended, and where everything is."""
-    lines = [(item.verified, artifact_line(item)) for item in report.artifacts]
+    lines = [(None if item.doubt else item.verified, artifact_line(item)) for item in report.artifacts]
     lines += [(gate.passed, gate_line(gate)) for gate in report.gates]
     console.print_comparison(comparison(report), lines)
     if report.recommendation is None:

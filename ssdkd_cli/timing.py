@@ -17,7 +17,7 @@ from exporters.tensorrt_sidecar import read_sidecar
 from ssdkd_cli import console
 from ssdkd_cli.precisions import Subject, float_graph
 from ssdkd_cli.report import Percentiles
-from ssdkd_cli.words import milliseconds
+from ssdkd_cli.words import SAME, milliseconds, times
 
 BATCHES = (32, 16, 8, 4, 2, 1)  # of the throughput: the largest that stays below BATCH_SECONDS a call
 BATCH_SECONDS = 0.4
@@ -92,6 +92,19 @@ def busy_warnings(timings: Mapping[str, Timing], model: Path) -> list[str]:
         f"{milliseconds(latency.p90)} and more{again if name != TEACHER else ''}"
         for name, latency in ((name, timing.latency_ms) for name, timing in timings.items())
         if latency.p90 > BUSY * latency.p50
+    ]
+
+
+def slower_warnings(timings: Mapping[str, Timing], whole: str) -> list[str]:
+    """A sentence on files that take longer for one image than the float32 file called `whole`."""
+    if whole not in timings:
+        return []
+    limit = SAME * timings[whole].latency_ms.p50
+    slower = {name: timing.latency_ms.p50 for name, timing in timings.items() if timing.latency_ms.p50 > limit}
+    return [
+        f"{name} takes {times(taken, timings[whole].latency_ms.p50)} as long as {whole} for one image on this machine: "
+        f"where speed counts, take {whole}"
+        for name, taken in slower.items()
     ]
 
 

@@ -13,8 +13,8 @@ def escaped(text: str) -> str:
 
 
 def network(arch: str) -> str:
-    """The name of an architecture; that of a network which is nothing but its graph is none."""
-    return "a network without a name" if arch == "graph" else arch
+    """The name of an architecture; a network which is nothing but its graph has none."""
+    return "bare graph" if arch == "graph" else arch
 
 
 def percent(value: float | None) -> str:

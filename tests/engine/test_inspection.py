@@ -31,6 +31,28 @@ def test_a_sound_teacher_has_no_findings(tmp_path):
     assert inspection.spec.arch == "resnet8"
 
 
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+def test_a_graph_is_told_by_its_weights(tmp_path, suffix):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.linear = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 5)
+            self.scale = nn.Parameter(torch.ones(8, 1, 1))
+
+        def forward(self, images):
+            return self.linear((self.norm(self.conv(images).relu()) * self.scale).mean((2, 3)))
+
+    path, batch = tmp_path / f"own.{suffix}", ({0: torch.export.Dim("batch")},)
+    module, images = trained(Own()).eval(), torch.zeros(2, 3, 32, 32)
+    if suffix == "onnx":
+        torch.onnx.export(module, (images,), path, dynamo=True, dynamic_shapes=batch, optimize=False, verbose=False)
+    else:
+        torch.export.save(torch.export.export(module, (images,), dynamic_shapes=batch), path)
+    inspection = inspect_teacher(load_teacher(path))
+    assert inspection.spec.arch == "graph"
+    assert inspection.layers == {"convolution": 1, "BatchNorm": 1, "matrix": 1}
+
+
 def test_flops_count_multiplications_and_additions():
     network = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 16, 5)

@@ -508,7 +508,7 @@ def test_quantized_weights_stop(tmp_path):
         ({"classes": 10}, "--classes says 10, but the teacher's last layer has 5 outputs"),
         ({"class_names": ("a", "b")}, "--classes says 2, but the teacher's last layer has 5 outputs"),
         ({"input_shape": (1, 32, 32)}, "first convolution of teacher.pt takes 3"),
-        ({"mean": (0.5,)}, "--mean has 1 values, but the teacher takes 3 channels"),
+        ({"mean": (0.5,) * 4}, "--mean has 4 values, but the network takes 3 channels"),
         ({"std": (0.5, 0.5)}, "--std has 2 values"),
     ],
 )
@@ -516,6 +516,30 @@ def test_what_contradicts_the_network_stops(tmp_path, keywords, message):
     with pytest.raises(SSDKDError, match=message) as caught:
         load_teacher(save(tmp_path), **keywords)
     assert caught.value.hint
+
+
+class SpaceToDepth(nn.Module):
+    """Turns 4x4 pixels into channels before its first convolution, as TResNets do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.linear = nn.Conv2d(48, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+    def forward(self, images):
+        return self.linear(self.bn(self.conv(nn.functional.pixel_unshuffle(images, 4))).mean((2, 3)))
+
+
+def test_a_stem_that_turns_pixels_into_channels_takes_pictures(tmp_path):
+    torch.save(SpaceToDepth(), tmp_path / "teacher.pt")
+    found = load_teacher(tmp_path / "teacher.pt", input_shape=(3, 32, 32), trust_pickle=True)
+    assert (found.spec.input_shape, found.spec.classes) == ((3, 32, 32), 5)
+    with pytest.raises(SSDKDError, match="first convolution of teacher\\.pt takes 48"):
+        load_teacher(tmp_path / "teacher.pt", input_shape=(1, 32, 32), trust_pickle=True)
+
+
+def test_a_single_mean_and_std_are_those_of_every_channel(tmp_path):
+    found = load_teacher(save(tmp_path), mean=(0.5,), std=(0.25,)).spec.preprocessing
+    assert (found.mean, found.std, found.source) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "flag")
 
 
 @pytest.mark.parametrize("shape", [(3, 100_000, 32), (3, 32, 4097), (65, 32, 32), (0, 32, 32), (3, -1, 32), (3, 32, 0)])

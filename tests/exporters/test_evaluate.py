@@ -55,8 +55,28 @@ def test_folders_follow_the_names_of_the_model(class_names: tuple[str, ...], lab
     folders(tmp_path, "pear", "apple", "Fig")
     labelled = load_labelled(tmp_path, input_shape=GREY, classes=3, class_names=class_names)
     assert labelled.labels.tolist() == labels
-    is_doubtful = "is numbered in alphabetical order (Fig, apple, pear, ...): " in (labelled.doubt or "")
-    assert is_doubtful == (class_names[0] == "n01")
+    doubt = "is numbered in alphabetical order (Fig, apple, pear): its folders do not carry"
+    assert (doubt in (labelled.doubt or "")) == (class_names[0] == "n01")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("pear", "apple", "Fig"), "(Fig, apple, pear): the model's class names are not known"),
+        (("pear", "apple", "Fig", "date"), "(Fig, apple, date, ...): "),
+        (("2", "0", "1"), None),
+        (("00", "02", "01"), None),
+        (tuple(str(number) for number in range(11)), "(0, 1, 10, ...): "),  # as the alphabet has them
+        (("1", "2", "3"), "(1, 2, 3): "),
+    ],
+)
+def test_the_alphabet_is_said_where_nothing_is_known_of_the_classes(
+    names: tuple[str, ...], said: str | None, tmp_path: Path
+) -> None:
+    folders(tmp_path, *names)
+    doubt = load_labelled(tmp_path, input_shape=GREY, classes=len(names), class_names=None).doubt
+    assert (doubt is None) if said is None else (f"is numbered in alphabetical order {said}" in (doubt or ""))
+    assert doubt is None or doubt.endswith("--classes FILE says it")
 
 
 def test_names_that_no_folder_can_have(tmp_path: Path) -> None:

@@ -73,14 +73,24 @@ def test_a_file_that_is_not_ours_needs_the_flags() -> None:
     assert preprocessing_of(foreign, channels=3, mean=MEAN, std=STD) == (MEAN, STD)
 
 
-@pytest.mark.parametrize(("values", "channels"), [((0.5,), 3), ((0.5, 0.5), 3), ((0.5, 0.5, 0.5), 1), ((), 1)])
-def test_one_value_a_channel(values: tuple[float, ...], channels: int) -> None:
+@pytest.mark.parametrize(
+    ("values", "channels", "shown"),
+    [((0.4, 0.5), 3, "0.4,0.4,0.4"), ((0.25, 0.5, 0.5), 1, "0.25"), ((), 1, "0.5")],
+)
+def test_one_value_a_channel(values: tuple[float, ...], channels: int, shown: str) -> None:
     right = (0.5,) * channels
-    with pytest.raises(SSDKDError, match=f"^mean has {len(values)} values, but the model takes {channels}") as caught:
+    counted = f"{channels} channel{'s' if channels > 1 else ''}$"
+    with pytest.raises(
+        SSDKDError, match=f"^--mean has {len(values)} values, but the network takes {counted}"
+    ) as caught:
         preprocessing_of(describe({}), channels=channels, mean=values, std=right)
-    assert caught.value.hint == f"give one value a channel: --mean {','.join(['0.5'] * channels)}"
-    with pytest.raises(SSDKDError, match=f"^std has {len(values)} values"):
+    assert caught.value.hint == f"give one value for all, or one a channel: --mean {shown}"
+    with pytest.raises(SSDKDError, match=f"^--std has {len(values)} values"):
         preprocessing_of(describe({}), channels=channels, mean=right, std=values)
+
+
+def test_one_value_for_all_channels() -> None:
+    assert preprocessing_of(describe({}), channels=3, mean=(0.5,), std=STD) == ((0.5, 0.5, 0.5), STD)
 
 
 def test_what_the_user_states_wins() -> None:

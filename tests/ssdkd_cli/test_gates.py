@@ -133,6 +133,28 @@ def test_a_slower_precision_is_said_to_be_slower() -> None:
     assert "model.int8.onnx takes 2.5 times as long" in recommendation.why
 
 
+DOUBT = "it loses 1.56 points of agreement with the teacher, 0.78 may be lost, which on 128 samples may be chance"
+
+
+def test_a_file_in_doubt_is_recommended_only_where_no_other_passes() -> None:
+    doubtful = dataclasses.replace(QUICK, doubt=DOUBT)
+    passing, _ = decide(Limits(), (doubtful, SLOW), ANY, None)
+    recommendation = recommend(passing, None)
+    assert recommendation is not None
+    assert recommendation.artifact == "model.onnx"
+    assert recommendation.why.startswith("the only file that passes without doubt; ")
+    assert recommendation.why.endswith(f"; model.int8.onnx takes 0.5 times as long, but {DOUBT}")
+    half = artifact("model.fp16.onnx", "fp16", latency_ms=fast(2.04))
+    passing, _ = decide(Limits(), (doubtful, half, SLOW), ANY, None)
+    recommendation = recommend(passing, None)
+    assert recommendation is not None
+    assert recommendation.why.startswith("the fastest of 2 files that pass without doubt; ")
+    assert "; model.fp16.onnx takes as long; " in recommendation.why  # and not 1.0 times as long
+    alone = recommend([doubtful], None)
+    assert alone is not None
+    assert alone.why.startswith(f"the only file that is verified and passes; {DOUBT}; ")
+
+
 def test_a_fast_file_that_breaks_a_limit_is_not_recommended() -> None:
     passing, gates = decide(Limits(max_drop=11.0), (SLOW, QUICK), ANY, 90.0)
     assert [item.path for item in passing] == ["model.onnx"]

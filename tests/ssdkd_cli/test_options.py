@@ -71,7 +71,15 @@ def test_demo_takes_every_option_of_compress() -> None:
 
 
 def test_demo_defaults_are_options() -> None:
-    assert set(commands.DEMO_DEFAULTS) <= set(options_of("demo"))
+    demo = options_of("demo")
+    assert {name: demo[name].default for name in commands.DEMO_DEFAULTS} == commands.DEMO_DEFAULTS
+    assert not any(option.required for option in demo.values())
+
+
+def test_a_seed_that_pytorch_cannot_take_is_wrong_usage(ssdkd: Any) -> None:
+    ran = ssdkd("demo", "--seed", 2**63)
+    assert ran.code == 2
+    assert "expected a number below 2^63" in ran.err
 
 
 def test_the_options_are_those_of_the_contract() -> None:

@@ -19,6 +19,7 @@ from engine.quantization import image_range, quantized_layers
 from engine.teacher import load_teacher
 from exporters.precision import Scheme
 from exporters.runtimes import open_runtime, to_input
+from exporters.verify import Verification
 from ssdkd_cli import precisions, runs
 from ssdkd_cli.precisions import (
     Graph,
@@ -32,6 +33,7 @@ from ssdkd_cli.precisions import (
     loss_of,
     most_lost,
 )
+from ssdkd_cli.proving import with_loss
 
 RANGES, TOGETHER = "calibrated on synthetic samples", "weights rounded together, biases corrected"
 
@@ -156,7 +158,11 @@ def test_every_step_is_tried_in_turn_and_said(subject: Subject, losing: Any) -> 
     words = " | ".join(graph.notes)
     assert f"{RANGES}: 9.0 points" in words
     assert f"{TOGETHER}: 9.0 points" in words
-    assert "3 steps of quantization-aware distillation: 9.0 points lost, no gain: it was left out" in words
+    of_training = next(note for note in graph.notes if "quantization-aware distillation" in note)
+    assert of_training.startswith(
+        "3 steps of quantization-aware distillation: 9.0 points lost (rms error of the logits"
+    )
+    assert of_training.endswith(", no gain: it was left out")
     assert f"2 layers left in float32 ({', '.join(graph.float_layers)})" in words
     assert len(graph.float_layers) == 2
     kept = {
@@ -228,6 +234,26 @@ def test_the_loss_is_net_and_its_margin_grows_with_what_turned(subject: Subject)
 def test_a_loss_counts_that_chance_does_not_explain(subject: Subject, loss: Loss, is_too_much: bool) -> None:
     graph = dataclasses.replace(half_graph(float_graph(subject)), precision="int8", loss=loss)
     assert loses_too_much(graph.loss, 0.5) is is_too_much
+
+
+@pytest.mark.parametrize(
+    ("loss", "verified", "is_in_doubt"),
+    [(Loss(0.5, 0.0), True, False), (Loss(1.5, 1.2), True, True), (Loss(1.5, 0.9), False, False)],
+)
+def test_what_may_be_chance_is_a_doubt(loss: Loss, verified: bool, is_in_doubt: bool) -> None:
+    found = with_loss(Verification(True, "rms error 0.1", 0.2, 98.5), loss, 264)
+    assert (found.verified, found.doubt is not None) == (verified, is_in_doubt)
+    assert ("it loses 1.50 points" in found.reason) == (loss.points > 0.5)
+    assert ("which on 264 samples may be chance" in found.reason) == is_in_doubt
+
+
+def test_the_notes_say_which_of_two_graphs_was_kept(subject: Subject) -> None:
+    graph = dataclasses.replace(half_graph(float_graph(subject)), error=0.04, notes=("first: as much",))
+    tried = dataclasses.replace(graph, error=0.01, notes=("second: 0.78 points less",))
+    said = "second: 0.78 points less (rms error of the logits 0.1, before 0.2)"
+    assert precisions.better(graph, tried, helps=True).notes == ("first: as much", f"{said}: kept")
+    left = precisions.better(graph, tried, helps=False)
+    assert (left.error, left.notes) == (0.04, ("first: as much", f"{said}, no gain: it was left out"))
 
 
 @pytest.mark.parametrize("seven_bits", [True, False])

@@ -22,6 +22,11 @@ def test_profiles_lists_what_each_device_runs(ssdkd: Any) -> None:
     assert ran.err == ""
 
 
+def test_profiles_list_is_profiles(ssdkd: Any) -> None:
+    assert ssdkd("profiles", "list") == ssdkd("profiles")
+    assert ssdkd("profiles", "list", "--json") == ssdkd("profiles", "--json")
+
+
 def test_profiles_as_json(ssdkd: Any) -> None:
     found = ssdkd("profiles", "--json").json
     assert [profile["name"] for profile in found] == list(profile_names())

@@ -9,7 +9,9 @@ import torch
 
 from engine.errors import SSDKDError
 from engine.task import Classification
-from ssdkd_cli.describe import prior_warnings, run_warnings
+from engine.teacher import load_teacher
+from engine.zoo import ZOO
+from ssdkd_cli.describe import prior_warnings, run_warnings, size_warnings
 from ssdkd_cli.report import NOT_RECOMMENDED, Percentiles, Report, read_report, to_json
 from ssdkd_cli.report_page import to_markdown, write_report
 from ssdkd_cli.summary import comparison, show_report
@@ -96,10 +98,10 @@ def test_markdown_says_unknown_and_never_guesses(report: Report) -> None:
 def test_a_teacher_that_is_a_bare_graph_has_no_name(report: Report) -> None:
     bare = dataclasses.replace(report, teacher=dataclasses.replace(report.teacher, arch="graph"))
     lines = to_markdown(bare).splitlines()
-    assert lines[0] == f"# a network without a name to {report.student.arch}"
+    assert lines[0] == f"# bare graph to {report.student.arch}"
     row = next(line for line in lines if line.startswith("| architecture"))
-    assert [cell.strip() for cell in row.split("|")[2:4]] == ["a network without a name", report.student.arch]
-    assert comparison(bare)[0][1] == "a network without a name"
+    assert [cell.strip() for cell in row.split("|")[2:4]] == ["bare graph", report.student.arch]
+    assert comparison(bare)[0][1] == "bare graph"
 
 
 def test_each_agreement_has_its_column(report: Report) -> None:
@@ -188,12 +190,21 @@ def test_a_run_that_the_clock_hurried_says_so() -> None:
     assert ["time limit" in warning for warning in run_warnings(state)] == [True]
 
 
+def test_a_student_that_has_more_is_warned_of_once(shared: Path) -> None:
+    teacher = load_teacher(shared / "teacher.pt", input_shape=(1, 16, 16), mean=(0.5,), std=(0.5,))
+    (warning,) = size_warnings(ZOO["resnet20"](4, 1), teacher)
+    assert warning.startswith("the student has more parameters than the teacher, 269,044 against 74,612")
+    assert ", and more FLOPs than the teacher, " in warning
+    assert warning.count("ssdkd export") == 1
+    assert size_warnings(ZOO["resnet8"](4, 1), teacher) == []
+
+
 def test_a_run_that_the_time_limit_ended_says_after_how_many_rounds() -> None:
     state = state_of_two_samples()
-    state.round = 19
+    state.round, state.seconds = 15, 60.0
     (warning,) = run_warnings(state)
-    assert warning.startswith("the time limit ended the run after 19 of 150 rounds: the student is worse")
-    assert "--time-limit" in warning
+    assert warning.startswith("distilling ended at its time limit after 15 of 150 rounds: the student is worse")
+    assert warning.endswith("take about 10 min 0 s here (--time-limit)")
 
 
 def test_a_gpu_that_cannot_record_a_step_is_said() -> None:

@@ -107,6 +107,16 @@ def test_a_busy_machine_is_said(ssdkd: Any, compressed: Path, monkeypatch: Any) 
         assert (said in ran.err) == is_said
 
 
+def test_a_file_that_is_slower_than_float32_is_said(ssdkd: Any, run_folder: Path, monkeypatch: Any) -> None:
+    shutil.copy(run_folder / "model.onnx", run_folder / "model.int8.onnx")
+    for ms, is_said in ((1.04, False), (1.8, True)):
+        times = [Timing(Percentiles(p50=p50, p90=p50, p99=p50), 1, 100.0, 32, "onnxruntime") for p50 in (ms, 1.0)]
+        monkeypatch.setattr(again, "time_files", lambda *_, times=times, **__: times)
+        ran = ssdkd("bench", run_folder)
+        assert ran.code == 0, ran.err
+        assert ("model.int8.onnx takes 1.8 times as long as model.onnx for one image" in ran.err) == is_said
+
+
 def test_a_file_that_is_gone_is_written_anew_by_what_is_proposed(ssdkd: Any, compressed: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(compressed, tmp_path / "a run"))
     found = json.loads((run / "report.json").read_text())
@@ -191,7 +201,7 @@ def test_eval_needs_one_number_a_channel(ssdkd: Any, shared: Path, compressed: P
     words = ("eval", compressed / "model.onnx", "--data", shared / "test.npz")
     ran = ssdkd(*words, "--mean", "0.4,0.5,0.6")
     assert ran.code == 1
-    assert "mean has 3 values, but the model takes 1 channels" in ran.err
+    assert "--mean has 3 values, but the network takes 1 channel\n" in ran.err
 
 
 def test_export_again_needs_neither_teacher_nor_config(ssdkd: Any, run_folder: Path, tmp_path: Path) -> None:
