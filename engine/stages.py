@@ -1,13 +1,14 @@
 """Whose maps a student can be compared with its teacher's: stages that both share, or the last maps of equal size.
 
-Where a student is its teacher with fewer blocks in some stages (ResNet-8 of ResNet-20, WRN-16-2 of WRN-40-2), the maps
-at the end of those stages have the same shape, and their channels may be compared one with one. A network of another
-family has maps of the same height and width, with other channels: these are compared through a regressor
-(engine.features).
+Where a student is its teacher with fewer blocks in some stages (ResNet-8 of ResNet-20, WRN-16-2 of WRN-40-2) and began
+with the teacher's weights, the maps at the end of the stages have the same shape and the same channels: they are
+compared one with one. Any other network has maps of the same height and width, with other channels: these are compared
+through a regressor (engine.features), which is better even for a network of the same shape that began afresh
+(docs/experiments.md).
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -67,26 +68,37 @@ class Seen:
 
 
 def stages_of(
-    student: nn.Module, teacher: nn.Module, image_shape: Shape, *, batch: int, places: Places = COMPARED
+    student: nn.Module,
+    teacher: nn.Module,
+    image_shape: Shape,
+    *,
+    batch: int,
+    inherited: Collection[str] = (),
+    places: Places = COMPARED,
 ) -> Stages:
     """The maps that can be compared: of shared stages, else the last ones of equal size, if there are any.
 
-    A shared stage is a module of the same name and kind in both, made of numbered blocks, of which the student has some
-    of the teacher's, not all, and that gives one map of the same shape in both. Two images of noise are run through
-    both networks, which are on one device and stay as they are.
+    A shared stage is a module of the same name and kind in both, made of numbered blocks, of which the student has none
+    that the teacher has not, with weights that began as the teacher's, and gives one map of the same shape in both. Two
+    images of noise are run through both networks, which are on one device and stay as they are.
 
     Args:
         student: a network.
         teacher: a network.
         image_shape: (C, H, W).
         batch: images of a step.
+        inherited: names of the student's parameters that began as the teacher's.
         places: what is compared of each map.
     """
     inside = network_inside(teacher)
     shown = noise(image_shape, images=2).to(next(student.parameters()).device)
     with evaluating(student), evaluating(teacher):
         own, theirs = _run(student, shown), _run(inside, shown)
-    names = _shared(student, inside, own, theirs)
+    names = [
+        name
+        for name in _shared(student, inside, own, theirs)
+        if any(_is_in(parameter, name) for parameter in inherited)
+    ]
     if not names:
         handed_on, their_handed_on = _handed_on(student, own, shown), _handed_on(inside, theirs, shown)
         return Stages(teacher, tuple(_of_equal_size(handed_on, their_handed_on, batch, places)), places)
@@ -133,20 +145,37 @@ def _run(network: nn.Module, shown: Tensor) -> dict[nn.Module, Seen]:
 def _shared(
     student: nn.Module, teacher: nn.Module, own: dict[nn.Module, Seen], theirs: dict[nn.Module, Seen]
 ) -> list[str]:
-    """The names of the shared stages."""
+    """The names of the stages that both have, whatever their weights: those with fewer blocks in the student.
+
+    Behind the first of them all maps are others, so that stages with all of their blocks follow there; not those inside
+    another stage, as a block's own parts are, and none that holds other stages.
+    """
     others = dict(teacher.named_modules())
-    return [
-        name
-        for name, stage in student.named_modules()
-        if (other := others.get(name)) is not None
+    names = {module: name for name, module in student.named_modules()}
+    common = [
+        names[stage]
+        for stage in own  # in the order in which they end
+        if (other := others.get(names[stage])) is not None
         and type(stage) is type(other)
         and _blocks(stage)
-        and _blocks(stage) < _blocks(other)
-        and stage in own
+        and _blocks(stage) <= _blocks(other)
         and other in theirs
         and _has_channels_first(stage, own[stage].shape)
         and own[stage].shape == theirs[other].shape
     ]
+    shorter = [name for name in common if _blocks(student.get_submodule(name)) < _blocks(others[name])]
+    behind = common[common.index(shorter[0]) :] if shorter else []
+    apart = [
+        name
+        for name in behind
+        if name not in shorter and not any(_is_in(name, other) or _is_in(other, name) for other in shorter)
+    ]
+    return [*shorter, *(name for name in apart if not any(_is_in(name, other) for other in apart))]
+
+
+def _is_in(part: str, whole: str) -> bool:
+    """Whether what has the one name, a module or a parameter, is in the module that has the other."""
+    return part.startswith(f"{whole}.")
 
 
 def _blocks(module: nn.Module) -> set[str]:

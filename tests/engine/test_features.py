@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -6,11 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.features import SquaredDistances, compared, regressed, solve, teacher_maps
-from engine.stages import ALL, stages_of
+from engine.shapes import Shape
+from engine.stages import ALL, Stages, stages_of
 from engine.students import build_network
 from engine.zoo import ZOO
 
 SHAPE = (3, 16, 16)
+
+
+def stages_between(student: nn.Module, teacher: nn.Module, shape: Shape, **keywords: Any) -> Stages:
+    """`stages_of`, of a student all of whose parameters began as the teacher's."""
+    return stages_of(student, teacher, shape, inherited=dict(student.named_parameters()), **keywords)
 
 
 class Staged(nn.Module):
@@ -28,7 +35,7 @@ class Staged(nn.Module):
 
 def test_maps_that_do_not_grow_miss_a_share_of_the_variance() -> None:
     student, teacher = build_network("resnet8", classes=4, channels=3, pixels=16), ZOO["resnet14"](4, 3).eval()
-    stages = stages_of(student, teacher, SHAPE, batch=4, places=ALL)
+    stages = stages_between(student, teacher, SHAPE, batch=4, places=ALL)
     assert [pair.standardised for pair in stages.pairs] == [False] * 3
     inputs, seen = torch.randn(4, *SHAPE), []
     _, maps = teacher_maps(stages, inputs)
@@ -44,7 +51,7 @@ def test_the_gradient_of_an_error_keeps_the_memory_layout_of_its_map() -> None:
     student, teacher = build_network("resnet8", classes=4, channels=3, pixels=16), ZOO["resnet14"](4, 3).eval()
     for network in (student, teacher):
         network.to(memory_format=torch.channels_last)
-    stages, seen = stages_of(student, teacher, SHAPE, batch=4, places=ALL), []
+    stages, seen = stages_between(student, teacher, SHAPE, batch=4, places=ALL), []
     inputs = torch.randn(4, *SHAPE).contiguous(memory_format=torch.channels_last)
     _, maps = teacher_maps(stages, inputs)
     stages.pairs[-1].own.register_forward_hook(lambda _, __, output: seen.append(output))
@@ -62,7 +69,7 @@ def test_squared_distances_and_their_gradient() -> None:
 
 def test_a_teachers_map_is_kept_as_it_is_before_what_follows_changes_it() -> None:
     student, teacher = Staged(1), Staged(2).eval()
-    stages, images = stages_of(student, teacher, SHAPE, batch=4, places=ALL), torch.randn(4, *SHAPE)
+    stages, images = stages_between(student, teacher, SHAPE, batch=4, places=ALL), torch.randn(4, *SHAPE)
     (pair,) = stages.pairs
     expected = teacher.stage(images)
     found = teacher_maps(replace(stages, pairs=(replace(pair, standardised=False),)), images)[1][0]
@@ -101,7 +108,7 @@ class OtherInTraining(nn.Module):
 @pytest.mark.parametrize(("kind", "left"), [("a pair", 1), ("smaller", 1), ("of more images", 0)])
 def test_maps_that_are_others_in_training_are_left_out(kind: str, left: int) -> None:
     student, teacher = OtherInTraining(kind), ZOO["resnet8"](4, 3).eval()
-    stages, inputs = stages_of(student, teacher, SHAPE, batch=16, places=ALL), torch.randn(16, *SHAPE)
+    stages, inputs = stages_between(student, teacher, SHAPE, batch=16, places=ALL), torch.randn(16, *SHAPE)
     assert len(stages.pairs) == 2
     _, maps = teacher_maps(stages, inputs)
     with compared(stages, maps) as errors:
@@ -114,7 +121,7 @@ def test_a_student_whose_maps_grow_does_not_run_away() -> None:
     student, teacher = build_network("wrn16_2", classes=4, channels=3, pixels=16), ZOO["wrn40_2"](4, 3)
     for _ in range(10):
         teacher(torch.randn(16, *SHAPE))
-    stages, inputs = stages_of(student, teacher.eval(), SHAPE, batch=64, places=ALL), torch.randn(64, *SHAPE)
+    stages, inputs = stages_between(student, teacher.eval(), SHAPE, batch=64, places=ALL), torch.randn(64, *SHAPE)
     _, maps = teacher_maps(stages, inputs)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, nesterov=True)
     losses = []
@@ -132,7 +139,7 @@ def test_a_student_whose_maps_grow_does_not_run_away() -> None:
 
 def test_the_error_is_one_less_the_correlation_of_the_channels() -> None:
     student, teacher = Staged(1), Staged(2)
-    stages = stages_of(student, teacher, SHAPE, batch=4, places=ALL)
+    stages = stages_between(student, teacher, SHAPE, batch=4, places=ALL)
     assert stages.pairs
     inputs = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0))
     logits, maps = teacher_maps(stages, inputs)
@@ -155,7 +162,7 @@ def test_the_error_is_one_less_the_correlation_of_the_channels() -> None:
 
 def test_the_error_does_not_grow_with_the_students_weights() -> None:
     student, teacher = Staged(1), Staged(2)
-    stages = stages_of(student, teacher, SHAPE, batch=4, places=ALL)
+    stages = stages_between(student, teacher, SHAPE, batch=4, places=ALL)
     assert stages.pairs
     inputs = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0))
     _, maps = teacher_maps(stages, inputs)
@@ -172,7 +179,7 @@ def test_the_error_does_not_grow_with_the_students_weights() -> None:
 
 def test_a_student_that_fails_keeps_no_hook() -> None:
     student, teacher = Staged(1), Staged(2)
-    stages = stages_of(student, teacher, SHAPE, batch=4, places=ALL)
+    stages = stages_between(student, teacher, SHAPE, batch=4, places=ALL)
     assert stages.pairs
     _, maps = teacher_maps(stages, torch.randn(4, *SHAPE))
     with pytest.raises(RuntimeError), compared(stages, maps):
@@ -185,7 +192,7 @@ def test_a_student_that_computes_the_same_misses_nothing() -> None:
     with torch.no_grad():
         product = teacher.stage[1].weight[:, :, 0, 0] @ teacher.stage[0].weight[:, :, 0, 0]
         student.stage[0].weight.copy_(product[:, :, None, None])
-    stages = stages_of(student, teacher, SHAPE, batch=4, places=ALL)
+    stages = stages_between(student, teacher, SHAPE, batch=4, places=ALL)
     assert stages.pairs
     inputs = torch.randn(4, *SHAPE)
     _, maps = teacher_maps(stages, inputs)
@@ -196,7 +203,7 @@ def test_a_student_that_computes_the_same_misses_nothing() -> None:
 
 def test_the_error_of_other_channels_is_what_no_linear_map_of_the_students_explains() -> None:
     student, teacher = ZOO["vgg8"](4, 3), ZOO["resnet8"](4, 3).eval()
-    stages, inputs, seen = stages_of(student, teacher, SHAPE, batch=32), torch.randn(32, *SHAPE), []
+    stages, inputs, seen = stages_between(student, teacher, SHAPE, batch=32), torch.randn(32, *SHAPE), []
     assert not any(pair.aligned for pair in stages.pairs)
     stages.pairs[0].own.register_forward_hook(lambda _, __, output: seen.append(output.detach().clone()))
     _, maps = teacher_maps(stages, inputs)
@@ -257,7 +264,7 @@ def test_products_solve_a_system(channels: int, kind: str) -> None:
 
 def test_the_gradient_is_zero_where_nothing_is_compared() -> None:
     student, teacher = build_network("resnet8", classes=4, channels=3, pixels=16), ZOO["resnet14"](4, 3).eval()
-    stages, inputs = stages_of(student, teacher, SHAPE, batch=4), torch.randn(4, *SHAPE)
+    stages, inputs = stages_between(student, teacher, SHAPE, batch=4), torch.randn(4, *SHAPE)
     seen: list[Tensor] = []
     _, maps = teacher_maps(stages, inputs)
     assert maps[0].shape == (2, 16, 8, 16)

@@ -62,7 +62,8 @@ def begin(device: str, *, depth: int = 8, student: nn.Module | None = None, **ch
     )
     changed = {"samples": 512, "student_steps": 5, "leaves": True, **changed}
     settings = settings_for("smoke", image_shape=image_shape, **changed)
-    return start(source, student, settings=settings, compute=choose_device(device), seed=0)
+    inherited = frozenset(name for name, _ in student.named_parameters()) if depth > 8 else frozenset()
+    return start(source, student, settings=settings, compute=choose_device(device), seed=0, inherited=inherited)
 
 
 def tensors_of(state: State) -> dict[str, Tensor]:

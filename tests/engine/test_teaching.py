@@ -104,8 +104,8 @@ def test_with_stages_the_teacher_sees_the_view_and_its_maps_are_learned_too(
 ) -> None:
     buffer, batch = drawn
     network, teacher = resnet_cifar(CLASSES, 1, depth=8, width=4), resnet_cifar(CLASSES, 1, depth=14, width=4).eval()
-    stages = stages_of(network, teacher, (1, 12, 12), batch=4)
-    assert stages.pairs
+    stages = stages_of(network, teacher, (1, 12, 12), batch=4, inherited=dict(network.named_parameters()))
+    assert all(pair.aligned for pair in stages.pairs)
     (loss, feature_loss, _, said), gradients = outputs(network, drawn, stages)
     inputs = to_input(render(buffer.images, batch.slots, buffer.views[batch.slots, batch.views]), CONSTANTS)
     logits, maps = teacher_maps(stages, inputs)
