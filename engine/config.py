@@ -48,7 +48,7 @@ class DistillationSettings:
     student_momentum: float = 0.9
     student_decay: float = 5e-4
     temperature: float = 4.0
-    feature_weight: float = 10.0  # of each map that is compared with the teacher's (engine.features); 0: logits alone
+    feature_weight: float = 30.0  # of each map that is compared with the teacher's (engine.features); 0: logits alone
     looking_share: float = 0.5  # of the run, in which the teacher looks on at each step, and that weight falls to 0
     alter: bool = True  # every second image of a step is altered while the teacher looks on (engine.alteration)
     inherit: bool = True  # begin with the layers that the student shares with the teacher; off: all of it afresh

@@ -213,9 +213,7 @@ def teach(state: State, progress: float) -> Tensor:
     asks = looks_on(state, progress)
     plain = PLAIN if asks and settings.alter else slice(None)
     if asks:
-        batch.feature_weight.fill_(
-            settings.feature_weight * state.stages.weight * (1 - progress / settings.looking_share)
-        )
+        batch.feature_weight.fill_(settings.feature_weight * (1 - progress / settings.looking_share))
     parameters = learning_parameters(state.student)
     averaged, learning = averaged_tensors(state.average), averaged_tensors(state.student)
     state.student.train()

@@ -1,9 +1,10 @@
 """Feature matching: a student also learns what its teacher computes on the way, in the pairs of engine.stages.
 
-A target for every position of every map says more of an image than the logits do (Romero et al. 2015, FitNets). Where
-the channels are not the same ones, the teacher's are compared with what the best linear map of the student's makes of
-them. FitNets learns that regressor beside the student; here it is solved for in each batch, so that it is the best one
-from the first step on, and nothing has to be kept.
+A target for every position of every map says more of an image than the logits do (Romero et al. 2015, FitNets). The
+teacher's channels are compared with what the best linear map of the student's makes of them. FitNets learns that
+regressor beside the student; here it is solved for in each batch, so that it is the best one from the first step on,
+and nothing has to be kept. Channels that the student began with are no reason to compare one with one: through a
+regressor it learns more (docs/experiments.md).
 """
 
 import contextlib
@@ -14,12 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.channel_statistics import mean_and_variance
 from engine.hooks import removing
 from engine.layers import Part
 from engine.stages import Pair, Stages
 
-SMALLEST_VARIANCE = 1e-6
 RIDGE = 1e-2  # of a standardised channel's variance
 NEWTON_STEPS = 14  # of Newton's iteration; what they leave undone is as if the ridge were larger
 
@@ -28,14 +27,13 @@ NEWTON_STEPS = 14  # of Newton's iteration; what they leave undone is as if the 
 def teacher_maps(stages: Stages, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The teacher's logits [B, K], and its maps of the pairs of `stages` as they are compared.
 
-    A map is float32 [b, C, h, w].
+    A map is float32 [b, D, h, w]; its channels have mean 0 and variance 1.
     """
     pairs = {pair.theirs: pair for pair in stages.pairs}
     maps: dict[nn.Module, Tensor] = {}
 
     def keep(stage: nn.Module, _inputs: object, output: Tensor) -> None:
-        # A copy, as what follows may change it in place; standardised here, while caches hold it.
-        maps[stage] = _seen(pairs[stage], output[stages.places].to(torch.float32, copy=True))
+        maps[stage] = standardised(output[pairs[stage].places])  # here, while caches hold it
 
     with removing([stage.register_forward_hook(keep) for stage in pairs]):
         logits = stages.teacher(inputs)
@@ -43,44 +41,48 @@ def teacher_maps(stages: Stages, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 
 @contextlib.contextmanager
-def compared(stages: Stages, targets: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Within the context a forward pass of the student fills the list with the errors of each map, float32 [b].
+def compared(stages: Stages, targets: list[Tensor], weights: Tensor) -> Iterator[list[Tensor]]:
+    """Within the context a forward pass of the student fills the list with the error of each map, a float32 scalar.
 
-    The error is the mean squared difference of the maps over the mean variance of the teacher's channels: 1 where the
-    student knows no more than each channel's mean. Shared stages' maps that grow with the weights are standardised
-    first, as the BatchNorm that follows in such a network does, and the error is 1 less their correlation: as they are,
-    they would drive the student to infinity (docs/experiments.md). Where channels are not aligned it is the share of
-    the teacher's variance that no linear map of the student's channels explains.
+    The error of an image is the share of the teacher's variance that no linear map of the student's channels explains:
+    1 where the student knows no more than each channel's mean. That of a map is their weighted mean.
 
     A module that gives no such map in training mode is left out; of one that runs twice there, its first map counts.
 
     Args:
         stages: of `stages_of`.
         targets: of `teacher_maps`, one a pair.
+        weights: of the images of the batch, float32 [B].
     """
     errors: list[Tensor] = []
     expected = {pair.own: (pair, target) for pair, target in zip(stages.pairs, targets, strict=True)}
 
     def compare(stage: nn.Module, _inputs: object, output: object) -> None:
-        if stage not in expected or not _fits(output, stages, expected[stage][1]):
+        if stage not in expected or not _fits(output, *expected[stage]):
             return
         pair, target = expected.pop(stage)
-        some = Part.apply(output, stages.places)
-        own = _seen(pair, some.to(torch.float32, copy=pair.standardised))  # its backward pass needs it as it is now
-        if not pair.aligned:
-            own = regressed(own, target)
-        errors.append(SquaredDistances.apply(own, target) / (_scale(pair, target) * target[0].numel()))
+        fitted = regressed(standardised(Part.apply(output, pair.places)), target)
+        distances = SquaredDistances.apply(fitted, target) / target[0].numel()
+        errors.append((weights[pair.places[0]] * distances).mean())
 
     with removing([stage.register_forward_hook(compare) for stage in expected]):
         yield errors
 
 
-def _fits(output: object, stages: Stages, target: Tensor) -> bool:
+def _fits(output: object, pair: Pair, target: Tensor) -> bool:
     """Whether it is a map whose compared part is of the target's images, height and width."""
     if not isinstance(output, Tensor) or output.dim() != target.dim():
         return False
-    part = output[stages.places]
+    part = output[pair.places]
     return len(part) == len(target) and part.shape[2:] == target.shape[2:]
+
+
+def standardised(maps: Tensor) -> Tensor:
+    """Maps [B, C, H, W] in float32, each channel with mean 0 and variance 1 over the batch.
+
+    Made of a copy, as what follows a map in its network may change it in place.
+    """
+    return F.batch_norm(maps.to(torch.float32, copy=True), None, None, training=True)
 
 
 class SquaredDistances(torch.autograd.Function):
@@ -98,18 +100,6 @@ class SquaredDistances(torch.autograd.Function):
         """d distance / d map = 2 (map - target)."""
         (apart,) = ctx.saved_tensors
         return apart * (2 * upstream)[:, None, None, None], None
-
-
-def _seen(pair: Pair, maps: Tensor) -> Tensor:
-    """Maps [B, C, H, W] as they are compared; a standardised channel has mean 0 and variance 1 over the batch."""
-    return F.batch_norm(maps, None, None, training=True) if pair.standardised else maps
-
-
-def _scale(pair: Pair, target: Tensor) -> Tensor | float:
-    """The mean squared difference of a student that knows nothing, or twice that of one that is not correlated."""
-    if pair.standardised:
-        return 2.0 if pair.aligned else 1.0
-    return mean_and_variance(target)[1].mean().clamp_min(SMALLEST_VARIANCE)
 
 
 def regressed(own: Tensor, target: Tensor) -> Tensor:

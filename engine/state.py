@@ -62,8 +62,7 @@ def start(
 
     Moves both networks to the device and freezes the teacher.
 
-    `inherited` names the student's parameters that begin as the teacher's: they learn at a rate of their own, and the
-    maps of their stages are compared channel by channel.
+    `inherited` names the student's parameters that begin as the teacher's: they learn at a rate of their own.
     """
     started = time.perf_counter()
     torch.manual_seed(seed)  # the generator's initial weights and the student's dropout, if it has any
@@ -75,7 +74,7 @@ def start(
     capacity = settings.samples if settings.replay else settings.rounds * settings.inversion_batch
     stages = Stages(teacher, ())
     if settings.feature_weight:
-        stages = stages_of(student, teacher, image_shape, batch=settings.student_batch, inherited=inherited)
+        stages = stages_of(student, teacher, image_shape, batch=settings.student_batch)
     empty = partial(replay.empty_buffer, image_shape=image_shape, classes=task.classes, device=device)
     buffer, batch = empty(capacity, views=settings.views), empty_batch(settings.student_batch, image_shape[0], device)
     step = partial(

@@ -82,20 +82,18 @@ def loss_and_gradients(
     inputs = to_input(render(buffer.images, slots, buffer.views[slots, batch.views]), normalization)
     if stages is not None and alters:
         inputs = alter(inputs, batch.numbers)
+    weights = weights / weights.mean()
     with compute.autocast():
         if stages is None:
             teacher_logits, errors = buffer.logits[slots, batch.views], []
             student_logits = student(inputs)
         else:
             teacher_logits, maps = teacher_maps(stages, inputs)
-            with compared(stages, maps) as errors:
+            with compared(stages, maps, weights) as errors:
                 student_logits = student(inputs)
-    weights = weights / weights.mean()
     divergences = task.discrepancy(teacher_logits, student_logits, temperature)
     loss = (weights * divergences).mean()
-    feature_loss = torch.zeros_like(loss)
-    if stages is not None and errors:
-        feature_loss = (weights[stages.places[0]] * torch.stack(errors).sum(0)).mean()
+    feature_loss = torch.stack(errors).sum() if errors else torch.zeros_like(loss)
     parameters = learning_parameters(student)
     total = loss + batch.feature_weight * feature_loss
     gradients = torch.autograd.grad(total, parameters, materialize_grads=True)

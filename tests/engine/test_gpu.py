@@ -44,9 +44,9 @@ def waiting_for_the_device_fails() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def begin(device: str, *, depth: int = 8, student: nn.Module | None = None, **changed: Any) -> State:
+def begin(device: str, *, student: nn.Module | None = None, **changed: Any) -> State:
     torch.manual_seed(0)
-    teacher, usual = (resnet_cifar(CLASSES, CHANNELS, depth=blocks, width=8) for blocks in (depth, 8))
+    teacher, usual = (resnet_cifar(CLASSES, CHANNELS, depth=8, width=8) for _ in range(2))
     student = student or usual
     with torch.no_grad():
         for _ in range(10):
@@ -62,8 +62,7 @@ def begin(device: str, *, depth: int = 8, student: nn.Module | None = None, **ch
     )
     changed = {"samples": 512, "student_steps": 5, "leaves": True, **changed}
     settings = settings_for("smoke", image_shape=image_shape, **changed)
-    inherited = frozenset(name for name, _ in student.named_parameters()) if depth > 8 else frozenset()
-    return start(source, student, settings=settings, compute=choose_device(device), seed=0, inherited=inherited)
+    return start(source, student, settings=settings, compute=choose_device(device), seed=0)
 
 
 def tensors_of(state: State) -> dict[str, Tensor]:
@@ -86,10 +85,10 @@ def tensors_of(state: State) -> dict[str, Tensor]:
     return found
 
 
-@pytest.fixture(scope="module", params=[8, 14], ids=["of other channels", "of shared stages"])
-def finished(request: pytest.FixtureRequest) -> tuple[State, list[loop.RoundMetrics]]:
+@pytest.fixture(scope="module")
+def finished() -> tuple[State, list[loop.RoundMetrics]]:
     """A smoke run on the GPU; tests may teach its student on."""
-    state = begin("cuda", depth=request.param)
+    state = begin("cuda")
     return state, list(distill(state))
 
 
@@ -97,7 +96,7 @@ def test_a_smoke_run_counts_and_keeps_the_shapes_of_a_run_on_the_cpu(
     finished: tuple[State, list[loop.RoundMetrics]],
 ) -> None:
     state, metrics = finished
-    on_cpu = begin("cpu", depth=14 if state.stages.pairs[0].aligned else 8)
+    on_cpu = begin("cpu")
     cpu_metrics = list(distill(on_cpu))
     counted = ("round", "rounds", "phase", "images_seen", "steps", "buffer_size")
     for item, expected in zip(metrics, cpu_metrics, strict=True):
@@ -175,8 +174,8 @@ def test_a_replayed_step_gives_what_the_plain_call_gives(finished: tuple[State, 
 
 
 def test_recorded_runs_learn_as_well_as_plain_ones(finished: tuple[State, list[loop.RoundMetrics]]) -> None:
-    state, replayed = finished
-    plain = list(distill(begin("cuda", depth=14 if state.stages.pairs[0].aligned else 8, cuda_graphs=False)))
+    _, replayed = finished
+    plain = list(distill(begin("cuda", cuda_graphs=False)))
     assert replayed[-1].prior_loss < 2 * plain[-1].prior_loss
     assert replayed[-1].distillation_loss < 2 * plain[-1].distillation_loss
 

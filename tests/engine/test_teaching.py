@@ -104,15 +104,15 @@ def test_with_stages_the_teacher_sees_the_view_and_its_maps_are_learned_too(
 ) -> None:
     buffer, batch = drawn
     network, teacher = resnet_cifar(CLASSES, 1, depth=8, width=4), resnet_cifar(CLASSES, 1, depth=14, width=4).eval()
-    stages = stages_of(network, teacher, (1, 12, 12), batch=4, inherited=dict(network.named_parameters()))
-    assert all(pair.aligned for pair in stages.pairs)
+    stages = stages_of(network, teacher, (1, 12, 12), batch=4)
+    assert stages.pairs
     (loss, feature_loss, _, said), gradients = outputs(network, drawn, stages)
     inputs = to_input(render(buffer.images, batch.slots, buffer.views[batch.slots, batch.views]), CONSTANTS)
     logits, maps = teacher_maps(stages, inputs)
-    with compared(stages, maps) as errors:
-        each = Classification(CLASSES).discrepancy(logits, network(inputs), 4.0)
     weights = batch.weights / batch.weights.mean()
-    expected, expected_feature = (weights * each).mean(), (weights[::2] * sum(errors)).mean()
+    with compared(stages, maps, weights) as errors:
+        each = Classification(CLASSES).discrepancy(logits, network(inputs), 4.0)
+    expected, expected_feature = (weights * each).mean(), torch.stack(errors).sum()
     (expected + 2.5 * expected_feature).backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(feature_loss, expected_feature.detach())
