@@ -68,7 +68,7 @@ ALONE = 0.78  # of those steps' cost: that of as many without the teacher, its l
 def cost_of(changed: Changed, task: str) -> float:
     """What a round costs with these settings; 1 where the teacher looks on in half of the steps.
 
-    For pairs that share stages; `ALONE` was measured before images were altered.
+    `ALONE` was measured before images were altered, both before maps were compared through regressors.
     """
     images, steps = COST_OF_A_ROUND[task]
     settings = replace(DistillationSettings(), **changed)

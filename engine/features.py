@@ -44,8 +44,9 @@ def teacher_maps(stages: Stages, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
 def compared(stages: Stages, targets: list[Tensor], weights: Tensor) -> Iterator[list[Tensor]]:
     """Within the context a forward pass of the student fills the list with the error of each map, a float32 scalar.
 
-    The error of an image is the share of the teacher's variance that no linear map of the student's channels explains:
-    1 where the student knows no more than each channel's mean. That of a map is their weighted mean.
+    The error of an image is the mean squared distance of the teacher's map from what a ridge regression makes of the
+    student's. Its mean is the share of the teacher's variance that the student's channels do not explain: 1 where they
+    know no more than each channel's mean. That of a map is the weighted mean over the images that are compared.
 
     A module that gives no such map in training mode is left out; of one that runs twice there, its first map counts.
 

@@ -3,9 +3,11 @@
 import shlex
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.batchnorm import has_possible_variances, has_running_statistics, is_trained
@@ -18,7 +20,8 @@ from engine.teacher import Teacher, TeacherSpec, tells_images_apart
 
 MAX_NAMED = 3
 SUGGESTED_STUDENTS = ("mobilenetv2", "resnet20", "resnet8")  # the largest first
-WEIGHTS = {2: "matrix", 4: "convolution"}  # dimensions of a weight -> what it is; others are biases and the like
+aten = torch.ops.aten
+KINDS = {aten.convolution: "convolution", aten.addmm: "matrix product", aten.mm: "matrix product"}
 WORTH_TRYING = (0.5, 1.0)  # below this share of the teacher's parameters and of its FLOPs; rather the first
 
 
@@ -28,7 +31,7 @@ class Inspection:
 
     spec: TeacherSpec
     flops: int  # of one image: multiplications and additions counted apart
-    layers: dict[str, int]  # class name -> how many, of the layers that have weights; of a graph what they are
+    layers: dict[str, int]  # class name -> how many, of those with weights; of a graph its operations
     findings: tuple[str, ...]  # what is suspicious; empty if nothing is
     student: str | None  # the one to try; None if none of ours is smaller
     command: str | None  # what to type: `ssdkd compress`, `ssdkd export` without a student; None if it would be refused
@@ -44,8 +47,10 @@ def inspect_teacher(teacher: Teacher) -> Inspection:
         *_constant_findings(module),
         *_class_findings(module, spec.classes),
     ]
+    images = noise(spec.input_shape)  # that load_teacher tries
+    kinds = _operation_kinds(module, images) if spec.arch == "graph" else _layer_kinds(module)
     with torch.no_grad():
-        logits = module(noise(spec.input_shape))  # of the images that load_teacher tries
+        logits = module(images)
     finite, differ = bool(logits.isfinite().all()), tells_images_apart(logits)
     if not finite and not broken:
         findings.append(f"The logits are not finite for images of {words(spec.input_shape)}.")
@@ -58,7 +63,7 @@ def inspect_teacher(teacher: Teacher) -> Inspection:
     return Inspection(
         spec=spec,
         flops=flops,
-        layers=dict(_layer_kinds(module, is_graph=spec.arch == "graph").most_common()),
+        layers=dict(kinds.most_common()),
         findings=tuple(findings),
         student=student,
         command=shlex.join(["ssdkd", verb, spec.path, *wanted, *spec.flags]) if accepted else None,
@@ -93,18 +98,30 @@ def count_flops(module: nn.Module, input_shape: tuple[int, int, int]) -> int:
     return int(counter.get_total_flops())
 
 
-def _layer_kinds(module: nn.Module, *, is_graph: bool) -> Counter[str]:
-    """How many layers with weights there are of each kind; a graph's are its BatchNorm layers and its weights."""
-    kinds: Counter[str] = Counter()
-    for layer in module.modules():
-        weights = list(layer.parameters(recurse=False))
-        if isinstance(layer, GraphBatchNorm):
-            kinds["BatchNorm"] += 1
-        elif is_graph:
-            kinds.update(WEIGHTS[weight.dim()] for weight in weights if weight.dim() in WEIGHTS)
-        elif weights:
-            kinds[type(layer).__name__] += 1
-    return kinds
+def _layer_kinds(module: nn.Module) -> Counter[str]:
+    """How many layers with weights there are of each class."""
+    with_weights = (layer for layer in module.modules() if next(layer.parameters(recurse=False), None) is not None)
+    return Counter(type(layer).__name__ for layer in with_weights)
+
+
+class _Operations(TorchDispatchMode):
+    """Counts the convolutions and matrix products that run within it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counted: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counted.update([KINDS[func.overloadpacket]] if func.overloadpacket in KINDS else [])
+        return func(*args, **(kwargs or {}))
+
+
+def _operation_kinds(module: nn.Module, images: Tensor) -> Counter[str]:
+    """What a graph, which has no layers but BatchNorm's, does with images [B, C, H, W]."""
+    with torch.no_grad(), _Operations() as operations:
+        module(images)
+    norms = sum(isinstance(layer, GraphBatchNorm) for layer in module.modules())
+    return operations.counted + Counter(BatchNorm=norms)
 
 
 def _batchnorm_findings(module: nn.Module) -> list[str]:

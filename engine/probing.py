@@ -112,9 +112,9 @@ def input_channels(module: nn.Module) -> int | None:
 
 
 def _wrong_channels(module: nn.Module, shape: Shape, name: str) -> SSDKDError | None:
-    """None where the channels are the first convolution's; some stems turn pixels into channels before it."""
+    """None where the first convolution's channels are not what is amiss: some stems turn pixels into channels."""
     channels = input_channels(module)
-    if channels in (None, shape[0]):
+    if channels in (None, shape[0]) or not _runs(module, (channels, *shape[1:])):
         return None
     return SSDKDError(
         f"--input says {shape[0]} channels, but the first convolution of {name} takes {channels}",
@@ -126,19 +126,24 @@ def _wrong_size(module: nn.Module, shape: Shape, name: str, error: BaseException
     reason = first_line(error)
     for pixels in TRIED_PIXELS:
         other = (shape[0], pixels, pixels)
-        try:
-            with torch.no_grad():
-                module(noise(other))
-        except FORWARD_ERRORS:
-            continue
-        return SSDKDError(
-            f"{name} cannot take images of {words(shape)}: {reason}",
-            f"give the size that it was trained at; it takes, for example, --input {words(other)}",
-        )
+        if _runs(module, other):
+            return SSDKDError(
+                f"{name} cannot take images of {words(shape)}: {reason}",
+                f"give the size that it was trained at; it takes, for example, --input {words(other)}",
+            )
     return SSDKDError(
         f"{name} cannot take images of {words(shape)}, nor of any other size that was tried: {reason}",
         "give the size that it was trained at with --input CxHxW",
     )
+
+
+def _runs(module: nn.Module, shape: Shape) -> bool:
+    try:
+        with torch.no_grad():
+            module(noise(shape))
+    except FORWARD_ERRORS:
+        return False
+    return True
 
 
 def _takes_channels_last(module: nn.Module, images: Tensor) -> bool:

@@ -1,8 +1,7 @@
 """Which maps of a student are compared with which of its teacher's: the last ones of equal height and width.
 
-Networks of one family and of different ones have such maps, at the ends of stages or of blocks. Their channels are not
-the same ones, not even where the student began with layers of its teacher, so that they are compared through a
-regressor (engine.features).
+Networks of one family and of different ones have such maps, at the ends of stages or of blocks. Their channels are
+compared through a regressor (engine.features), also those that the student began with: it learns more that way.
 """
 
 from collections.abc import Iterator
@@ -20,14 +19,14 @@ from engine.shapes import Shape
 
 Places = tuple[slice, ...]  # of a batch of maps [B, C, H, W]
 
+SECOND = slice(None, None, 2)
+EIGHTH: Places = (ALTERED, slice(None), SECOND, SECOND)  # of every second image every second row and column
+QUARTER: Places = (ALTERED, slice(None), SECOND)
 ALL: Places = (slice(None),)
-COMPARED: Places = (
-    ALTERED,
-    slice(None),
-    slice(None, None, 2),
-)  # of every second image, the altered ones, every second row
+PLACES = (EIGHTH, QUARTER, ALL)  # the fewest first
 MAP_DIMENSIONS = 4  # [B, C, H, W]
-POSITIONS_A_CHANNEL = 4  # fewer, and a regressor fits whatever it is given
+POSITIONS_A_CHANNEL = 12  # of a regressor, if there are as many
+FEWEST_A_CHANNEL = 4  # fewer, and it fits whatever it is given
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Pair:
 
     own: nn.Module  # the student's
     theirs: nn.Module
-    places: Places = COMPARED
+    places: Places
 
 
 @dataclass(frozen=True)
@@ -110,18 +109,18 @@ def _of_equal_size(
 ) -> list[Pair]:
     """For each height and width that both networks' maps have the last map of each; both from `_handed_on`.
 
-    Of a small map more is compared, or an earlier one of fewer channels takes its place, where there are too few
-    positions for a regressor.
+    As little of a map is compared as a regressor needs. Where all of it is too little, an earlier one of fewer channels
+    takes its place, or none.
     """
 
-    def positions(shape: torch.Size, places: Places) -> int:
-        return torch.empty(batch, 1, *shape[2:], device="meta")[places].numel()
+    def per_channel(shape: torch.Size, places: Places) -> float:
+        return torch.empty(batch, 1, *shape[2:], device="meta")[places].numel() / shape[1]
 
     last: dict[torch.Size, tuple[nn.Module, Places]] = {}
     for module, shape in student.items():
-        enough = [p for p in (COMPARED, ALL) if POSITIONS_A_CHANNEL * shape[1] <= positions(shape, p)]
-        if enough:
-            last[shape[2:]] = module, enough[0]
+        if per_channel(shape, ALL) >= FEWEST_A_CHANNEL:
+            enough = (places for places in PLACES if per_channel(shape, places) >= POSITIONS_A_CHANNEL)
+            last[shape[2:]] = module, next(enough, ALL)
     targets = {shape[2:]: module for module, shape in teacher.items()}
     return [Pair(own, targets[size], places) for size, (own, places) in last.items() if size in targets]
 

@@ -31,7 +31,8 @@ NPY_MAGIC = b"\x93NUMPY"
 class LabelledImages:
     """Images uint8 [N, H, W, C] with their classes int64 [N] and, for each class, its name.
 
-    `doubt` is a sentence where folders were numbered in alphabetical order for want of better knowledge.
+    `doubt` is a sentence where folders were numbered in alphabetical order for want of better knowledge; folders called
+    0, 1, 2 say themselves what they are.
     """
 
     images: NDArray[np.uint8]
@@ -174,10 +175,9 @@ def _doubt(
         return None
     said = f"{path} is numbered in alphabetical order ({_first(names)}): "
     if class_names is None:
-        return (
-            said + "the model's class names are not known; if the training's order was another, --classes FILE says it"
-        )
-    return said + f"its folders do not carry the names of the model's classes ({_first(class_names)})"
+        return said + "the model's class names are not known; --classes FILE says their order, if it is another"
+    known = f"its folders do not carry the names of the model's classes ({_first(class_names)})"
+    return f"{said}{known}; --classes FILE gives others"
 
 
 def _first(names: tuple[str, ...]) -> str:

@@ -115,8 +115,8 @@ def preprocessing_of(
                 f"leave {' and '.join(stated)} out",
             )
         return (0.0,) * channels, (1.0,) * channels
-    mean = description.mean if mean is None else mean
-    std = description.std if std is None else std
+    mean = description.mean if mean is None else each_channel("--mean", mean, channels)
+    std = description.std if std is None else each_channel("--std", std, channels)
     if mean is None or std is None:
         half = ",".join(["0.5"] * channels)
         means, stds = ("0.485,0.456,0.406", "0.229,0.224,0.225") if channels == 3 else (half, half)
@@ -124,7 +124,13 @@ def preprocessing_of(
             "the model file does not say how its images are normalised (it was not written by ssdkd)",
             f"state it with --mean and --std, for example --mean {means} --std {stds}",
         )
-    return each_channel("--mean", mean, channels), each_channel("--std", std, channels)
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            raise SSDKDError(
+                f"the model file says {len(values)} values of {name}, but takes {channels} channels",
+                f"state it: --{name} {','.join(['0.5'] * channels)}",
+            )
+    return mean, std
 
 
 def ssdkd_version() -> str:

@@ -133,7 +133,10 @@ def export(
     labelled = labelled_images(eval_data, card) if eval_data else None
     teacher_accuracy = _teacher_accuracy(material, labelled, is_needed=limits.max_drop is not None)
     proofs = make_files(subject, target, folder, compute=compute, seed=seed)
-    _, timings, _ = measure(*timed_paths(proofs), subject.samples.held_out, folder, batch=target.timed_batch)
+    paths, plans = timed_paths(proofs)
+    is_own_run = material.run is not None and _is_own_run(material.run, folder)
+    beside = _float32_beside(paths, folder) if is_own_run else []
+    _, timings, _ = measure([*paths, *beside], plans, subject.samples.held_out, folder, batch=target.timed_batch)
     named = {path.name: timing for path, timing in timings.items()}
     doubts = busy_warnings(named, folder)
     if runtime_format(target) == "onnx":  # else these files are no more than what the device makes its plan of
@@ -143,7 +146,6 @@ def export(
     artifacts = tuple(
         artifact(proof, subject, timings, labelled, profile=profile, notes=material.notes) for proof in proofs
     )
-    is_own_run = material.run is not None and _is_own_run(material.run, folder)
     report = read_report(folder) if is_own_run and (folder / runs.REPORT).exists() else None
     if report and not labelled:
         artifacts = _with_known_accuracy(artifacts, report)
@@ -155,6 +157,12 @@ def export(
             reported = _with_known_accuracy(artifacts, report)
         write_report(_with_artifacts(report, folder, reported, gates, target), folder)
     return Exported(artifacts, gates, teacher_accuracy)
+
+
+def _float32_beside(paths: Sequence[Path], folder: Path) -> list[Path]:
+    """The run's own float32 file, which files of another precision are timed beside, if it is there and runs."""
+    path = folder / file_name("fp32", ".onnx")
+    return [path] if paths and path not in paths and path.exists() and _runs_here(path) else []
 
 
 def _teacher_accuracy(material: Material, labelled: LabelledImages | None, *, is_needed: bool) -> float | None:
@@ -276,7 +284,7 @@ def evaluate(
                     f"{flag} is for a run that needs its teacher's file, or for a checkpoint; {model} runs as it is",
                     f"leave {flag} out",
                 )
-        _check_number(number, model, runtime.classes)
+        check_number(number, model, runtime.classes)
         said = describe(runtime.metadata)
         mean, std = preprocessing_of(said, channels=runtime.input_shape[0], mean=mean, std=std)
         labelled = numbered_images(data, runtime.input_shape, runtime.classes, names or said.class_names)
@@ -286,9 +294,12 @@ def evaluate(
     return [Score(str(model), value, len(labelled.labels))]
 
 
-def _check_number(number: int | None, model: Path, classes: int) -> None:
+def check_number(number: int | None, model: Path, classes: int) -> None:
+    """Raises SSDKDError where --classes says another number than the model has."""
     if number not in (None, classes):
-        raise SSDKDError(f"--classes says {number}, but {model} has {classes} outputs", "correct --classes")
+        raise SSDKDError(
+            f"--classes says {number}, but {model} has {classes} outputs", f"give --classes {classes}, or leave it out"
+        )
 
 
 def _score_run(
@@ -297,7 +308,7 @@ def _score_run(
     run = runs.open_run(model, trust_pickle=trust_pickle)
     warn_of_replaced_files(model)
     card = run.card
-    _check_number(number, model, card.classes)
+    check_number(number, model, card.classes)
     labelled = numbered_images(data, card.input_shape, card.classes, names or card.class_names)
     images = len(labelled.labels)
     with console.stage("score", f"running {images:,} images"):
@@ -368,10 +379,10 @@ def files_of(folder: Path) -> list[Path]:
     return [path for path in found if path.suffix != PLAN or _runs_here(path)]
 
 
-def _runs_here(plan: Path) -> bool:
+def _runs_here(path: Path) -> bool:
     try:
-        open_runtime(plan)
+        open_runtime(path)
     except SSDKDError as error:
-        console.warn(f"{plan.name} is left out: {error.message}")
+        console.warn(f"{path.name} is left out: {error.message}")
         return False
     return True

@@ -31,7 +31,7 @@ from ssdkd_cli.precisions import (
     float_graph,
     half_graph,
     integer_graph,
-    loses_too_much,
+    is_in_doubt,
     most_lost,
     predictions,
 )
@@ -120,8 +120,8 @@ def _graph(
     with console.stage("int8", "quantizing, calibrated on synthetic samples") as done:
         graph = integer_graph(subject, exported, Integers(target.scheme, qat, fallback, compute, seed))
         allowed = most_lost(len(subject.samples.held_out))
-        is_in_doubt = graph.loss.points > allowed and not loses_too_much(graph.loss, allowed)
-        done("; ".join(graph.notes), good=None if is_in_doubt else graph.loss.points <= allowed)
+        in_doubt = is_in_doubt(graph.loss, allowed)
+        done("; ".join(graph.notes), good=None if in_doubt else graph.loss.points <= allowed)
     return graph
 
 

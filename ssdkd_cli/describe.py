@@ -180,14 +180,14 @@ def run_warnings(state: State) -> list[str]:
         if step.refusal
     ]
     done, planned = state.round, state.settings.rounds
-    cut_short = [
-        f"distilling ended at its time limit after {done} of {planned} rounds: the student is worse than that of all, "
-        f"which take about {duration(state.seconds * planned / done)} here (--time-limit)"
-        for _ in range(done < planned)
-    ]
+    all_rounds = duration(state.seconds * planned / done) if done < planned else ""
+    cut_short = (
+        f"distilling ended at its time limit after {done} of {planned} rounds, which take about {all_rounds} here: a "
+        "longer --time-limit makes a better student"
+    )
     return [
         *prior_warnings(class_histogram(state)),
-        *cut_short,
+        *([cut_short] if all_rounds else []),
         *([NOT_REPEATABLE] if state.hurried else []),
         *slow,
     ]

@@ -178,9 +178,10 @@ def recommend(passing: Sequence[Artifact], teacher_latency_ms: float | None) -> 
 
 
 def _beside_best(artifact: Artifact, ratio: float) -> str:
-    """What another file takes, `ratio` times the recommended one's time, and why it may be faster and is not taken."""
-    taken = "as long" if 1 / SAME < ratio < SAME else f"{times(ratio, 1)} as long"
-    return f"{artifact.path} takes {taken}" + (f", but {artifact.doubt}" if artifact.doubt else "")
+    """What another file takes, `ratio` times the recommended one's time, and why it is not taken where it is faster."""
+    if ratio > 1 / SAME:
+        return f"{artifact.path} takes {'as long' if ratio < SAME else f'{times(ratio, 1)} as long'}"
+    return f"{artifact.path} is {times(1, ratio)} faster, but {artifact.doubt}"
 
 
 def beside_teacher(teacher_ms: float, file_ms: float) -> str:

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
 NEAR_CHANCE = 0.1  # of the way from chance to all right
 LEAST_KEPT = 0.5  # of the teacher's own way from chance, that a student should go
-TOO_LITTLE = (
-    "it has learned too little; give it more rounds (--effort full, no --time-limit) or take a larger --student"
-)
+TOO_LITTLE = "it has learned too little; take a larger --student, or a larger --effort or --time-limit than it had"
 
 
 def read_classes(classes: int | Path | None) -> tuple[int | None, tuple[str, ...] | None]:

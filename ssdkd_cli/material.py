@@ -1,5 +1,6 @@
 """What an export is made of: the student of a run, or a teacher as it is with synthetic samples of it."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +37,13 @@ class Material:
     notes: tuple[str, ...]
 
 
-def from_run(folder: Path, *, trust_pickle: bool, embed_preprocessing: bool) -> Material:
-    """The student of a run. Raises SSDKDError where it cannot be built again."""
+def from_run(
+    folder: Path, *, trust_pickle: bool, embed_preprocessing: bool, class_names: tuple[str, ...] | None = None
+) -> Material:
+    """The student of a run; `class_names`, if any, take the place of its own.
+
+    Raises SSDKDError where it cannot be built again.
+    """
     with console.stage("student", f"reading {folder}") as done:
         run = runs.open_run(folder, trust_pickle=trust_pickle)
         done(run.card.student)
@@ -53,7 +59,8 @@ def from_run(folder: Path, *, trust_pickle: bool, embed_preprocessing: bool) -> 
                 f"and {run.card.classes} logits, found {list(images.shape)} and {logits}",
                 "copy the whole folder of the run, or run `ssdkd compress` again",
             )
-    return Material(Subject(run.module, run.card, samples, embed_preprocessing), folder, notes)
+    card = dataclasses.replace(run.card, class_names=class_names or run.card.class_names)
+    return Material(Subject(run.module, card, samples, embed_preprocessing), folder, notes)
 
 
 def read_teacher(path: Path, **stated: Any) -> Teacher:

@@ -90,7 +90,7 @@ PRECISION = typer.Option(
     callback=without_repeats,
     metavar="NAME",
     help="fp32, fp16 or int8; can be given more than once. Default: the profile's; without a profile compress "
-    "measures all and recommends the fastest that is proven, export makes fp32.",
+    "measures all and recommends the fastest that is proven without doubt, export makes fp32.",
     rich_help_panel="Result",
 )
 PROFILE = typer.Option(
@@ -340,7 +340,7 @@ def _default(option: "dataclasses.Field[Any]") -> object:
 
 
 def _for_typer(annotation: Any) -> Any:
-    """Any where there is a parser, but for a path: Typer reads a tuple type as so many words of the command line."""
+    """Any where there is a parser: Typer reads a tuple type as so many words. A path stays one: help shows its type."""
     kind, declared = get_args(annotation)
     is_any = kind is not Path and getattr(declared, "parser", None)
     return Annotated[Any if is_any else kind, declared]

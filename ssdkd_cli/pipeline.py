@@ -270,7 +270,7 @@ def learning_warnings(scores: Scores, classes: int, effort: str) -> list[str]:
     """A sentence on a student that learned too little; of --effort smoke that was said at the start."""
     if effort == "smoke":
         return []
-    if scores.labelled is None:
+    if scores.labelled is None or chance_warnings(scores.teacher_accuracy, classes):  # labels that tell nothing
         return agreement_warnings(scores.agreement, classes)
     return student_warnings(scores.student_accuracy, classes, of_teacher=scores.teacher_accuracy)
 

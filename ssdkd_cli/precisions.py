@@ -176,6 +176,7 @@ def integer_graph(subject: Subject, exported: onnx.ModelProto, integers: Integer
     changed = rounded_together(subject, integers)
     tried = judged(subject, float_graph(subject, changed), integers, "weights rounded together, biases corrected")
     helps = tried.error < graph.error  # not by agreement: a hundred samples cannot tell
+    tried = replace(tried, notes=(f"{tried.notes[0]}; {errors_in_words(tried.error, graph.error)}",))
     module, graph = (changed if helps else module), better(graph, tried, helps)
     if integers.qat == "on" or (integers.qat == "auto" and graph.loss.points > allowed):
         try:
@@ -225,6 +226,11 @@ def loses_too_much(loss: Loss, allowed: float) -> bool:
     return loss.points - loss.margin > allowed
 
 
+def is_in_doubt(loss: Loss, allowed: float) -> bool:
+    """Whether more is lost than the points `allowed`, and chance may have done it."""
+    return loss.points > allowed and not loses_too_much(loss, allowed)
+
+
 def graph_names(subject: Subject, layers: tuple[str, ...]) -> tuple[str, ...]:
     """The module's names of layers as the graph has them: an embedded normalisation stands around the network."""
     return tuple(f"module.{name}" for name in layers) if subject.embed_preprocessing else layers
@@ -246,13 +252,16 @@ def agreement(subject: Subject, predicted: NDArray[np.int64]) -> float:
     return 100 * float((predicted == subject.samples.held_out_logits.argmax(1)).mean())
 
 
+def errors_in_words(after: float, before: float) -> str:
+    """Squared errors of logits as 'rms error of the logits 0.076, before 0.12'."""
+    return f"rms error of the logits {math.sqrt(after):.2g}, before {math.sqrt(before):.2g}"
+
+
 def better(graph: Graph, tried: Graph, helps: bool) -> Graph:
-    """`tried` where it helps, else `graph`; the notes tell of both, and which was kept."""
-    before, after = math.sqrt(graph.error), math.sqrt(tried.error)
-    found = f"{tried.notes[0]} (rms error of the logits {after:.2g}, before {before:.2g})"
+    """`tried` where it helps, else `graph`; the notes tell of both, and of `tried` whether it was kept."""
     if helps:
-        return replace(tried, notes=(*graph.notes, f"{found}: kept"))
-    return replace(graph, notes=(*graph.notes, f"{found}, no gain: it was left out"))
+        return replace(tried, notes=(*graph.notes, f"{tried.notes[0]}: kept"))
+    return replace(graph, notes=(*graph.notes, f"{tried.notes[0]}, no gain: it was left out"))
 
 
 def rounded_together(subject: Subject, integers: Integers) -> nn.Module:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from exporters.tensorrt_sidecar import sidecar_path
 from exporters.verify import Verification, rejected_path, verify
-from ssdkd_cli.precisions import Graph, Loss, Subject, loses_too_much, most_lost
+from ssdkd_cli.precisions import Graph, Loss, Subject, is_in_doubt, most_lost
 
 PROOF_SAMPLES = 256  # held-out samples that float files are proven on; INT8 files are on all
 
@@ -56,8 +56,7 @@ def with_loss(found: Verification, loss: Loss, samples: int) -> Verification:
     allowed = most_lost(samples)
     if loss.points <= allowed:
         return found
-    is_too_much = loses_too_much(loss, allowed)
-    verdict = "" if is_too_much else f", which on {samples} samples may be chance"
-    said = f"it loses {loss.points:.2f} points of agreement with the teacher, {allowed:.2f} may be lost{verdict}"
-    doubt = None if is_too_much else said
-    return replace(found, verified=not is_too_much, reason=f"{said}; {found.reason}", doubt=doubt)
+    in_doubt = is_in_doubt(loss, allowed)
+    chance = f", which on {samples} samples may be chance" if in_doubt else ""
+    said = f"it loses {loss.points:.2f} points of agreement with the teacher, {allowed:.2f} may be lost{chance}"
+    return replace(found, verified=in_doubt, reason=f"{said}; {found.reason}", doubt=said if in_doubt else None)

@@ -233,6 +233,13 @@ def problem_of(item: Artifact, folder: Path) -> str | None:
     return f"{path} is not the file that the report describes: its sha256 is another"
 
 
+def verdict(item: Artifact) -> str:
+    """What the proof of a file came to, in a word or two."""
+    if item.doubt:
+        return "in doubt"
+    return {True: "verified", False: "REJECTED", None: "not run here"}[item.verified]
+
+
 def origin(gate: Gate) -> str:
     """Which profile set the limit, where nobody typed it."""
     return f" (budget of the profile {gate.budget_of})" if gate.budget_of else ""

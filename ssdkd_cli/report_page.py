@@ -3,7 +3,17 @@
 from pathlib import Path
 
 from ssdkd_cli.files import write_text
-from ssdkd_cli.report import NOT_RECOMMENDED, Artifact, Gate, Percentiles, Report, TeacherReport, origin, to_json
+from ssdkd_cli.report import (
+    NOT_RECOMMENDED,
+    Artifact,
+    Gate,
+    Percentiles,
+    Report,
+    TeacherReport,
+    origin,
+    to_json,
+    verdict,
+)
 from ssdkd_cli.words import SOURCES, count, duration, markdown_table, network, percent, shape, size
 
 
@@ -129,7 +139,7 @@ def artifact_row(artifact: Artifact) -> tuple[str, ...]:
         percent(artifact.agreement),
         percent(artifact.teacher_agreement),
         percent(artifact.accuracy),
-        {True: "yes", False: "NO", None: "not here"}[artifact.verified],
+        verdict(artifact),
     )
 
 

@@ -113,6 +113,7 @@ def export(
     from ssdkd_cli.files import new_folder
     from ssdkd_cli.gates import Limits, check_limits, gate_line, has_failed, with_budget
     from ssdkd_cli.labels import read_classes
+    from ssdkd_cli.report import verdict
     from ssdkd_cli.target import resolve_target
 
     precision = precision or ([] if profile or "trt" in export else ["fp32"])
@@ -123,7 +124,7 @@ def export(
     compute = choose_device(device)
     check_limits(limits, target, has_labels=eval_data is not None)
     folder = out or (source if source.is_dir() else Path("runs") / source.stem)
-    stated = {"--arch": arch, "--input": input, "--mean": mean, "--std": std, "--classes": classes}
+    stated = {"--arch": arch, "--input": input, "--mean": mean, "--std": std}
     given = [name for name, value in stated.items() if value is not None]
     if given and source.is_dir():
         raise SSDKDError(
@@ -133,10 +134,13 @@ def export(
     with new_folder(folder):
         target = again.beside_what_is_there(target, source, folder)
         again.check_place(source, target, folder, overwrite=overwrite, eval_data=eval_data)
+        number, names = read_classes(classes)
         if source.is_dir():
-            taken = material.from_run(source, trust_pickle=trust_pickle, embed_preprocessing=embed_preprocessing)
+            taken = material.from_run(
+                source, trust_pickle=trust_pickle, embed_preprocessing=embed_preprocessing, class_names=names
+            )
+            again.check_number(number, source, taken.subject.card.classes)
         else:
-            number, names = read_classes(classes)
             taken = material.from_teacher(
                 source,
                 needs_samples="int8" in target.precisions,
@@ -166,7 +170,7 @@ def export(
             size(item.size_bytes),
             milliseconds(item.latency_ms.p50 if item.latency_ms else None),
             *([percent(item.accuracy)] if eval_data else []),
-            {True: "verified", False: "REJECTED", None: "not run here"}[item.verified],
+            verdict(item),
             item.verified_reason,
         )
         for item in exported.artifacts

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ssdkd_cli import console, runs
 from ssdkd_cli.gates import gate_line
-from ssdkd_cli.report import NOT_RECOMMENDED, Artifact, Report
+from ssdkd_cli.report import NOT_RECOMMENDED, Artifact, Report, verdict
 from ssdkd_cli.words import compared, count, milliseconds, network, percent, size
 
 Words = Callable[[float | None], str]
@@ -62,8 +62,7 @@ def comparison(report: Report) -> list[Row]:
 
 def artifact_line(item: Artifact) -> str:
     """'model.onnx, 0.31 MB, verified: max abs error ...'."""
-    state = {True: "verified", False: "REJECTED", None: "not run here"}[item.verified]
-    return f"{item.path}, {size(item.size_bytes)}, {state}: {item.verified_reason}"
+    return f"{item.path}, {size(item.size_bytes)}, {verdict(item)}: {item.verified_reason}"
 
 
 def _row(name: str, teacher: float | None, student: float | None, words: Words, change: tuple[str, str]) -> Row:

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.features import SquaredDistances, compared, regressed, solve, solve_by_products, teacher_maps
-from engine.stages import ALL, Pair, Stages, stages_of
+from engine.stages import ALL, EIGHTH, Pair, Stages, stages_of
 from engine.students import build_network
 from engine.zoo import ZOO
 
@@ -80,7 +80,7 @@ class OtherInTraining(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         shown = images
         if self.training and self.kind == "smaller":
-            shown = images[:, :, 1:, 1:]
+            shown = images[:, :, 2:, 2:]
         if self.training and self.kind == "of more images":
             shown = torch.cat((images, images))
         maps = self.first(shown)
@@ -97,27 +97,6 @@ def test_maps_that_are_others_in_training_are_left_out(kind: str, left: int) -> 
     with compared(stages, maps, torch.ones(len(inputs))) as errors:
         student.train()(inputs)
     assert len(errors) == left
-
-
-def test_a_student_whose_maps_grow_does_not_run_away() -> None:
-    torch.manual_seed(0)
-    student, teacher = build_network("wrn16_2", classes=4, channels=3, pixels=16), ZOO["wrn40_2"](4, 3)
-    for _ in range(10):
-        teacher(torch.randn(16, *SHAPE))
-    stages, inputs = stages_of(student, teacher.eval(), SHAPE, batch=64), torch.randn(64, *SHAPE)
-    _, maps = teacher_maps(stages, inputs)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, nesterov=True)
-    losses = []
-    for _ in range(8):
-        with compared(stages, maps, torch.ones(len(inputs))) as errors:
-            student(inputs)
-        loss = 10 * torch.stack(errors).sum()
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses == sorted(losses, reverse=True)  # 4e32 after six steps, were they not standardised
-    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_the_error_does_not_grow_with_the_students_weights() -> None:
@@ -166,7 +145,7 @@ def test_the_error_is_what_no_linear_map_of_the_students_channels_explains() -> 
     _, maps = teacher_maps(stages, inputs)
     with compared(stages, maps, torch.ones(len(inputs))) as errors:
         student(inputs)
-    rows, wanted = (part.permute(0, 2, 3, 1).flatten(0, 2) for part in (seen[0][::2, :, ::2], maps[0]))
+    rows, wanted = (part.permute(0, 2, 3, 1).flatten(0, 2) for part in (seen[0][EIGHTH], maps[0]))
     rows = torch.cat((rows, torch.ones(len(rows), 1)), 1)
     missed = wanted - rows @ torch.linalg.lstsq(rows, wanted).solution
     assert [error.shape for error in errors] == [()] * len(stages.pairs)

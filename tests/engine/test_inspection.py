@@ -37,10 +37,12 @@ def test_a_graph_is_told_by_its_weights(tmp_path, suffix):
         def __init__(self):
             super().__init__()
             self.conv, self.norm, self.linear = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 5)
-            self.scale = nn.Parameter(torch.ones(8, 1, 1))
+            self.rows = nn.Conv1d(8, 8, 1)
+            self.scale = nn.Parameter(torch.ones(1, 8, 1, 1))  # four dimensions, and no convolution
 
         def forward(self, images):
-            return self.linear((self.norm(self.conv(images).relu()) * self.scale).mean((2, 3)))
+            maps = self.norm(self.conv(images).relu()) * self.scale
+            return self.linear(self.rows(maps.mean(3)).mean(2))
 
     path, batch = tmp_path / f"own.{suffix}", ({0: torch.export.Dim("batch")},)
     module, images = trained(Own()).eval(), torch.zeros(2, 3, 32, 32)
@@ -50,7 +52,7 @@ def test_a_graph_is_told_by_its_weights(tmp_path, suffix):
         torch.export.save(torch.export.export(module, (images,), dynamic_shapes=batch), path)
     inspection = inspect_teacher(load_teacher(path))
     assert inspection.spec.arch == "graph"
-    assert inspection.layers == {"convolution": 1, "BatchNorm": 1, "matrix": 1}
+    assert inspection.layers == {"convolution": 2, "BatchNorm": 1, "matrix product": 1}
 
 
 def test_flops_count_multiplications_and_additions():

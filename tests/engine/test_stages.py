@@ -9,7 +9,7 @@ from torchvision.models import resnet50
 from engine.features import teacher_maps
 from engine.onnx_graph import read_onnx
 from engine.probing import Logits
-from engine.stages import ALL, Stages, stages_of
+from engine.stages import ALL, EIGHTH, QUARTER, Stages, stages_of
 from engine.students import build_network
 from engine.torch_export import read_export
 from engine.torchscript import Bare, read_torchscript
@@ -62,12 +62,24 @@ def test_the_last_maps_of_one_size_are_compared(teacher: str, student: str, expe
     assert names(stages, *networks)[:2] == expected  # those of 16 and 8 px
 
 
-@pytest.mark.parametrize(("batch", "compared"), [(1, "CC"), (4, "CCA"), (16, "CCA"), (40, "CCCA"), (256, "CCCA")])
-def test_a_map_has_enough_positions_for_its_channels(batch: int, compared: str) -> None:
+def places(stages: Stages) -> str:
+    """What is compared of each map, by its initial."""
+    return "".join({str(EIGHTH): "E", str(QUARTER): "Q", str(ALL): "A"}[str(pair.places)] for pair in stages.pairs)
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"), [(1, "QA"), (4, "EAA"), (8, "EQA"), (16, "EEA"), (40, "EEAA"), (64, "EEAA"), (256, "EEEA")]
+)
+def test_as_little_is_compared_as_a_regressor_needs(batch: int, expected: str) -> None:
     student = build_network("mobilenetv2", classes=5, channels=3, pixels=32)
     teacher = ZOO["resnet18_cifar"](5, 3)  # of 32, 16, 8 and 4 px, where the student has 24, 32, 64 or 96, 160 or more
-    pairs = stages_of(student, teacher, (3, 32, 32), batch=batch).pairs
-    assert "".join("A" if pair.places == ALL else "C" for pair in pairs) == compared
+    assert places(stages_of(student, teacher, (3, 32, 32), batch=batch)) == expected
+
+
+@pytest.mark.parametrize(("batch", "expected"), [(64, "EEA"), (256, "EEQA")])
+def test_of_a_wide_map_with_few_positions_nothing_is_compared(batch: int, expected: str) -> None:
+    student, teacher = ZOO["resnet18_cifar"](5, 3), ZOO["resnet34_cifar"](5, 3)
+    assert places(stages_of(student, teacher, (3, 32, 32), batch=batch)) == expected  # the last has 512 channels, 4x4
 
 
 def write_program(network: nn.Module, images: Tensor, path: Path) -> nn.Module:
@@ -98,7 +110,7 @@ def test_a_graph_of_plain_blocks_shows_the_maps_at_their_ends(
         teacher_maps(stages_of(student, teacher, SHAPE, batch=64), images)
         for teacher in (network, write(network, images, tmp_path / "network"))
     )
-    assert [tuple(maps.shape) for maps in found[1]] == [(1, 16, 8, 16), (1, 32, 4, 8), (2, 64, 4, 4)]
+    assert [tuple(maps.shape) for maps in found[1]] == [(1, 16, 8, 8), (2, 32, 8, 8), (2, 64, 4, 4)]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

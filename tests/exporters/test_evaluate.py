@@ -76,7 +76,7 @@ def test_the_alphabet_is_said_where_nothing_is_known_of_the_classes(
     folders(tmp_path, *names)
     doubt = load_labelled(tmp_path, input_shape=GREY, classes=len(names), class_names=None).doubt
     assert (doubt is None) if said is None else (f"is numbered in alphabetical order {said}" in (doubt or ""))
-    assert doubt is None or doubt.endswith("--classes FILE says it")
+    assert doubt is None or "--classes FILE" in doubt
 
 
 def test_names_that_no_folder_can_have(tmp_path: Path) -> None:

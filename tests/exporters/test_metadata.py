@@ -89,6 +89,13 @@ def test_one_value_a_channel(values: tuple[float, ...], channels: int, shown: st
         preprocessing_of(describe({}), channels=channels, mean=right, std=values)
 
 
+def test_a_file_with_another_number_of_values_is_to_blame_itself() -> None:
+    said = Description(None, (0.5, 0.5), STD, None)
+    with pytest.raises(SSDKDError, match=r"^the model file says 2 values of mean, but takes 3 channels") as caught:
+        preprocessing_of(said, channels=3)
+    assert caught.value.hint == "state it: --mean 0.5,0.5,0.5"
+
+
 def test_one_value_for_all_channels() -> None:
     assert preprocessing_of(describe({}), channels=3, mean=(0.5,), std=STD) == ((0.5, 0.5, 0.5), STD)
 

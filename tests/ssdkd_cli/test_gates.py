@@ -143,7 +143,11 @@ def test_a_file_in_doubt_is_recommended_only_where_no_other_passes() -> None:
     assert recommendation is not None
     assert recommendation.artifact == "model.onnx"
     assert recommendation.why.startswith("the only file that passes without doubt; ")
-    assert recommendation.why.endswith(f"; model.int8.onnx takes 0.5 times as long, but {DOUBT}")
+    assert recommendation.why.endswith(f"; model.int8.onnx is 2.0 times faster, but {DOUBT}")
+    lame = dataclasses.replace(doubtful, latency_ms=fast(9.0))
+    recommendation = recommend(decide(Limits(), (lame, SLOW), ANY, None)[0], None)
+    assert recommendation is not None
+    assert recommendation.why.endswith("; model.int8.onnx takes 4.5 times as long")
     half = artifact("model.fp16.onnx", "fp16", latency_ms=fast(2.04))
     passing, _ = decide(Limits(), (doubtful, half, SLOW), ANY, None)
     recommendation = recommend(passing, None)

@@ -1,5 +1,6 @@
 """What is said of an accuracy or an agreement that no use can be made of, and who is blamed for it."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from exporters.evaluate import LabelledImages
+from ssdkd_cli import again
+from ssdkd_cli.describe import Scores
 from ssdkd_cli.labels import agreement_warnings, chance_warnings, student_warnings
+from ssdkd_cli.pipeline import learning_warnings
 
 
 @pytest.mark.parametrize(("accuracy", "is_said"), [(32.0, True), (33.0, False), (100.0, False), (None, False)])
@@ -36,7 +41,7 @@ def test_a_student_is_blamed_where_its_teacher_is_right(
     assert bool(said) is is_said
     for sentence in said:
         assert f"the student has {accuracy} % accuracy, its teacher {of_teacher} % on the same images" in sentence
-        assert "--effort full" in sentence
+        assert "--time-limit" in sentence
         assert "labels" not in sentence
 
 
@@ -53,6 +58,21 @@ def test_without_labels_the_agreement_is_looked_at(agreement: float, is_said: bo
     assert [sentence.startswith(f"the student agrees with its teacher on {agreement} %") for sentence in said] == (
         [True] if is_said else []
     )
+
+
+def test_what_a_run_learned_is_judged_by_labels_that_tell_something() -> None:
+    labelled = LabelledImages(np.zeros((1, 4, 4, 1), np.uint8), np.zeros(1, np.int64), tuple("abcd"))
+
+    def said(agreement: float, of_teacher: float | None, accuracy: float | None) -> list[str]:
+        scores = Scores(agreement, of_teacher, accuracy, labelled if of_teacher else None)
+        return learning_warnings(scores, 4, "full")
+
+    assert said(90.0, 95.0, 90.0) == []
+    assert said(20.0, 95.0, 90.0) == []
+    assert "the student has 30.0 % accuracy" in said(90.0, 95.0, 30.0)[0]
+    assert "agrees with its teacher on 20.0 %" in said(20.0, None, None)[0]
+    assert "agrees with its teacher on 20.0 %" in said(20.0, 26.0, 25.0)[0]  # labels in another order
+    assert learning_warnings(Scores(20.0, None, None, None), 4, "smoke") == []
 
 
 @pytest.fixture
@@ -76,6 +96,11 @@ def test_eval_of_a_run_takes_the_order_of_its_classes(
     assert "is numbered in alphabetical order" not in named.err
     unnamed = ssdkd("eval", compressed, "--data", folders, "--json")
     assert "is numbered in alphabetical order (a, b, c, ...): its folders do not carry" in unnamed.err
+    exported = ssdkd(
+        *("export", compressed, "--eval-data", folders, "--classes", tmp_path / "names.txt"),
+        *("--out", tmp_path / "out", "--json"),
+    )
+    assert exported.json[0]["accuracy"] == right.json[0]["accuracy"]
     wrong = ssdkd("eval", compressed, "--data", folders, "--classes", "5")
     assert (wrong.code, "--classes says 5" in wrong.err) == (1, True)
 
@@ -96,12 +121,10 @@ def test_compress_says_that_folders_were_numbered_by_the_alphabet(
 def test_a_run_s_own_student_is_blamed_on_the_images_of_its_report(
     ssdkd: Any, shared: Path, compressed: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from ssdkd_cli import again
-
     run = Path(shutil.copytree(compressed, tmp_path / "run"))
-    report = (run / "report.json").read_text().replace('"accuracy": ', '"accuracy": 100.0, "was": ', 1)
-    before = again.read_report(run).teacher.accuracy
-    (run / "report.json").write_text(report.replace(f', "was": {before}', "", 1))
+    report = json.loads((run / "report.json").read_text())
+    report["teacher"]["accuracy"] = 100.0
+    (run / "report.json").write_text(json.dumps(report))
     monkeypatch.setattr(again, "network_accuracy", lambda *_: 20.0)
     ran = ssdkd("eval", run, "--data", shared / "test.npz")
     assert ran.code == 0, ran.err

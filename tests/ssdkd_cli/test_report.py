@@ -203,8 +203,10 @@ def test_a_run_that_the_time_limit_ended_says_after_how_many_rounds() -> None:
     state = state_of_two_samples()
     state.round, state.seconds = 15, 60.0
     (warning,) = run_warnings(state)
-    assert warning.startswith("distilling ended at its time limit after 15 of 150 rounds: the student is worse")
-    assert warning.endswith("take about 10 min 0 s here (--time-limit)")
+    assert warning.startswith(
+        "distilling ended at its time limit after 15 of 150 rounds, which take about 10 min 0 s here"
+    )
+    assert "--time-limit" in warning
 
 
 def test_a_gpu_that_cannot_record_a_step_is_said() -> None:

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from engine.teacher import load_teacher
-from ssdkd_cli import again, artifacts, files, report_page
+from ssdkd_cli import again, artifacts, files, report_page, timing
 from ssdkd_cli.material import said_of
 from ssdkd_cli.report import Percentiles
 from ssdkd_cli.timing import Timing
@@ -114,7 +114,22 @@ def test_a_file_that_is_slower_than_float32_is_said(ssdkd: Any, run_folder: Path
         monkeypatch.setattr(again, "time_files", lambda *_, times=times, **__: times)
         ran = ssdkd("bench", run_folder)
         assert ran.code == 0, ran.err
-        assert ("model.int8.onnx takes 1.8 times as long as model.onnx for one image" in ran.err) == is_said
+        said = (
+            "model.int8.onnx takes 1.8 times as long as model.onnx for one image on this machine; the fastest here is"
+        )
+        assert (f"{said} model.onnx" in ran.err) == is_said
+
+
+def test_an_export_is_timed_beside_the_run_s_float32_file(ssdkd: Any, run_folder: Path, monkeypatch: Any) -> None:
+    def twice_as_slow(runtimes: Any, _samples: Any, **_: Any) -> list[Timing]:
+        assert len(runtimes) == 2
+        return [Timing(Percentiles(p50=p50, p90=p50, p99=p50), 1, 9.0, 32, "onnxruntime") for p50 in (2.0, 1.0)]
+
+    monkeypatch.setattr(timing, "time_files", twice_as_slow)
+    ran = ssdkd("export", run_folder, "--precision", "fp16", "--json")
+    assert ran.code == 0, ran.err
+    assert [item["path"] for item in ran.json] == ["model.fp16.onnx"]
+    assert "model.fp16.onnx takes 2.0 times as long as model.onnx" in ran.err
 
 
 def test_a_file_that_is_gone_is_written_anew_by_what_is_proposed(ssdkd: Any, compressed: Path, tmp_path: Path) -> None:
