@@ -221,7 +221,7 @@ def test_a_file_that_fails_its_proof_is_set_aside(ssdkd: Any, shared: Path, tmp_
     assert ran.json["recommendation"] is None
     assert (tmp_path / "run/model.onnx.rejected").exists()
     assert not (tmp_path / "run/model.onnx").exists()
-    assert "NO" in (tmp_path / "run/report.md").read_text()
+    assert "REJECTED" in (tmp_path / "run/report.md").read_text()
 
 
 def test_a_file_that_never_ran_has_no_numbers(ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any) -> None:
