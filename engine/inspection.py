@@ -20,9 +20,10 @@ from engine.teacher import Teacher, TeacherSpec, tells_images_apart
 
 MAX_NAMED = 3
 SUGGESTED_STUDENTS = ("mobilenetv2", "resnet20", "resnet8")  # the largest first
+WORTH_TRYING = (0.5, 1.0)  # below this share of the teacher's parameters and of its FLOPs; rather the first
+
 aten = torch.ops.aten
 KINDS = {aten.convolution: "convolution", aten.addmm: "matrix product", aten.mm: "matrix product"}
-WORTH_TRYING = (0.5, 1.0)  # below this share of the teacher's parameters and of its FLOPs; rather the first
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,9 @@ def inspect_teacher(teacher: Teacher) -> Inspection:
         *_constant_findings(module),
         *_class_findings(module, spec.classes),
     ]
-    images = noise(spec.input_shape)  # that load_teacher tries
-    kinds = _operation_kinds(module, images) if spec.arch == "graph" else _layer_kinds(module)
-    with torch.no_grad():
-        logits = module(images)
+    with torch.no_grad(), _Operations() as operations:
+        logits = module(noise(spec.input_shape))  # of the images that load_teacher tries
+    kinds = _graph_kinds(module, operations) if spec.arch == "graph" else _layer_kinds(module)
     finite, differ = bool(logits.isfinite().all()), tells_images_apart(logits)
     if not finite and not broken:
         findings.append(f"The logits are not finite for images of {words(spec.input_shape)}.")
@@ -116,10 +116,8 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _operation_kinds(module: nn.Module, images: Tensor) -> Counter[str]:
-    """What a graph, which has no layers but BatchNorm's, does with images [B, C, H, W]."""
-    with torch.no_grad(), _Operations() as operations:
-        module(images)
+def _graph_kinds(module: nn.Module, operations: _Operations) -> Counter[str]:
+    """How many of each a graph has, whose only layers are BatchNorm's; `operations`: those of its forward pass."""
     norms = sum(isinstance(layer, GraphBatchNorm) for layer in module.modules())
     return operations.counted + Counter(BatchNorm=norms)
 

@@ -40,6 +40,14 @@ def read_classes(classes: int | Path | None) -> tuple[int | None, tuple[str, ...
     return len(names), names
 
 
+def check_number(number: int | None, model: Path, classes: int) -> None:
+    """Raises SSDKDError where --classes says another number than the model has."""
+    if number not in (None, classes):
+        raise SSDKDError(
+            f"--classes says {number}, but {model} has {classes} outputs", f"give --classes {classes}, or leave it out"
+        )
+
+
 def labelled_images(path: Path, card: StudentCard) -> LabelledImages:
     """The labelled images at `path`, as the network of this card takes them and numbers their classes.
 

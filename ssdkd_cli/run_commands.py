@@ -112,7 +112,7 @@ def export(
     from ssdkd_cli import again, material
     from ssdkd_cli.files import new_folder
     from ssdkd_cli.gates import Limits, check_limits, gate_line, has_failed, with_budget
-    from ssdkd_cli.labels import read_classes
+    from ssdkd_cli.labels import check_number, read_classes
     from ssdkd_cli.report import verdict
     from ssdkd_cli.target import resolve_target
 
@@ -139,7 +139,7 @@ def export(
             taken = material.from_run(
                 source, trust_pickle=trust_pickle, embed_preprocessing=embed_preprocessing, class_names=names
             )
-            again.check_number(number, source, taken.subject.card.classes)
+            check_number(number, source, taken.subject.card.classes)
         else:
             taken = material.from_teacher(
                 source,
@@ -201,9 +201,9 @@ def evaluate(
 
     Before a long run: [bold]ssdkd eval teacher.pt --data images/[/bold]
     """
-    from ssdkd_cli import again
+    from ssdkd_cli import measuring
 
-    scores = again.evaluate(
+    scores = measuring.evaluate(
         model, data, arch=arch, input_shape=input, mean=mean, std=std, classes=classes, trust_pickle=trust_pickle
     )
     rows = [(item.path, percent(item.accuracy), f"{item.images:,}") for item in scores]
@@ -221,9 +221,9 @@ def bench(
 
     Example: [bold]ssdkd bench runs/demo[/bold]
     """
-    from ssdkd_cli import again
+    from ssdkd_cli import measuring
 
-    timings = again.bench(model, input_shape=input)
+    timings = measuring.bench(model, input_shape=input)
     rows = [
         (
             Path(item.path).name,

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from exporters.evaluate import LabelledImages
-from ssdkd_cli import again
+from ssdkd_cli import measuring
 from ssdkd_cli.describe import Scores
 from ssdkd_cli.labels import agreement_warnings, chance_warnings, student_warnings
 from ssdkd_cli.pipeline import learning_warnings
@@ -125,7 +125,7 @@ def test_a_run_s_own_student_is_blamed_on_the_images_of_its_report(
     report = json.loads((run / "report.json").read_text())
     report["teacher"]["accuracy"] = 100.0
     (run / "report.json").write_text(json.dumps(report))
-    monkeypatch.setattr(again, "network_accuracy", lambda *_: 20.0)
+    monkeypatch.setattr(measuring, "network_accuracy", lambda *_: 20.0)
     ran = ssdkd("eval", run, "--data", shared / "test.npz")
     assert ran.code == 0, ran.err
     assert "the student has 20.0 % accuracy, its teacher 100.0 % on the same images" in ran.err

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from engine.teacher import load_teacher
-from ssdkd_cli import again, artifacts, files, report_page, timing
+from ssdkd_cli import again, artifacts, files, measuring, report_page, timing
 from ssdkd_cli.material import said_of
 from ssdkd_cli.report import Percentiles
 from ssdkd_cli.timing import Timing
@@ -100,7 +100,7 @@ def test_bench_of_a_run_without_a_file_says_how_to_make_one(ssdkd: Any, run_fold
 def test_a_busy_machine_is_said(ssdkd: Any, compressed: Path, monkeypatch: Any) -> None:
     for p90, is_said in ((1.6, False), (41.4, True)):
         busy = Timing(Percentiles(p50=1.58, p90=p90, p99=50.0), 1, 100.0, 32, "onnxruntime")
-        monkeypatch.setattr(again, "time_files", lambda *_, timing=busy, **__: [timing])
+        monkeypatch.setattr(measuring, "time_files", lambda *_, timing=busy, **__: [timing])
         ran = ssdkd("bench", compressed)
         assert ran.code == 0, ran.err
         said = "the machine was busy when model.onnx was timed: half of its calls took 1.58 ms, one of ten 41.4 ms"
@@ -111,7 +111,7 @@ def test_a_file_that_is_slower_than_float32_is_said(ssdkd: Any, run_folder: Path
     shutil.copy(run_folder / "model.onnx", run_folder / "model.int8.onnx")
     for ms, is_said in ((1.04, False), (1.8, True)):
         times = [Timing(Percentiles(p50=p50, p90=p50, p99=p50), 1, 100.0, 32, "onnxruntime") for p50 in (ms, 1.0)]
-        monkeypatch.setattr(again, "time_files", lambda *_, times=times, **__: times)
+        monkeypatch.setattr(measuring, "time_files", lambda *_, times=times, **__: times)
         ran = ssdkd("bench", run_folder)
         assert ran.code == 0, ran.err
         said = (
