@@ -108,7 +108,7 @@ def export(
     _, timings, _ = measure([*paths, *beside], plans, subject.samples.held_out, folder, batch=target.timed_batch)
     named = {path.name: timing for path, timing in timings.items()}
     doubts = busy_warnings(named, folder)
-    if runtime_format(target) == "onnx":  # else these files are no more than what the device makes its plan of
+    if target.is_this_machine:  # else what is slow here may be fast there
         doubts += slower_warnings(named, file_name("fp32", ".onnx"))
     console.warn_all([*doubts, *crowded_warnings(compute.threads), *profile_warnings(target.profile.name)])
     profile = target.profile.name if target.is_named else None

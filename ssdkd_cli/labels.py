@@ -86,18 +86,13 @@ def chance_warnings(accuracy: float | None, classes: int) -> list[str]:
 def student_warnings(accuracy: float | None, classes: int, *, of_teacher: float | None) -> list[str]:
     """A sentence on a student's accuracy (percent) that is far below its teacher's on the same images.
 
-    The images cannot be to blame there. Of a teacher that is near chance itself, `chance_warnings` speaks; where its
-    accuracy is not known, they ask of the student.
+    The images cannot be to blame there. Where the teacher's accuracy is not known, or near chance itself, they may be.
     """
-    if of_teacher is None:
+    if of_teacher is None or chance_warnings(of_teacher, classes):
         asked = "If they are, and it is a student whose teacher does better on these images, it has learned too little"
         return [f"{warning} {asked}" for warning in chance_warnings(accuracy, classes)]
     chance = 100 / classes
-    if (
-        accuracy is None
-        or accuracy > chance + LEAST_KEPT * (of_teacher - chance)
-        or chance_warnings(of_teacher, classes)
-    ):
+    if accuracy is None or accuracy > chance + LEAST_KEPT * (of_teacher - chance):
         return []
     return [
         f"the student has {percent(accuracy)} accuracy, its teacher {percent(of_teacher)} on the same images, chance "

@@ -52,11 +52,15 @@ class Target:
         return self.profile.batches.usual if self.is_named else None
 
     @property
+    def is_this_machine(self) -> bool:
+        """Whether what is timed on this machine's processor says something of the device."""
+        return self.profile.runtime == "onnxruntime" and self.profile.machine in (None, platform.machine())
+
+    @property
     def latency_budget_ms(self) -> float | None:
         """The budget of a profile that was named, where this machine is of its kind; None: there is no such limit."""
-        profile = self.profile
-        is_here = profile.runtime == "onnxruntime" and profile.machine == platform.machine()
-        return profile.latency_budget_ms if self.is_named and is_here else None
+        is_known = self.is_named and self.profile.machine is not None
+        return self.profile.latency_budget_ms if is_known and self.is_this_machine else None
 
     @property
     def scheme(self) -> Scheme:
