@@ -36,7 +36,7 @@ class RoundMetrics:
     rounds: int
     phase: str  # "warm-up" (the buffer fills) or "distill"
     seconds: float  # since the start
-    seconds_left: float
+    seconds_left: float  # at the pace of the rounds in which the student learns; NaN before the first without a limit
     inversion_loss: float
     prior_loss: float
     spread_loss: float
@@ -64,6 +64,7 @@ def distill(state: State, *, time_limit_seconds: float | None = None) -> Iterato
     """
     settings, started = state.settings, time.perf_counter() - state.seconds
     progress = done_share(state, time_limit_seconds)
+    began: tuple[int, float] | None = None  # rounds and seconds before the student's first round here
     while progress < 1:
         round_started = time.perf_counter()
         state.compute.threads.choose()
@@ -71,6 +72,7 @@ def distill(state: State, *, time_limit_seconds: float | None = None) -> Iterato
         images, inversion_losses = synthesize(state, targets, progress)
         remember(state, images, progress)
         learns = is_taught(state, progress)
+        began = began or ((state.round, state.seconds) if learns else None)
         losses = teach(state, progress) if learns else inversion_losses.total.new_full((1, 2), math.nan)
 
         state.round += 1
@@ -86,7 +88,7 @@ def distill(state: State, *, time_limit_seconds: float | None = None) -> Iterato
             rounds=settings.rounds,
             phase="distill" if learns else "warm-up",
             seconds=state.seconds,
-            seconds_left=state.seconds * (1 - progress) / progress if progress < 1 else 0.0,
+            seconds_left=seconds_left(state, began, time_limit_seconds) if progress < 1 else 0.0,
             images_per_second=learns * len(losses) * settings.student_batch / (now - round_started),
             images_seen=state.images_seen,
             steps=state.steps,
@@ -100,6 +102,21 @@ def done_share(state: State, time_limit_seconds: float | None) -> float:
     by_rounds = state.round / state.settings.rounds
     by_clock = state.seconds / time_limit_seconds if time_limit_seconds is not None else 0.0
     return max(by_rounds, by_clock)
+
+
+def seconds_left(state: State, began: tuple[int, float] | None, time_limit_seconds: float | None) -> float:
+    """Of the rounds that are left, or until the time is up; NaN where neither is known.
+
+    `began`: rounds and seconds before the first round in which the student learned: those of the warm-up are shorter.
+    """
+    by_rounds = math.nan
+    if began:
+        rounds, seconds = began
+        by_rounds = (state.settings.rounds - state.round) * (state.seconds - seconds) / (state.round - rounds)
+    if time_limit_seconds is None:
+        return by_rounds
+    by_clock = max(0.0, time_limit_seconds - state.seconds)
+    return min(by_rounds, by_clock) if began else by_clock
 
 
 def is_taught(state: State, progress: float) -> bool:

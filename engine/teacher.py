@@ -39,7 +39,7 @@ class Preprocessing:
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    source: str  # "flag", "file", "timm", "default"
+    source: str  # "flag", "file", "timm", "default"; "mean" or "std": that one was stated, the other is assumed
 
 
 @dataclass(frozen=True)
@@ -227,13 +227,21 @@ def _preprocessing(
         "default": usual,
     }
     source, found = next((source, found) for source, found in sources.items() if found)
-    assumed = "those of timm's own weights, of other classes," if of_timm else "ImageNet's" if channels == 3 else "0.5"
-    warnings = [
-        f"The mean and std of the training images are not in the file: {assumed} are assumed; "
-        "say them with --mean and --std if they are others."
+    chosen = mean or found[0], std or found[1]
+    if source == "file" or (source == "timm" and is_own):
+        return Preprocessing(*chosen, source), []
+    usually, timms = "ImageNet's" if channels == 3 else "0.5", "of timm's own weights, of other classes,"
+    if mean is None and std is None:
+        return Preprocessing(*chosen, source), [
+            "The mean and std of the training images are not in the file: "
+            f"{f'those {timms}' if of_timm else usually} are assumed; "
+            "say them with --mean and --std if they are others."
+        ]
+    stated, missing = ("mean", "std") if std is None else ("std", "mean")
+    return Preprocessing(*chosen, stated), [
+        f"The {missing} of the training images is not in the file: {f'that {timms}' if of_timm else usually} is "
+        f"assumed; say it with --{missing} if it is another."
     ]
-    is_assumed = source == "default" or (source == "timm" and not is_own)
-    return Preprocessing(mean or found[0], std or found[1], source), warnings if is_assumed else []
 
 
 def _timm_config(module: nn.Module) -> tuple[Metadata, bool]:

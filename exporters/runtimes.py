@@ -55,7 +55,8 @@ def open_runtime(path: Path, *, input_shape: Shape | None = None) -> Runtime:
     if opener is None:
         raise SSDKDError(
             f"{path}: expected a model file ending in {' or '.join(OPENERS)}, found {path.suffix or 'no suffix'!r}",
-            f"if it is a trained network, make an ONNX file of it: {shlex.join(['ssdkd', 'export', str(path)])}",
+            f"`{shlex.join(['ssdkd', 'export', str(path)])}` makes an ONNX file of a trained network, with --arch, "
+            "--input, --mean and --std where `ssdkd inspect` needs them",
         )
     return opener(path, input_shape)
 

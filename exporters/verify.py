@@ -137,9 +137,9 @@ def _run_all(predict: Predict, images: Images, constants: Constants) -> Logits:
 def _reference_problem(reference: Logits) -> str | None:
     """Return why the student's own logits prove nothing, or None."""
     if not np.isfinite(reference).all():
-        return "the student itself gives NaN or infinite logits"
+        return "the network itself gives NaN or infinite logits"
     if _spreads(reference).mean() <= ERROR_OF_SIZE * float(np.abs(reference).max()):
-        return "the student gives the same logits for every sample: a comparison on them proves nothing"
+        return "the network gives the same logits for every sample: a comparison on them proves nothing"
     return None
 
 
@@ -154,14 +154,14 @@ def _interface_problem(
     _, height, width, channels = images.shape
     if runtime.input_shape != (channels, height, width):
         taken = "x".join(map(str, runtime.input_shape))
-        return f"it takes images of {taken}, the student takes {channels}x{height}x{width}"
+        return f"it takes images of {taken}, the network takes {channels}x{height}x{width}"
     if runtime.classes != reference.shape[1]:
-        return f"it gives {runtime.classes} classes, the student gives {reference.shape[1]}"
+        return f"it gives {runtime.classes} classes, the network gives {reference.shape[1]}"
     if runtime.fixed_batch is not None:
         return f"its batch is fixed at {runtime.fixed_batch}, expected any batch"
     said = describe(runtime.metadata)
     if said.input_range == NORMALISED and (said.mean, said.std) != (mean, std):
-        return f"its metadata states mean {said.mean} and std {said.std}, the student's are {mean} and {std}"
+        return f"its metadata states mean {said.mean} and std {said.std}, the network's are {mean} and {std}"
     return None
 
 
@@ -199,9 +199,9 @@ def _compare(reference: Logits, logits: Logits, limits: Limits) -> Verification:
     error = f"max abs error {held}" if limits.every_logit else f"rms error {held}, max abs error {largest:.2g}"
     measured = f"{error}, the same predictions on {agreement:.2f} % of {len(logits)} samples"
     if errors[worst] > tolerances[worst]:
-        return Verification(False, f"the logits are not the student's, {measured}", largest, agreement)
+        return Verification(False, f"the logits are not the network's, {measured}", largest, agreement)
     if agreement < limits.min_agreement:
-        return Verification(False, f"the predictions are not the student's, {measured}", largest, agreement)
+        return Verification(False, f"the predictions are not the network's, {measured}", largest, agreement)
     return Verification(True, measured, largest, agreement)
 
 

@@ -24,7 +24,7 @@ from ssdkd_cli.material import Material
 from ssdkd_cli.measuring import runs_here
 from ssdkd_cli.report import Artifact, Gate, Report, problem_of, read_report
 from ssdkd_cli.report_page import write_report
-from ssdkd_cli.target import Target
+from ssdkd_cli.target import Target, is_for_another_device
 from ssdkd_cli.timing import (
     busy_warnings,
     crowded_warnings,
@@ -108,7 +108,7 @@ def export(
     _, timings, _ = measure([*paths, *beside], plans, subject.samples.held_out, folder, batch=target.timed_batch)
     named = {path.name: timing for path, timing in timings.items()}
     doubts = busy_warnings(named, folder)
-    if target.is_this_machine:  # else what is slow here may be fast there
+    if target.cpu_timings_count:  # what is slow here may be fast on another device
         doubts += slower_warnings(named, file_name("fp32", ".onnx"))
     console.warn_all([*doubts, *crowded_warnings(compute.threads), *profile_warnings(target.profile.name)])
     profile = target.profile.name if target.is_named else None
@@ -146,7 +146,7 @@ def _teacher_accuracy(material: Material, labelled: LabelledImages | None, *, is
         with console.stage("eval data", "scoring the teacher") as done:
             value = network_accuracy(material.subject.module, card, labelled)
             done(f"{len(labelled.labels):,} labelled images: teacher {percent(value)}")
-        console.warn_all(chance_warnings(value, card.classes))
+        console.warn_all(chance_warnings(value, card.classes, is_run=False))
         return value
     if not is_needed and not (material.run / runs.REPORT).exists():
         return None
@@ -170,7 +170,7 @@ def _with_artifacts(
 
     Files that are gone or were replaced are left out. A file that was proven stays beside one of its name that was
     rejected now. Recommended is a file that keeps to every limit that any of them was judged by; where none of them is
-    for this target's device, what was recommended before.
+    for this target's device, or some are for another that was named before, what was recommended before.
     """
     changed = {item.path for item in artifacts}
     kept = [item for item in report.artifacts if item.path not in changed and _is_still_there(item, folder)]
@@ -182,9 +182,10 @@ def _with_artifacts(
     passing, _ = decide(Limits(**limits), together, target, report.teacher.accuracy)
     passing = [item for item in passing if item.path not in failed]
     before, latency = report.recommendation, report.teacher.latency_ms
-    recommendation = recommend(passing, latency.p50 if latency else None)
+    recommendation = recommend(passing, latency.p50 if latency else None, target)
     is_judged = any(item.verified and item.format == runtime_format(target) for item in together)
-    if not is_judged and before and before.artifact in {item.path for item in kept}:
+    is_for_another = not target.is_named and any(is_for_another_device(item.profile) for item in kept)
+    if (is_for_another or not is_judged) and before and before.artifact in {item.path for item in kept}:
         recommendation = before
     warnings = report.warnings if TIMED_LATER in report.warnings else (*report.warnings, TIMED_LATER)
     return dataclasses.replace(

@@ -159,7 +159,7 @@ def _write_and_prove(graph: Graph, subject: Subject, folder: Path, *, is_asked: 
             return None
         path = accept(unproven, path) if found.verified else unproven.replace(rejected_path(path))
     if not found.verified:
-        console.warn(f"the file is not proven to compute what the student computes: it was set aside as {path.name}")
+        console.warn(f"the file is not proven to compute what the network computes: it was set aside as {path.name}")
     return Proven(path, "onnx", "onnxruntime", graph, found)
 
 

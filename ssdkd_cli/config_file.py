@@ -112,7 +112,9 @@ def write_config(
         distillation: settings that differ from what --effort gives.
         settings: every setting; those that --effort gave are listed as comments, so that --effort keeps its meaning.
     """
-    lines = ["# Repeat this run: ssdkd compress --config config.toml --out OTHER", "", "[compress]"]
+    has_own_code = any(":" in str(compress.get(option)) for option in ("student", "arch"))
+    where = " in the folder in which it was started, where your own code is" if has_own_code else ""
+    lines = [f"# Repeat this run{where}: ssdkd compress --config THIS_FILE --out OTHER", "", "[compress]"]
     lines += [f"{name.replace('_', '-')} = {_toml(value)}" for name, value in compress.items() if value is not None]
     lines += ["", "[distillation]"]
     lines += [f"{name} = {_toml(value)}" for name, value in distillation.items()]

@@ -188,7 +188,7 @@ def rounds(title: str) -> Iterator[Callable[["RoundMetrics"], None]]:
     last = history[-1]
     text = (
         f"{last.round:,} of {last.rounds:,} rounds, {last.steps:,} steps, {last.images_seen:,} images, "
-        f"{last.agreement:.1f} % agreement with the teacher"
+        f"{last.agreement:.1f} % agreement with the teacher on the newest samples"
     )
     finish("distil", text, True, started)
 
@@ -196,13 +196,14 @@ def rounds(title: str) -> Iterator[Callable[["RoundMetrics"], None]]:
 def round_view(title: str, history: Sequence["RoundMetrics"]) -> RenderableType:
     """The live picture after the last round of `history`."""
     metrics = history[-1]
-    share = metrics.seconds / max(metrics.seconds + metrics.seconds_left, 1e-9)
+    whole = metrics.seconds + metrics.seconds_left
+    share = metrics.seconds / whole if whole > 0 else 0.0  # while the time that is left is not known
     bar = Table.grid(padding=(0, 2))
     bar.add_row(
         Text(f"round {metrics.round} of {metrics.rounds}", "bold"),
         ProgressBar(total=1.0, completed=share, width=SPARK_WIDTH, complete_style=ACCENT, finished_style=ACCENT),
         Text(f"{100 * share:3.0f} %"),
-        Text(f"{duration(metrics.seconds_left)} left" if metrics.seconds_left else "", QUIET),
+        Text(time_left(metrics), QUIET),
     )
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style=QUIET, justify="right")
@@ -218,6 +219,11 @@ def round_view(title: str, history: Sequence["RoundMetrics"]) -> RenderableType:
     phase = {"warm-up": "the first samples", "distill": "distilling"}[metrics.phase]
     head = Text.assemble((title, "bold"), (f"   {phase}", QUIET))
     return Padding(Group(head, Text(), bar, Text(), facts), (1, 2))
+
+
+def time_left(metrics: "RoundMetrics") -> str:
+    """'3 min 2 s left', or nothing where it is over or not known yet."""
+    return f"{duration(metrics.seconds_left)} left" if metrics.seconds_left > 0 else ""
 
 
 def image_losses(metrics: "RoundMetrics") -> Text:
@@ -261,8 +267,8 @@ def plain_round(metrics: "RoundMetrics") -> str:
     return (
         f"round {metrics.round}/{metrics.rounds}  {phase}{agreement}{student}"
         f"image loss {image_losses(metrics).plain}  balance {metrics.class_balance:.2f}  "
-        f"{speed}{duration(metrics.seconds_left)} left"
-    )
+        f"{speed}{time_left(metrics)}"
+    ).rstrip()
 
 
 def print_json(text: str) -> None:
@@ -290,8 +296,7 @@ def print_facts(title: str, facts: Mapping[str, str], *, findings: Sequence[str]
     width = max(len(name) for name in facts)
     for name, value in facts.items():
         line(Text(f"  {name:<{width}} ", QUIET), value, result)
-    for finding in findings:
-        line(Text("!", CAUTION), finding, result)
+    print_warnings(findings)
     if closing:
         result.print(Text.assemble("\n  ", (closing, ACCENT)), soft_wrap=True)
 
@@ -309,6 +314,12 @@ def print_comparison(rows: Sequence[tuple[str, str, str, str]], artifacts: Seque
     result.print(table)
     for verified, text in artifacts:
         line(Text.assemble(MARKS[verified]), text, result)
+
+
+def print_warnings(sentences: Sequence[str]) -> None:
+    """What was doubtful, below a result."""
+    for sentence in sentences:
+        line(Text("!", CAUTION), sentence, result)
 
 
 def print_advice(text: str) -> None:

@@ -88,7 +88,7 @@ def describe_run(
             distilled.state, held_out_samples=len(distilled.samples.held_out), seed=seed
         ),
         artifacts=artifacts,
-        recommendation=recommend(passing, teacher_timing.latency_ms.p50 if teacher_timing else None),
+        recommendation=recommend(passing, teacher_timing.latency_ms.p50 if teacher_timing else None, target),
         gates=gates,
         warnings=tuple(warnings),
     )

@@ -8,12 +8,14 @@ from pathlib import Path
 from engine.errors import SSDKDError
 from engine.processors import available_threads
 from exporters.tensorrt_sidecar import FLAVOURS
+from profiles import DeviceProfile
 from ssdkd_cli import __version__
 
 PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "safetensors")
 
 ABSENT, BROKEN = "not installed", "cannot be imported: "
 CPU_INFO = Path("/proc/cpuinfo")
+MACHINES = {"AMD64": "x86_64", "arm64": "aarch64"}  # as Windows and macOS call what Linux calls so
 # Profile, the flags in CPU_INFO of which one must be there, and what they mean; the first that fits is the machine's.
 CPU_PROFILES = (
     ("x86-vnni", {"avx512_vnni", "avx_vnni"}, "VNNI"),
@@ -51,6 +53,17 @@ def profile_warnings(profile: str) -> list[str]:
         "this processor has no VNNI: what is timed here for --profile x86-vnni says little of one that has; "
         "--profile x86-avx2 fits this machine"
     ]
+
+
+def is_this_machine(profile: DeviceProfile) -> bool:
+    """Whether this processor is of the kind that a device profile names, or it names none."""
+    machine = platform.machine()
+    return profile.machine in (None, MACHINES.get(machine, machine)) and not profile_warnings(profile.name)
+
+
+def cpu_timings_count(profile: DeviceProfile) -> bool:
+    """Whether the latency of a file on this processor says something of the profile's device."""
+    return profile.runtime == "onnxruntime" and is_this_machine(profile)
 
 
 def gpu_names() -> list[str]:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from engine.errors import SSDKDError
+from exporters.precision import PRECISIONS
 from ssdkd_cli.report import Artifact, Gate, Recommendation, origin
-from ssdkd_cli.words import SAME, compared, times
+from ssdkd_cli.words import SAME, compared, percent, times
 
 if TYPE_CHECKING:
     from ssdkd_cli.target import Target
@@ -74,6 +75,12 @@ def check_limits(limits: Limits, target: "Target", *, has_labels: bool) -> None:
             f"--max-latency-ms cannot be judged here: files for {target.profile.name} cannot be run: {why}",
             f"leave it out and measure on the device; files for this machine are made without {_of_device(target)}",
         )
+    if limits.max_latency_ms is not None and not target.is_this_machine:
+        raise SSDKDError(
+            f"--max-latency-ms cannot be judged here: this machine's processor is not of the kind of "
+            f"{target.profile.name}",
+            "leave it out and measure on the device: ssdkd bench model.onnx",
+        )
     if limits.max_size_mb is not None and target.formats == ("trt",) and target.flavour is None:
         raise SSDKDError(
             "--max-size-mb cannot be judged here: the TensorRT plan is built on the device",
@@ -126,13 +133,22 @@ def decide(
 ) -> tuple[list[Artifact], tuple[Gate, ...]]:
     """The verified files for the target's runtime that pass every limit, and the limits as judged.
 
-    The fastest file comes first, those in doubt behind the others. Judged are the files whose precision and format were
-    asked for; where no precision was, the first that passes, or the first of all if none does. The latency is judged of
-    files for that runtime alone: the ONNX file that a plan is made of is timed on the CPU.
+    The fastest file comes first, those in doubt behind the others; for a device of another kind than this machine those
+    that were asked for come first, and no time counts. Judged are the files whose precision and format were asked for;
+    where no precision was, the first that passes, or the first of all if none does. The latency is judged of files for
+    that runtime alone: the ONNX file that a plan is made of is timed on the CPU.
     """
     native = runtime_format(target)
     untimed = replace(limits, max_latency_ms=None)
-    verified = sorted((item for item in artifacts if item.verified and item.format == native), key=_doubt_and_slowness)
+    limits = limits if target.is_this_machine else untimed
+
+    def rank(item: Artifact) -> tuple[float, ...]:
+        if target.is_this_machine:
+            return item.doubt is not None, item.latency_ms.p50 if item.latency_ms else math.inf
+        wanted = item.precision in target.asked, item.precision == target.profile.precision
+        return item.doubt is not None, *(not yes for yes in wanted), PRECISIONS.index(item.precision)
+
+    verified = sorted((item for item in artifacts if item.verified and item.format == native), key=rank)
     passing = [item for item in verified if all(gate.passed for gate in judge(limits, item, teacher_accuracy))]
     asked = [item for item in artifacts if item.precision in target.asked and item.format in target.formats]
     gates = (
@@ -153,48 +169,62 @@ def runtime_format(target: "Target") -> str:
     return "onnx" if target.profile.runtime == "onnxruntime" else "trt"
 
 
-def recommend(passing: Sequence[Artifact], teacher_latency_ms: float | None) -> Recommendation | None:
-    """The first of the files that pass every limit, as `decide` orders them, with what was measured on this machine.
+def recommend(passing: Sequence[Artifact], teacher_latency_ms: float | None, target: "Target") -> Recommendation | None:
+    """The first of the files that pass every limit, as `decide` orders them, with what was measured of it.
 
     `teacher_latency_ms` is the teacher's through ONNX Runtime: plans, on another clock, are not compared with it.
     """
     if not passing:
         return None
     best, *others = passing
-    equals = [item for item in passing if bool(item.doubt) == bool(best.doubt)]
-    why = "the only file that is verified and passes" if not others else f"the fastest of {len(equals)} files that pass"
-    if len(equals) < len(passing):
-        why = f"{why} without doubt" if len(equals) > 1 else "the only file that passes without doubt"
+    reasons = [_rank_in_words(best, passing, target)]
     if best.doubt:
-        why += f"; {best.doubt}"
+        reasons.append(best.doubt)
+    if best.accuracy is not None:
+        reasons.append(f"it has {percent(best.accuracy)} accuracy")
     if best.teacher_agreement is not None:
-        why += f"; it predicts the teacher's class on {best.teacher_agreement:.1f} % of held-out samples"
-    if not best.latency_ms:
-        return Recommendation(best.path, f"{why}; no latency was measured here")
-    if teacher_latency_ms and best.format == "onnx":
-        why += f"; on this machine {beside_teacher(teacher_latency_ms, best.latency_ms.p50)}"
-    beside = [_beside_best(item, item.latency_ms.p50 / best.latency_ms.p50) for item in others if item.latency_ms]
-    return Recommendation(best.path, "; ".join((why, *beside)))
+        reasons.append(f"it predicts the teacher's class on {percent(best.teacher_agreement)} of held-out samples")
+    if not target.is_this_machine:
+        reasons += [f"{item.path} is in doubt: {item.doubt}" for item in others if item.doubt and not best.doubt]
+        reasons.append(f"how fast it is on {target.profile.name}, `ssdkd bench {best.path}` says there")
+    elif not best.latency_ms:
+        reasons.append("no latency was measured here")
+    else:
+        if teacher_latency_ms and best.format == "onnx":
+            reasons.append(f"on this machine {beside_teacher(teacher_latency_ms, best.latency_ms.p50)}")
+        reasons += [_beside_best(item, item.latency_ms.p50 / best.latency_ms.p50) for item in others if item.latency_ms]
+    return Recommendation(best.path, "; ".join(reasons))
+
+
+def _rank_in_words(best: Artifact, passing: Sequence[Artifact], target: "Target") -> str:
+    """What the recommended file is among those that pass."""
+    equals = [item for item in passing if bool(item.doubt) == bool(best.doubt)]
+    if len(passing) == 1:
+        return "the only file that is verified and passes"
+    if len(equals) == 1:
+        return "the only file that passes without doubt"
+    sure = " without doubt" if len(equals) < len(passing) else ""
+    if target.is_this_machine:
+        return f"the fastest of {len(equals)} files that pass{sure}"
+    whose = f", which {target.profile.name} runs fastest" if best.precision == target.profile.precision else ""
+    return f"of {len(equals)} files that pass{sure} the one in {best.precision}{whose}"
 
 
 def _beside_best(artifact: Artifact, ratio: float) -> str:
     """What another file takes, `ratio` times the recommended one's time, and why it is not taken where it is faster."""
     if ratio > 1 / SAME:
-        return f"{artifact.path} takes {'as long' if ratio < SAME else f'{times(ratio, 1)} as long'}"
+        return f"{artifact.path} takes {'about' if ratio < SAME else times(ratio, 1)} as long"
     return f"{artifact.path} is {times(1, ratio)} faster, but {artifact.doubt}"
 
 
 def beside_teacher(teacher_ms: float, file_ms: float) -> str:
-    """'3.1 times faster than the teacher', 'as fast as the teacher'."""
-    change = compared(teacher_ms, file_ms, ("faster", "slower"))
-    return "as fast as the teacher" if change == "the same" else f"{change} than the teacher"
+    """'3.1 times faster than the teacher', 'about as fast as the teacher'."""
+    if 1 / SAME < teacher_ms / file_ms < SAME:
+        return "about as fast as the teacher"
+    return f"{compared(teacher_ms, file_ms, ('faster', 'slower'))} than the teacher"
 
 
 def gate_line(gate: Gate) -> str:
     """'--max-size-mb 0.5: model.onnx has 0.317 MB'."""
     found = "could not be measured" if gate.value is None else f"has {gate.value:.4g} {RULES[gate.name].unit}"
     return f"--{gate.name.replace('_', '-')} {gate.limit:g}{origin(gate)}: {gate.artifact} {found}"
-
-
-def _doubt_and_slowness(artifact: Artifact) -> tuple[bool, float]:
-    return artifact.doubt is not None, artifact.latency_ms.p50 if artifact.latency_ms else math.inf

@@ -9,13 +9,12 @@ from exporters.evaluate import LabelledImages, accuracy, load_labelled
 from exporters.runtimes import predictor
 from ssdkd_cli import console
 from ssdkd_cli.runs import StudentCard
-from ssdkd_cli.words import percent
+from ssdkd_cli.words import is_near_chance, percent
 
 if TYPE_CHECKING:
     from torch import nn
 
-NEAR_CHANCE = 0.1  # of the way from chance to all right
-LEAST_KEPT = 0.5  # of the teacher's own way from chance, that a student should go
+LEAST_KEPT = 2 / 3  # of the teacher's own way from chance; chosen by us: half let 61 % pass, of three classes
 TOO_LITTLE = "it has learned too little; take a larger --student, or a larger --effort or --time-limit than it had"
 
 
@@ -71,26 +70,32 @@ def network_accuracy(network: "nn.Module", card: StudentCard, labelled: Labelled
     return accuracy(predictor(network), labelled, mean=card.mean, std=card.std)
 
 
-def chance_warnings(accuracy: float | None, classes: int) -> list[str]:
-    """A sentence on an accuracy (percent) that is too near chance to be that of a trained network."""
-    chance = 100 / classes
-    if accuracy is None or accuracy > chance + NEAR_CHANCE * (100 - chance):
+def chance_warnings(accuracy: float | None, classes: int, *, is_run: bool) -> list[str]:
+    """A sentence on an accuracy (percent) that is too near chance to be that of a trained network.
+
+    `is_run`: of a run's student, whose preprocessing is its teacher's, as that was read then.
+    """
+    if accuracy is None or not is_near_chance(accuracy, classes):
         return []
+    chance = percent(100 / classes)
+    those = "were --mean, --std and --input of `ssdkd compress`" if is_run else "are --mean, --std and --input"
     return [
-        f"{percent(accuracy)} accuracy is far below what a trained network reaches, chance is {percent(chance)}: are "
+        f"{percent(accuracy)} accuracy is far below what a trained network reaches, chance is {chance}: are "
         "the labels in the order of the network's classes (folders are numbered alphabetically, unless --classes FILE "
-        "names the classes), and are --mean, --std and --input those of the training?"
+        f"names the classes), and {those} those of the training?"
     ]
 
 
-def student_warnings(accuracy: float | None, classes: int, *, of_teacher: float | None) -> list[str]:
+def student_warnings(accuracy: float | None, classes: int, *, of_teacher: float | None, is_run: bool) -> list[str]:
     """A sentence on a student's accuracy (percent) that is far below its teacher's on the same images.
 
     The images cannot be to blame there. Where the teacher's accuracy is not known, or near chance itself, they may be.
+    `is_run`: as `chance_warnings` takes it.
     """
-    if of_teacher is None or chance_warnings(of_teacher, classes):
-        asked = "If they are, and it is a student whose teacher does better on these images, it has learned too little"
-        return [f"{warning} {asked}" for warning in chance_warnings(accuracy, classes)]
+    if of_teacher is None or is_near_chance(of_teacher, classes):
+        asked = "were, and its" if is_run else "are, and it is a student whose"
+        blamed = f"If they {asked} teacher does better on these images, it has learned too little"
+        return [f"{warning} {blamed}" for warning in chance_warnings(accuracy, classes, is_run=is_run)]
     chance = 100 / classes
     if accuracy is None or accuracy > chance + LEAST_KEPT * (of_teacher - chance):
         return []

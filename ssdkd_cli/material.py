@@ -19,7 +19,7 @@ from engine.teacher import Teacher, load_teacher
 from exporters.evaluate import logits_of
 from exporters.runtimes import predictor
 from ssdkd_cli import console, runs
-from ssdkd_cli.precisions import Subject
+from ssdkd_cli.precisions import FEWEST_SAMPLES, Subject
 from ssdkd_cli.words import count, network, shape
 
 NOISE_SAMPLES = 64
@@ -98,9 +98,7 @@ def inverted(teacher: Teacher, *, compute: Compute, seed: int) -> runs.Samples:
     """Synthetic samples of a teacher that is not distilled, half of them to calibrate on and half to prove on."""
     spec = teacher.spec
     settings = settings_for("full", image_shape=spec.input_shape)  # the usual batch on a GPU too: others were not tried
-    number = 2 * min(
-        SYNTHETIC_SAMPLES, max(settings.inversion_batch, SYNTHETIC_PIXELS // math.prod(spec.input_shape[1:]))
-    )
+    number = 2 * min(SYNTHETIC_SAMPLES, max(FEWEST_SAMPLES, SYNTHETIC_PIXELS // math.prod(spec.input_shape[1:])))
     parts: list[torch.Tensor] = []
     prior = 0.0
     with console.counted("samples", f"{number} synthetic samples of the teacher") as (tick, done):

@@ -23,6 +23,7 @@ from ssdkd_cli.labels import (
 from ssdkd_cli.material import NOISE_SAMPLES, read_teacher, smooth_noise
 from ssdkd_cli.plans import PLAN
 from ssdkd_cli.report import Percentiles, problem_of, read_report
+from ssdkd_cli.target import is_for_another_device
 from ssdkd_cli.timing import BATCHES, busy_warnings, slower_warnings, time_files, time_plan_file
 
 
@@ -86,7 +87,7 @@ def evaluate(
         card = runs.teacher_card(teacher.spec, runs.SAME)
         labelled = labelled_images(data, card)
         value = network_accuracy(teacher.module, card, labelled)
-        doubts = chance_warnings(value, card.classes)
+        doubts = chance_warnings(value, card.classes, is_run=False)
     else:
         runtime = open_runtime(model, input_shape=input_shape)
         for flag, is_given in (("--arch", arch is not None), ("--trust-pickle", trust_pickle)):
@@ -100,7 +101,7 @@ def evaluate(
         mean, std = preprocessing_of(said, channels=runtime.input_shape[0], mean=mean, std=std)
         labelled = numbered_images(data, runtime.input_shape, runtime.classes, names or said.class_names)
         value = accuracy(runtime.run, labelled, mean=mean, std=std, batch=runtime.fixed_batch)
-        doubts = student_warnings(value, runtime.classes, of_teacher=None)
+        doubts = student_warnings(value, runtime.classes, of_teacher=None, is_run=False)
     console.warn_all(doubts)
     return [Score(str(model), value, len(labelled.labels))]
 
@@ -123,7 +124,7 @@ def _score_run(
             except SSDKDError as error:
                 again = f"write it anew: ssdkd export {model} --overwrite, or take it out of the run's folder"
                 raise SSDKDError(f"{path}: {error.message}", again) from error
-    console.warn_all(student_warnings(value, card.classes, of_teacher=_known_accuracy(model, labelled)))
+    console.warn_all(student_warnings(value, card.classes, of_teacher=_known_accuracy(model, labelled), is_run=True))
     return scores
 
 
@@ -171,8 +172,17 @@ def bench(model: Path, *, input_shape: tuple[int, int, int] | None) -> list[File
     timed = dict(zip((*others, *plans), timings, strict=True))
     named = {path.name: timing for path, timing in timed.items()}
     on_cpu = {path.name: timed[path] for path in others}
-    console.warn_all([*busy_warnings(named, model), *slower_warnings(on_cpu, file_name("fp32", ".onnx"))])
+    elsewhere = _made_for_others(model) if model.is_dir() else ()
+    slower = slower_warnings(on_cpu, file_name("fp32", ".onnx"), spared=elsewhere)
+    console.warn_all([*busy_warnings(named, model), *slower])
     return [FileTiming(str(path), **vars(timing)) for path, timing in timed.items()]
+
+
+def _made_for_others(run: Path) -> list[str]:
+    """The names of a run's files that were made for a device of which this processor says nothing."""
+    with contextlib.suppress(SSDKDError):
+        return [item.path for item in read_report(run).artifacts if is_for_another_device(item.profile)]
+    return []
 
 
 def files_of(folder: Path) -> list[Path]:

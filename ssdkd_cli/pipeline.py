@@ -56,7 +56,7 @@ from ssdkd_cli.teaching import (
     teach,
 )
 from ssdkd_cli.timing import TEACHER, busy_warnings, crowded_warnings, measure
-from ssdkd_cli.words import count, percent, shape
+from ssdkd_cli.words import count, is_near_chance, percent, shape
 
 SMOKE = "--effort smoke shows that it goes through: its student is not worth using"
 SPARE_BYTES = 4_000_000  # report, picture, metrics
@@ -107,7 +107,7 @@ def compress(options: Options, *, command: str) -> Finished:
         card = runs.teacher_card(teacher.spec, options.student)
         labelled, teacher_accuracy = read_labelled(options.eval_data, teacher, card, compute.device)
         warnings += [labelled.doubt] if labelled and labelled.doubt else []  # which was said
-        warnings += console.warn_all(chance_warnings(teacher_accuracy, teacher.spec.classes))
+        warnings += console.warn_all(chance_warnings(teacher_accuracy, teacher.spec.classes, is_run=False))
         with keeping_student(folder):
             write_text(folder / runs.CONFIG, write_config(as_typed(options), ablations, dataclasses.asdict(settings)))
             distilled = teach(
@@ -270,9 +270,10 @@ def learning_warnings(scores: Scores, classes: int, effort: str) -> list[str]:
     """A sentence on a student that learned too little; of --effort smoke that was said at the start."""
     if effort == "smoke":
         return []
-    if scores.labelled is None or chance_warnings(scores.teacher_accuracy, classes):  # labels that tell nothing
+    of_teacher = scores.teacher_accuracy
+    if of_teacher is None or is_near_chance(of_teacher, classes):  # labels that tell nothing
         return agreement_warnings(scores.agreement, classes)
-    return student_warnings(scores.student_accuracy, classes, of_teacher=scores.teacher_accuracy)
+    return student_warnings(scores.student_accuracy, classes, of_teacher=of_teacher, is_run=True)
 
 
 def needed_bytes(teacher: Teacher, student: nn.Module, settings: DistillationSettings) -> int:

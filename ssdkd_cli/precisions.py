@@ -47,6 +47,7 @@ from exporters.verify import LIMITS
 from ssdkd_cli.runs import Samples, StudentCard
 
 MOST_LOST = 0.5  # points of agreement with the teacher that an INT8 file may lose against the float student
+FEWEST_SAMPLES = 100  # held out, that show what an INT8 file loses: of fewer, one is more than a point
 Z_95 = 1.645  # standard deviations: 95 % of a normal distribution lie below
 CALIBRATION_IMAGES = 512  # that ranges are taken from: more widen them and gain nothing (docs/quantization.md)
 SENSITIVITY_IMAGES = 128
@@ -175,15 +176,19 @@ def integer_graph(subject: Subject, exported: onnx.ModelProto, integers: Integer
         return replace(graph, notes=(*graph.notes, *UNTRAINABLE)) if is_wanted else graph
     changed = rounded_together(subject, integers)
     tried = judged(subject, float_graph(subject, changed), integers, "weights rounded together, biases corrected")
-    helps = tried.error < graph.error  # not by agreement: a hundred samples cannot tell
+    refusal = ""
+    if tried.error >= graph.error:  # not by agreement: a hundred samples cannot tell
+        refusal = "no gain"
+    elif tried.loss.points > max(allowed, graph.loss.points):
+        refusal = "more agreement is lost than before, and than may be"
     tried = replace(tried, notes=(f"{tried.notes[0]}; {errors_in_words(tried.error, graph.error)}",))
-    module, graph = (changed if helps else module), better(graph, tried, helps)
+    module, graph = (module if refusal else changed), better(graph, tried, refusal)
     if integers.qat == "on" or (integers.qat == "auto" and graph.loss.points > allowed):
         try:
             changed, done = aware(subject, module, integers), f"{STEPS} steps of quantization-aware distillation"
             tried = judged(subject, float_graph(subject, changed), integers, done)
             helps = tried.loss.points < graph.loss.points or integers.qat == "on"
-            module, graph = (changed if helps else module), better(graph, tried, helps)
+            module, graph = (changed if helps else module), better(graph, tried, "" if helps else "no gain")
         except NonFiniteLossError as error:
             graph = replace(graph, notes=(*graph.notes, f"{error.message}; it was left out"))
     if graph.loss.points > allowed and integers.fallback:
@@ -200,7 +205,8 @@ def judged(
         path = Path(folder) / "int8.onnx"
         onnx.save(model, path)
         logits = held_out_logits(subject, open_runtime(path).run)
-    loss, error = loss_of(subject, logits.argmax(axis=1)), float(np.square(logits - subject.logits).mean())
+    loss, apart = loss_of(subject, logits.argmax(axis=1)), (logits - subject.logits).astype(np.float64)
+    error = float(np.square(apart).mean())  # in float64: of a training that went astray they are large
     return Graph("int8", model, integer_share(model), loss, error, float_layers, (f"{done}: {loss}",))
 
 
@@ -257,11 +263,11 @@ def errors_in_words(after: float, before: float) -> str:
     return f"rms error of the logits {math.sqrt(after):.2g}, before {math.sqrt(before):.2g}"
 
 
-def better(graph: Graph, tried: Graph, helps: bool) -> Graph:
-    """`tried` where it helps, else `graph`; the notes tell of both, and of `tried` whether it was kept."""
-    if helps:
-        return replace(tried, notes=(*graph.notes, f"{tried.notes[0]}: kept"))
-    return replace(graph, notes=(*graph.notes, f"{tried.notes[0]}, no gain: it was left out"))
+def better(graph: Graph, tried: Graph, refusal: str) -> Graph:
+    """`tried`, or `graph` where there is a reason against it; the notes tell of both, and whether `tried` was kept."""
+    if refusal:
+        return replace(graph, notes=(*graph.notes, f"{tried.notes[0]}, {refusal}: it was left out"))
+    return replace(tried, notes=(*graph.notes, f"{tried.notes[0]}: kept"))
 
 
 def rounded_together(subject: Subject, integers: Integers) -> nn.Module:

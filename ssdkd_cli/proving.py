@@ -7,7 +7,7 @@ from pathlib import Path
 
 from exporters.tensorrt_sidecar import sidecar_path
 from exporters.verify import Verification, rejected_path, verify
-from ssdkd_cli.precisions import Graph, Loss, Subject, is_in_doubt, most_lost
+from ssdkd_cli.precisions import FEWEST_SAMPLES, Graph, Loss, Subject, is_in_doubt, most_lost
 
 PROOF_SAMPLES = 256  # held-out samples that float files are proven on; INT8 files are on all
 
@@ -51,11 +51,14 @@ def proof_of(subject: Subject, path: Path, precision: str) -> Verification:
 def with_loss(found: Verification, loss: Loss, samples: int) -> Verification:
     """`found`, and a word on what an INT8 file loses against the teacher; where that is too much it is not verified.
 
-    Where it is too much and may be chance, it is a doubt.
+    Where it is too much and may be chance, it is a doubt; so it is where the samples are too few to tell.
     """
     allowed = most_lost(samples)
     if loss.points <= allowed:
-        return found
+        if samples >= FEWEST_SAMPLES:
+            return found
+        said = f"{samples} held-out samples, fewer than {FEWEST_SAMPLES}, are too few to show what it loses"
+        return replace(found, reason=f"{said}; {found.reason}", doubt=said)
     in_doubt = is_in_doubt(loss, allowed)
     chance = f", which on {samples} samples may be chance" if in_doubt else ""
     said = f"it loses {loss.points:.2f} points of agreement with the teacher, {allowed:.2f} may be lost{chance}"

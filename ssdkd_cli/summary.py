@@ -6,17 +6,18 @@ from pathlib import Path
 from ssdkd_cli import console, runs
 from ssdkd_cli.gates import gate_line
 from ssdkd_cli.report import NOT_RECOMMENDED, Artifact, Report, verdict
-from ssdkd_cli.words import compared, count, milliseconds, network, percent, size
+from ssdkd_cli.words import compared, count, is_near_chance, milliseconds, network, percent, size
 
 Words = Callable[[float | None], str]
 Row = tuple[str, str, str, str]  # name, teacher, student, gain
 
 
 def show_report(folder: Path, report: Report) -> None:
-    """Print the table, the artifacts, the limits, what is recommended, and where everything is."""
+    """Print the table, the artifacts, the limits, what was doubtful, what is recommended, and where everything is."""
     lines = [(None if item.doubt else item.verified, artifact_line(item)) for item in report.artifacts]
     lines += [(gate.passed, gate_line(gate)) for gate in report.gates]
     console.print_comparison(comparison(report), lines)
+    console.print_warnings(report.warnings)
     if report.recommendation is None:
         console.print_advice(NOT_RECOMMENDED)
     elif len(report.artifacts) > 1:
@@ -30,18 +31,16 @@ def comparison(report: Report) -> list[Row]:
     artifact = next((item for item in report.artifacts if item.latency_ms), None)
     latency = artifact.latency_ms if artifact else None
     batch = artifact.batch if artifact else None
-    kept = (
-        f"{100 * student.accuracy / teacher.accuracy:.1f} % of the teacher's"
-        if student.accuracy is not None and teacher.accuracy
-        else ""
-    )
+    kept, of_teacher, of_student = "", teacher.accuracy, student.accuracy
+    if of_teacher is not None and of_student is not None and not is_near_chance(of_teacher, teacher.classes):
+        kept = f"{100 * of_student / of_teacher:.1f} % of the teacher's"
     rows = [
         ("", network(teacher.arch), network(student.arch), ""),
         ("accuracy", percent(teacher.accuracy), percent(student.accuracy), kept),
         ("agreement", "", percent(student.agreement), "on held-out synthetic samples"),
         _row("parameters", teacher.parameters, student.parameters, count, ("fewer", "more")),
         _row("FLOPs", teacher.flops, student.flops, count, ("fewer", "more")),
-        _row("file", teacher.size_bytes, student.size_bytes, size, ("smaller", "larger")),
+        ("file", size(teacher.size_bytes), size(student.size_bytes), ""),  # of two formats: not to be compared
         _row(
             "latency p50",
             teacher.latency_ms.p50 if teacher.latency_ms else None,

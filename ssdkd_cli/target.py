@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -11,6 +10,7 @@ from exporters import FORMATS
 from exporters.precision import PRECISIONS, Scheme
 from exporters.to_tensorrt import Flavour, find_flavour
 from profiles import GENERIC, DeviceProfile, load_profile
+from ssdkd_cli.environment import cpu_timings_count, is_this_machine
 
 TENSORRT_PROFILES = {"tensorrt": "datacenter-gpu", "tensorrt_rtx": "rtx"}  # where none is named
 
@@ -53,14 +53,19 @@ class Target:
 
     @property
     def is_this_machine(self) -> bool:
-        """Whether what is timed on this machine's processor says something of the device."""
-        return self.profile.runtime == "onnxruntime" and self.profile.machine in (None, platform.machine())
+        """Whether this machine is of the device's kind: what is timed on another says nothing of it."""
+        return is_this_machine(self.profile)
+
+    @property
+    def cpu_timings_count(self) -> bool:
+        """Whether the latency of a file on this machine's processor says something of the device."""
+        return cpu_timings_count(self.profile)
 
     @property
     def latency_budget_ms(self) -> float | None:
         """The budget of a profile that was named, where this machine is of its kind; None: there is no such limit."""
         is_known = self.is_named and self.profile.machine is not None
-        return self.profile.latency_budget_ms if is_known and self.is_this_machine else None
+        return self.profile.latency_budget_ms if is_known and self.cpu_timings_count else None
 
     @property
     def scheme(self) -> Scheme:
@@ -122,6 +127,16 @@ def resolve_target(
                 f"add --precision {name}, or leave {flag} out",
             )
     return Target(device, profile is not None, chosen, asked, tried, qat, fallback, flavour, half_io)
+
+
+def is_for_another_device(profile: str | None) -> bool:
+    """Whether this processor says nothing of files for a profile of that name, as of one that is not known here."""
+    if profile is None:
+        return False
+    try:
+        return not cpu_timings_count(load_profile(profile))
+    except SSDKDError:
+        return True
 
 
 def check_formats(names: Sequence[str]) -> None:

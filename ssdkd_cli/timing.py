@@ -1,7 +1,7 @@
 """How long files take on this machine: the teacher and the student's files in turn, TensorRT plans on the GPU."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,8 +95,11 @@ def busy_warnings(timings: Mapping[str, Timing], model: Path) -> list[str]:
     ]
 
 
-def slower_warnings(timings: Mapping[str, Timing], float32: str) -> list[str]:
-    """A sentence on each file that takes longer for one image than the file called `float32`, if that was timed."""
+def slower_warnings(timings: Mapping[str, Timing], float32: str, *, spared: Collection[str] = ()) -> list[str]:
+    """A sentence on each file that takes longer for one image than the file called `float32`, if that was timed.
+
+    Of the files in `spared` nothing is said.
+    """
     if float32 not in timings:
         return []
     taken = {name: timing.latency_ms.p50 for name, timing in timings.items()}
@@ -105,7 +108,7 @@ def slower_warnings(timings: Mapping[str, Timing], float32: str) -> list[str]:
         f"{name} takes {times(ms, taken[float32])} as long as {float32} for one image on this machine; "
         f"the fastest here is {fastest}"
         for name, ms in taken.items()
-        if ms > SAME * taken[float32]
+        if ms > SAME * taken[float32] and name not in spared
     ]
 
 

@@ -3,8 +3,17 @@
 from collections.abc import Sequence
 
 UNKNOWN = "unknown"
-SOURCES = {"flag": "as stated", "file": "from the file", "timm": "timm's", "default": "assumed"}  # of mean and std
-SAME = 1.05  # numbers that differ by less are called the same
+# Of mean and std.
+SOURCES = {
+    "flag": "as stated",
+    "file": "from the file",
+    "timm": "timm's",
+    "default": "assumed",
+    "mean": "mean as stated, std assumed",
+    "std": "std as stated, mean assumed",
+}
+NEAR_CHANCE = 0.1  # of the way from chance to all right
+SAME = 1.05  # numbers that differ by less are called about the same
 
 
 def escaped(text: str) -> str:
@@ -20,6 +29,12 @@ def network(arch: str) -> str:
 def percent(value: float | None) -> str:
     """88.34 -> '88.3 %'."""
     return UNKNOWN if value is None else f"{value:.1f} %"
+
+
+def is_near_chance(accuracy: float, classes: int) -> bool:
+    """Whether an accuracy (percent) is too near chance to be that of a trained network on labels in its own order."""
+    chance = 100 / classes
+    return accuracy <= chance + NEAR_CHANCE * (100 - chance)
 
 
 def count(value: float | None) -> str:
@@ -66,9 +81,11 @@ def times(larger: float, smaller: float) -> str:
 
 
 def compared(teacher: float, student: float, change: tuple[str, str]) -> str:
-    """'3.5 times fewer', or 'the same'; `change`: what to call a student whose number is smaller, and one larger."""
+    """'3.5 times fewer', 'about the same', 'the same'; `change`: what a smaller number is called, and a larger one."""
     larger, smaller = max(teacher, student), min(teacher, student)
-    return "the same" if larger < SAME * smaller else f"{times(larger, smaller)} {change[student > teacher]}"
+    if larger < SAME * smaller:
+        return "the same" if larger == smaller else "about the same"
+    return f"{times(larger, smaller)} {change[student > teacher]}"
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -134,7 +134,8 @@ def test_metrics_are_in_range(finished: tuple[State, list[RoundMetrics]]) -> Non
     seconds = [item.seconds for item in metrics]
     assert seconds == sorted(seconds)
     assert seconds[0] > 0
-    assert all(item.seconds_left > 0 for item in metrics[:-1])
+    assert math.isnan(metrics[0].seconds_left)  # how long rounds take in which the student learns is not known
+    assert all(item.seconds_left > 0 for item in metrics[1:-1])
     assert metrics[-1].seconds_left == 0
 
 
@@ -453,6 +454,33 @@ def test_time_left_under_a_limit_is_what_is_left_of_it(monkeypatch: pytest.Monke
     monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: float(next(clock))))
     for item in distill(begin(rounds=1000, warmup_rounds=100), time_limit_seconds=30.0):
         assert item.seconds_left == pytest.approx(max(0.0, 30 - item.seconds))
+
+
+def test_time_left_is_reckoned_with_the_rounds_in_which_the_student_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def taking(seconds: float, stage: Callable[..., Any]) -> Callable[..., Any]:
+        def slow(*arguments: Any) -> Any:
+            now[0] += seconds
+            return stage(*arguments)
+
+        return slow
+
+    monkeypatch.setattr(loop, "synthesize", taking(1, loop.synthesize))
+    monkeypatch.setattr(loop, "teach", taking(5, loop.teach))
+    settings = {"rounds": 6, "warmup_rounds": 3, "student_steps": 1}
+    state = begin(**settings)
+    rounds = distill(state)
+    lefts = [next(rounds).seconds_left for _ in range(4)]
+    assert [math.isnan(left) for left in lefts] == [True, True, True, False]
+    assert lefts[3] == 12
+    rounds.close()
+    assert [item.seconds_left for item in distill(state)] == [6, 0]  # taken up again
+    limited = begin(**settings)
+    limited.seconds = 0.0
+    lefts = [item.seconds_left for item in distill(limited, time_limit_seconds=100.0)]
+    assert lefts == [99, 98, 97, 12, 6, 0]
 
 
 # The parts of the method, each switched off

@@ -239,6 +239,20 @@ def test_what_is_assumed_is_said(tmp_path):
     assert [warning for warning in spec.warnings if "ImageNet's are assumed" in warning]
 
 
+@pytest.mark.parametrize(("given", "missing"), [("mean", "std"), ("std", "mean")])
+def test_one_of_mean_and_std_alone_leaves_the_other_assumed(tmp_path, given, missing):
+    spec = load_teacher(save(tmp_path), **{given: (0.25,)}).spec
+    usual = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    assert getattr(spec.preprocessing, given) == (0.25,) * 3
+    assert getattr(spec.preprocessing, missing) == usual[missing]
+    assert spec.preprocessing.source == given
+    (said,) = (warning for warning in spec.warnings if "assumed" in warning and "size" not in warning)
+    assert said == (
+        f"The {missing} of the training images is not in the file: ImageNet's is assumed; "
+        f"say it with --{missing} if it is another."
+    )
+
+
 def test_grey_images(tmp_path):
     spec = load_teacher(save(tmp_path, trained(ZOO["resnet8"](5, 1)))).spec
     assert spec.input_shape == (1, 28, 28)

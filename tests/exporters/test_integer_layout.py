@@ -109,8 +109,9 @@ def as_integers(
 def test_integers_of_a_resnet_are_the_same_ones(
     resnet: ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = as_integers(resnet, images(), Scheme(), monkeypatch)
-    made = to_int8(resnet, images(), Scheme())
+    scheme = Scheme(reduce_range=True)  # weights of 8 bits saturate on x86 without VNNI, each kernel in its own way
+    plain = as_integers(resnet, images(), scheme, monkeypatch)
+    made = to_int8(resnet, images(), scheme)
     assert "Slice" in operators(plain)
     assert "Slice" not in operators(made)
     np.testing.assert_array_equal(logits(made, tmp_path, images()), logits(plain, tmp_path, images()))

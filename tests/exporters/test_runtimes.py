@@ -82,7 +82,10 @@ def test_unknown_suffix(tmp_path: Path) -> None:
     said = r"expected a model file ending in \.onnx or \.engine, found '\.tflite'"
     with pytest.raises(SSDKDError, match=said) as caught:
         open_runtime(tmp_path / "model.tflite")
-    assert caught.value.hint.endswith(f": ssdkd export {tmp_path / 'model.tflite'}")
+    assert caught.value.hint == (
+        f"`ssdkd export {tmp_path / 'model.tflite'}` makes an ONNX file of a trained network, with --arch, --input, "
+        "--mean and --std where `ssdkd inspect` needs them"
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"no model at all\n" * 20, bytes(1000)])

@@ -115,8 +115,8 @@ def take_doubles(model: ModelProto) -> None:
 
 
 BROKEN = [
-    (perturb_weights, "the logits are not the student's"),
-    (change_one_weight, "the logits are not the student's"),
+    (perturb_weights, "the logits are not the network's"),
+    (change_one_weight, "the logits are not the network's"),
     (round_to_half, "the same predictions on 100.00 %"),
     (swap_classes, "classes have changed places (1 holds 3, 3 holds 1)"),
     (put_nan, "the file holds NaN or infinity in head.bias: NaN or infinite logits for 50 of 50 samples"),
@@ -124,7 +124,7 @@ BROKEN = [
     (fix_batch, "its batch is fixed at 1"),
     (fix_batch_inside, "cannot run on images of shape [7, 3, 8, 8]"),
     (put_all_images_in_one_row, "gives logits of shape [1, 35] for 7 images, expected [7, 5]"),
-    (drop_a_class, "it gives 4 classes, the student gives 5"),
+    (drop_a_class, "it gives 4 classes, the network gives 5"),
     (take_doubles, "expected one float32 or float16 input"),
     (lambda model: state(model, "mean", "[0.5, 0.5, 0.5]"), "its metadata states mean (0.5, 0.5, 0.5)"),
     (lambda model: state(model, "input_range", "0...1"), "its normalisation is wrong, it takes images normalised"),
@@ -208,7 +208,7 @@ def test_predictions_that_differ_by_more_than_rounding_are_not_blamed_on_somethi
     onnx.save(model, tmp_path / "model.onnx")
     result = check(student, tmp_path / "model.onnx", samples)
     assert (result.verified, result.agreement) == (False, 0.0)
-    assert result.reason.startswith("the predictions are not the student's, ")
+    assert result.reason.startswith("the predictions are not the network's, ")
 
 
 @pytest.mark.parametrize(("pixels", "batches"), [(8, [1, 7, 22]), (256, [1, 7, 16, 6]), (512, [1, 7, *[4] * 5, 2])])
@@ -251,8 +251,8 @@ def metadata(*, embed_preprocessing: bool = False) -> dict[str, str]:
     ("wrap", "reason"),
     [
         (lambda network: WithPreprocessing(network, MEAN, STD), "max abs error"),
-        (lambda network: WithPreprocessing(network, MEAN, (0.25, 0.25, 0.25)), "the logits are not the student's"),
-        (lambda network: WithPreprocessing(network, tuple(reversed(MEAN)), STD), "the logits are not the student's"),
+        (lambda network: WithPreprocessing(network, MEAN, (0.25, 0.25, 0.25)), "the logits are not the network's"),
+        (lambda network: WithPreprocessing(network, tuple(reversed(MEAN)), STD), "the logits are not the network's"),
         (lambda network: network, "its normalisation is wrong, it takes images normalised"),
     ],
 )
@@ -301,7 +301,7 @@ def test_int8_hides_no_mixed_batch_behind_an_average(
 
 def test_samples_of_another_size(network: nn.Module, exported: Path) -> None:
     others = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
-    assert "it takes images of 3x8x8, the student takes 3x16x16" in check(network, exported, others).reason
+    assert "it takes images of 3x8x8, the network takes 3x16x16" in check(network, exported, others).reason
 
 
 @pytest.mark.parametrize("count", [0, 1, 20])
@@ -314,7 +314,7 @@ def test_samples_without_a_difference_prove_nothing(
 
 
 @pytest.mark.parametrize(
-    ("value", "reason"), [(0.0, "the same logits for every sample"), (float("nan"), "the student itself gives NaN")]
+    ("value", "reason"), [(0.0, "the same logits for every sample"), (float("nan"), "the network itself gives NaN")]
 )
 def test_a_student_that_proves_nothing(
     value: float, reason: str, network: nn.Module, exported: Path, samples: Samples
@@ -377,15 +377,15 @@ def test_wrong_weights_are_found_in_every_precision(
         other.head.weight.copy_(other.head.weight.flip(0))
     failed = verify(other, other_precisions[precision], samples, mean=MEAN, std=STD, precision=precision)
     assert failed.verified is False
-    assert "are not the student's" in failed.reason or "changed places" in failed.reason
+    assert "are not the network's" in failed.reason or "changed places" in failed.reason
 
 
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
         (lambda logits, spread: logits + np.eye(*logits.shape) * 2 * spread[2], None),  # five logits, far off
-        (lambda logits, spread: logits + np.eye(5)[2] * 0.9 * spread[2], "the logits are not the student's, rms error"),
-        (lambda logits, spread: logits * (1 - np.eye(5)[3]), "the logits are not the student's, rms error"),
+        (lambda logits, spread: logits + np.eye(5)[2] * 0.9 * spread[2], "the logits are not the network's, rms error"),
+        (lambda logits, spread: logits * (1 - np.eye(5)[3]), "the logits are not the network's, rms error"),
         (lambda logits, spread: logits[:, [1, 0, 2, 3, 4]], "classes have changed places (0 holds 1, 1 holds 0)"),
     ],
 )

@@ -63,6 +63,11 @@ def test_what_is_not_there_yet_is_not_shown() -> None:
     terminal.print(console.round_view("a to b", [first]))
     assert "nan" not in terminal.file.getvalue()  # type: ignore[attr-defined]
     assert "nan" not in console.plain_round(first)
+    unknown = metrics(1, phase="warm-up", steps=0, seconds_left=math.nan)
+    terminal.print(console.round_view("a to b", [unknown]))
+    assert "left" not in console.plain_round(unknown)
+    assert "  0 %" in terminal.file.getvalue()  # type: ignore[attr-defined]
+    assert "nan" not in terminal.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_without_a_terminal_there_is_a_line_every_few_seconds(capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,4 +115,6 @@ def test_words() -> None:
     assert [words.size(value) for value in (900, 99_000, 310_000)] == ["0.9 kB", "99.0 kB", "0.31 MB"]
     assert [words.duration(value) for value in (0.04, 9.96, 61, 3700)] == ["0.0 s", "10 s", "1 min 1 s", "1 h 1 min"]
     assert words.times(30, 2) == "15 times"
+    compared = [words.compared(100, student, ("fewer", "more")) for student in (100, 104, 96, 50, 200)]
+    assert compared == ["the same", "about the same", "about the same", "2.0 times fewer", "2.0 times more"]
     assert words.markdown_table(("a", "b"), [("1|2", "3")]) == ["| a    | b |", "|------|---|", "| 1\\|2 | 3 |"]

@@ -45,7 +45,10 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.name.startswith(("model", "build"))}
 
 
-def test_where_no_precision_is_asked_for_all_are_measured(ssdkd: Any, shared: Path, tmp_path: Path) -> None:
+def test_where_no_precision_is_asked_for_all_are_measured(
+    ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proving, "FEWEST_SAMPLES", 2)
     ran = ssdkd(*arguments(shared, tmp_path / "run", "--json", "--eval-data", shared / "test.npz"))
     assert ran.code == 0, ran.err
     found = {item["precision"]: item for item in ran.json["artifacts"]}
@@ -487,5 +490,5 @@ def test_a_trained_network_is_proven_against_the_student(
     monkeypatch.setattr(precisions, "STEPS", 20)
     ran = ssdkd("export", compressed, "--precision", "int8", "--qat", "on", "--out", tmp_path / "out")
     assert ran.code == 3
-    assert "are not the student's" in ran.err
+    assert "are not the network's" in ran.err
     assert names_in(tmp_path / "out") == {"model.onnx", "model.int8.onnx.rejected"}

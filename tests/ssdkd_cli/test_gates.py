@@ -5,6 +5,7 @@ import pytest
 
 from engine.errors import SSDKDError
 from exporters.to_tensorrt import Flavour
+from ssdkd_cli import environment
 from ssdkd_cli.gates import Limits, check_limits, decide, gate_line, has_failed, judge, recommend, with_budget
 from ssdkd_cli.report import Artifact, Percentiles
 from ssdkd_cli.target import Target, resolve_target
@@ -97,29 +98,34 @@ def test_the_fastest_verified_file_is_recommended() -> None:
     passing, gates = decide(Limits(), (SLOW, QUICK, broken, elsewhere), ANY, 90.0)
     assert [item.path for item in passing] == ["model.int8.onnx", "model.onnx"]
     assert gates == ()
-    recommendation = recommend(passing, teacher_latency_ms=4.0)
+    recommendation = recommend(passing, 4.0, ANY)
     assert recommendation is not None
     assert recommendation.artifact == "model.int8.onnx"
     assert recommendation.why == (
-        "the fastest of 2 files that pass; it predicts the teacher's class on 70.0 % of held-out samples; "
+        "the fastest of 2 files that pass; it has 78.0 % accuracy; "
+        "it predicts the teacher's class on 70.0 % of held-out samples; "
         "on this machine 4.0 times faster than the teacher; model.onnx takes 2.0 times as long"
     )
-    assert recommend(decide(Limits(), (broken, elsewhere), ANY, None)[0], None) is None
+    assert recommend(decide(Limits(), (broken, elsewhere), ANY, None)[0], None, ANY) is None
 
 
 @pytest.mark.parametrize(
     ("teacher_ms", "words"),
-    [(0.5, "4.0 times slower than the teacher"), (2.05, "as fast as the teacher"), (6.0, "3.0 times faster than")],
+    [
+        (0.5, "4.0 times slower than the teacher"),
+        (2.05, "about as fast as the teacher"),
+        (6.0, "3.0 times faster than"),
+    ],
 )
 def test_the_speed_beside_the_teacher_s_is_named_by_its_direction(teacher_ms: float, words: str) -> None:
-    recommendation = recommend([SLOW], teacher_ms)
+    recommendation = recommend([SLOW], teacher_ms, ANY)
     assert recommendation is not None
     assert words in recommendation.why
 
 
 @pytest.mark.parametrize(("agreement", "said"), [(9.96, "class on 10.0 % of held-out samples"), (None, "")])
 def test_what_is_recommended_is_recommended_with_its_agreement(agreement: float | None, said: str) -> None:
-    recommendation = recommend([dataclasses.replace(SLOW, teacher_agreement=agreement)], 4.0)
+    recommendation = recommend([dataclasses.replace(SLOW, teacher_agreement=agreement)], 4.0, ANY)
     assert recommendation is not None
     assert said in recommendation.why
     assert ("held-out" in recommendation.why) is bool(said)
@@ -127,7 +133,7 @@ def test_what_is_recommended_is_recommended_with_its_agreement(agreement: float 
 
 def test_a_slower_precision_is_said_to_be_slower() -> None:
     lame = artifact("model.int8.onnx", "int8", latency_ms=fast(5.0))
-    recommendation = recommend(decide(Limits(), (SLOW, lame), ANY, None)[0], None)
+    recommendation = recommend(decide(Limits(), (SLOW, lame), ANY, None)[0], None, ANY)
     assert recommendation is not None
     assert recommendation.artifact == "model.onnx"
     assert "model.int8.onnx takes 2.5 times as long" in recommendation.why
@@ -136,25 +142,75 @@ def test_a_slower_precision_is_said_to_be_slower() -> None:
 DOUBT = "it loses 1.56 points of agreement with the teacher, 0.78 may be lost, which on 128 samples may be chance"
 
 
+@pytest.fixture
+def on_x86(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With AVX2, and no VNNI."""
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(environment, "cpu_profile", lambda: ("x86-avx2", "AVX2, no VNNI"))
+
+
+LAME = artifact("model.int8.onnx", "int8", latency_ms=fast(5.0))
+
+
+@pytest.mark.parametrize("profile", ["arm64", "x86-vnni"])
+@pytest.mark.usefixtures("on_x86")
+def test_what_is_slow_here_is_not_judged_by_that_for_another_device(profile: str) -> None:
+    there = target(profile=profile)
+    recommendation = recommend(decide(Limits(), (SLOW, LAME), there, None)[0], 1.0, there)
+    assert recommendation is not None
+    assert recommendation.artifact == "model.int8.onnx"  # what that profile asks for
+    assert recommendation.why.startswith(f"of 2 files that pass the one in int8, which {profile} runs fastest; ")
+    assert recommendation.why.endswith(f"; how fast it is on {profile}, `ssdkd bench model.int8.onnx` says there")
+    assert "times" not in recommendation.why
+
+
+def test_on_the_device_itself_what_is_slow_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("aarch64", "arm64"):  # of Linux and of macOS
+        monkeypatch.setattr("platform.machine", lambda name=name: name)
+        at_home = target(profile="arm64")
+        recommendation = recommend(decide(Limits(), (SLOW, LAME), at_home, None)[0], 1.0, at_home)
+        assert recommendation is not None
+        assert recommendation.artifact == "model.onnx"
+        assert recommendation.why.endswith("; model.int8.onnx takes 2.5 times as long")
+
+
+@pytest.mark.usefixtures("on_x86")
+def test_of_another_device_a_doubtful_file_is_named_and_the_order_is_that_of_the_words() -> None:
+    half = artifact("model.fp16.onnx", "fp16", latency_ms=fast(0.1))
+    doubtful, both = dataclasses.replace(LAME, doubt=DOUBT), target(profile="arm64", precisions=["fp16", "int8"])
+    recommendation = recommend(decide(Limits(), (SLOW, half, doubtful), both, None)[0], None, both)
+    assert recommendation is not None
+    assert recommendation.artifact == "model.fp16.onnx"  # asked for, as float32 was not
+    assert f"; model.int8.onnx is in doubt: {DOUBT}; " in recommendation.why
+    assert decide(Limits(), (half, LAME), both, None)[0] == [LAME, half]  # the profile's own precision
+
+
+@pytest.mark.usefixtures("on_x86")
+def test_a_latency_that_says_nothing_of_the_device_is_no_limit() -> None:
+    with pytest.raises(SSDKDError, match="--max-latency-ms cannot be judged here: this machine's processor is not"):
+        check_limits(Limits(max_latency_ms=2.0), target(profile="arm64"), has_labels=False)
+    check_limits(Limits(max_latency_ms=2.0), target(profile="x86-avx2"), has_labels=False)
+
+
 def test_a_file_in_doubt_is_recommended_only_where_no_other_passes() -> None:
     doubtful = dataclasses.replace(QUICK, doubt=DOUBT)
     passing, _ = decide(Limits(), (doubtful, SLOW), ANY, None)
-    recommendation = recommend(passing, None)
+    recommendation = recommend(passing, None, ANY)
     assert recommendation is not None
     assert recommendation.artifact == "model.onnx"
     assert recommendation.why.startswith("the only file that passes without doubt; ")
     assert recommendation.why.endswith(f"; model.int8.onnx is 2.0 times faster, but {DOUBT}")
     lame = dataclasses.replace(doubtful, latency_ms=fast(9.0))
-    recommendation = recommend(decide(Limits(), (lame, SLOW), ANY, None)[0], None)
+    recommendation = recommend(decide(Limits(), (lame, SLOW), ANY, None)[0], None, ANY)
     assert recommendation is not None
     assert recommendation.why.endswith("; model.int8.onnx takes 4.5 times as long")
     half = artifact("model.fp16.onnx", "fp16", latency_ms=fast(2.04))
     passing, _ = decide(Limits(), (doubtful, half, SLOW), ANY, None)
-    recommendation = recommend(passing, None)
+    recommendation = recommend(passing, None, ANY)
     assert recommendation is not None
     assert recommendation.why.startswith("the fastest of 2 files that pass without doubt; ")
-    assert "; model.fp16.onnx takes as long; " in recommendation.why  # and not 1.0 times as long
-    alone = recommend([doubtful], None)
+    assert "; model.fp16.onnx takes about as long; " in recommendation.why  # and not 1.0 times as long
+    alone = recommend([doubtful], None, ANY)
     assert alone is not None
     assert alone.why.startswith(f"the only file that is verified and passes; {DOUBT}; ")
 

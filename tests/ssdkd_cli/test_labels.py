@@ -18,7 +18,7 @@ from ssdkd_cli.pipeline import learning_warnings
 
 @pytest.mark.parametrize(("accuracy", "is_said"), [(32.0, True), (33.0, False), (100.0, False), (None, False)])
 def test_an_accuracy_near_chance_asks_for_the_labels(accuracy: float | None, is_said: bool) -> None:
-    said = chance_warnings(accuracy, 4)  # chance is 25
+    said = chance_warnings(accuracy, 4, is_run=False)  # chance is 25
     assert bool(said) is is_said
     assert all("are the labels in the order of the network's classes" in sentence for sentence in said)
 
@@ -27,16 +27,16 @@ def test_an_accuracy_near_chance_asks_for_the_labels(accuracy: float | None, is_
     ("accuracy", "of_teacher", "is_said"),
     [
         (24.0, 100.0, True),
-        (62.0, 100.0, True),  # chance is 25, half of the way up is 62.5
-        (63.0, 100.0, False),
-        (45.0, 60.0, False),  # of a teacher that is not good itself
+        (74.0, 100.0, True),  # chance is 25, two thirds of the way up are 75
+        (76.0, 100.0, False),
+        (49.0, 60.0, False),  # of a teacher that is not good itself
         (None, 100.0, False),
     ],
 )
 def test_a_student_is_blamed_where_its_teacher_is_right(
     accuracy: float | None, of_teacher: float, is_said: bool
 ) -> None:
-    said = student_warnings(accuracy, 4, of_teacher=of_teacher)
+    said = student_warnings(accuracy, 4, of_teacher=of_teacher, is_run=True)
     assert bool(said) is is_said
     for sentence in said:
         assert f"the student has {accuracy} % accuracy, its teacher {of_teacher} % on the same images" in sentence
@@ -46,15 +46,23 @@ def test_a_student_is_blamed_where_its_teacher_is_right(
 
 @pytest.mark.parametrize("of_teacher", [None, 26.0])
 def test_where_the_teacher_is_no_measure_labels_and_student_may_be_to_blame(of_teacher: float | None) -> None:
-    (sentence,) = student_warnings(24.0, 4, of_teacher=of_teacher)
+    (sentence,) = student_warnings(24.0, 4, of_teacher=of_teacher, is_run=False)
     assert "are the labels in the order" in sentence
     assert sentence.endswith("it has learned too little")
-    assert student_warnings(90.0, 4, of_teacher=of_teacher) == []
+    assert student_warnings(90.0, 4, of_teacher=of_teacher, is_run=False) == []
 
 
-@pytest.mark.parametrize(("agreement", "is_said"), [(54.0, True), (56.0, False)])
+def test_of_a_run_the_flags_are_those_of_its_teacher() -> None:
+    (of_run,), (of_file,) = chance_warnings(24.0, 4, is_run=True), chance_warnings(24.0, 4, is_run=False)
+    assert "were --mean, --std and --input of `ssdkd compress` those of the training?" in of_run
+    assert "are --mean, --std and --input those of the training?" in of_file
+    (blamed,) = student_warnings(24.0, 4, of_teacher=None, is_run=True)
+    assert blamed.endswith("If they were, and its teacher does better on these images, it has learned too little")
+
+
+@pytest.mark.parametrize(("agreement", "is_said"), [(69.0, True), (71.0, False)])
 def test_without_labels_the_agreement_is_looked_at(agreement: float, is_said: bool) -> None:
-    said = agreement_warnings(agreement, 10)  # chance is 10, half of the way up is 55
+    said = agreement_warnings(agreement, 10)  # chance is 10, two thirds of the way up are 70
     assert [sentence.startswith(f"the student agrees with its teacher on {agreement} %") for sentence in said] == (
         [True] if is_said else []
     )

@@ -113,6 +113,9 @@ def test_config_toml_is_read_as_it_was_written(tmp_path: Path) -> None:
     found = read_config(path)
     assert found["distillation"] == {"meta": False, "gamma": 2.0}
     assert "# beta = 0.4" in path.read_text()
+    first, *_ = path.read_text().splitlines()
+    assert first.startswith("# Repeat this run in the folder in which it was started, where your own code is: ssdkd ")
+    assert write_config({"student": "resnet8"}, {}, {}).startswith("# Repeat this run: ssdkd compress --config ")
     assert found["compress"] == {
         "teacher": str(tmp_path / 'a "quoted" name.pt'),
         "student": "models.small:build",

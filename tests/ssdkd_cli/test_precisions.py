@@ -126,6 +126,24 @@ def test_rounding_that_moves_the_logits_further_is_left_out(subject: Subject, mo
     assert graph.error == plain.error
 
 
+@pytest.mark.parametrize(("before", "after", "is_kept"), [(0.7, 2.2, False), (2.2, 0.7, True), (0.1, 0.4, True)])
+def test_rounding_that_loses_more_agreement_than_may_be_lost_is_left_out(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, before: float, after: float, is_kept: bool
+) -> None:
+    judged = precisions.judged
+
+    def losing_points(subject: Subject, exported: Any, integers: Any, done: str) -> Graph:
+        return dataclasses.replace(
+            judged(subject, exported, integers, done), loss=Loss(after if done.startswith(TOGETHER) else before)
+        )
+
+    monkeypatch.setattr(precisions, "judged", losing_points)
+    graph = int8(subject, qat="off", fallback=False)
+    assert graph.loss.points == (after if is_kept else before)
+    refused = ", more agreement is lost than before, and than may be: it was left out"
+    assert graph.notes[1].endswith(": kept" if is_kept else refused)
+
+
 @pytest.mark.parametrize("embeds", [False, True])
 def test_the_image_of_a_file_has_the_range_of_all_pixels(subject: Subject, embeds: bool) -> None:
     within = Subject(subject.module, subject.card, subject.samples, embeds)
@@ -245,11 +263,21 @@ def test_what_may_be_chance_is_a_doubt(loss: Loss, verified: bool, is_in_doubt: 
     assert ("which on 264 samples may be chance" in found.reason) == is_in_doubt
 
 
+@pytest.mark.parametrize(("samples", "is_in_doubt"), [(99, True), (100, False)])
+def test_too_few_samples_leave_a_doubt_whatever_they_show(samples: int, is_in_doubt: bool) -> None:
+    proven = Verification(True, "rms error 0.1", 0.2, 98.5)
+    found = with_loss(proven, Loss(), samples)
+    assert found.verified
+    assert (found.doubt is not None) == is_in_doubt
+    assert found.reason.startswith("99 held-out samples, fewer than 100, are too few to show what") == is_in_doubt
+    assert not with_loss(proven, Loss(20.0, 3.0), samples).verified  # that is too much for any number of samples
+
+
 def test_the_notes_say_which_of_two_graphs_was_kept(subject: Subject) -> None:
     graph = dataclasses.replace(half_graph(float_graph(subject)), error=0.04, notes=("first: as much",))
     tried = dataclasses.replace(graph, error=0.01, notes=("second: 0.78 points less",))
-    assert precisions.better(graph, tried, helps=True).notes == ("first: as much", "second: 0.78 points less: kept")
-    left = precisions.better(graph, tried, helps=False)
+    assert precisions.better(graph, tried, "").notes == ("first: as much", "second: 0.78 points less: kept")
+    left = precisions.better(graph, tried, "no gain")
     assert left.error == 0.04
     assert left.notes == ("first: as much", "second: 0.78 points less, no gain: it was left out")
     assert precisions.errors_in_words(0.01, 0.04) == "rms error of the logits 0.1, before 0.2"

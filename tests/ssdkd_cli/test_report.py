@@ -122,7 +122,7 @@ def test_the_comparison_says_what_was_gained_and_lost(report: Report) -> None:
         accuracy=80.0,
         latency_ms=Percentiles(p50=1.0, p90=1.0, p99=1.0),
     )
-    student = dataclasses.replace(report.student, parameters=1000, size_bytes=1001, accuracy=60.0)
+    student = dataclasses.replace(report.student, parameters=1000, size_bytes=250, accuracy=60.0)
     slower = dataclasses.replace(artifact, latency_ms=Percentiles(p50=2.0, p90=2.0, p99=2.0))
     rows = {
         name: gain
@@ -132,8 +132,25 @@ def test_the_comparison_says_what_was_gained_and_lost(report: Report) -> None:
     }
     assert rows["accuracy"] == "75.0 % of the teacher's"
     assert rows["parameters"] == "4.0 times fewer"
-    assert rows["file"] == "the same"
+    assert rows["file"] == ""  # of two formats
     assert rows["latency p50"] == "2.0 times slower"
+
+
+@pytest.mark.parametrize("of_teacher", [27.0, 0.0, None])
+def test_of_a_teacher_near_chance_nothing_is_kept(report: Report, of_teacher: float | None) -> None:
+    teacher = dataclasses.replace(report.teacher, accuracy=of_teacher)  # of 4 classes
+    student = dataclasses.replace(report.student, accuracy=26.0)
+    gains = {name: gain for name, *_, gain in comparison(dataclasses.replace(report, teacher=teacher, student=student))}
+    assert gains["accuracy"] == ""
+
+
+def test_what_was_doubtful_stands_below_the_table(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
+    show_report(Path("run"), dataclasses.replace(report, warnings=("it has learned too little",)))
+    lines = capsys.readouterr().out.splitlines()
+    (said,) = (number for number, line in enumerate(lines) if line == "! it has learned too little")
+    assert lines[said - 1].startswith("✓ model.onnx")
+    show_report(Path("run"), dataclasses.replace(report, warnings=()))
+    assert "!" not in capsys.readouterr().out
 
 
 def test_where_nothing_is_recommended_it_is_said(report: Report, capsys: pytest.CaptureFixture[str]) -> None:

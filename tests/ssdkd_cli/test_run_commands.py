@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from engine.teacher import load_teacher
-from ssdkd_cli import again, artifacts, files, measuring, report_page, timing
+from ssdkd_cli import again, artifacts, files, measuring, proving, report_page, timing
 from ssdkd_cli.material import said_of
 from ssdkd_cli.report import Percentiles
 from ssdkd_cli.timing import Timing
@@ -108,6 +108,24 @@ def test_a_busy_machine_is_said(ssdkd: Any, compressed: Path, monkeypatch: Any) 
         assert (said in ran.err) == is_said
 
 
+def test_a_file_for_another_machine_is_not_called_slow_by_this_one(
+    ssdkd: Any, run_folder: Path, monkeypatch: Any
+) -> None:
+    report = json.loads((run_folder / "report.json").read_text())
+    shutil.copy(run_folder / "model.onnx", run_folder / "model.int8.onnx")
+    times = [Timing(Percentiles(p50=p50, p90=p50, p99=p50), 1, 100.0, 32, "onnxruntime") for p50 in (1.8, 1.0)]
+    monkeypatch.setattr(measuring, "time_files", lambda *_, **__: times)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    others = ("arm64", "rtx", "a-kiosk-that-is-not-here")  # of a plan's file the CPU says nothing either
+    for profile, is_said in (*((name, False) for name in others), ("x86-avx2", True)):
+        of_float = {**report["artifacts"][0], "profile": "arm64"}  # what is compared with, whatever it was made for
+        of_file = {**of_float, "path": "model.int8.onnx", "precision": "int8", "profile": profile}
+        (run_folder / "report.json").write_text(json.dumps({**report, "artifacts": [of_float, of_file]}))
+        ran = ssdkd("bench", run_folder)
+        assert ran.code == 0, ran.err
+        assert ("model.int8.onnx takes 1.8 times as long as model.onnx" in ran.err) == is_said
+
+
 def test_a_file_that_is_slower_than_float32_is_said(ssdkd: Any, run_folder: Path, monkeypatch: Any) -> None:
     shutil.copy(run_folder / "model.onnx", run_folder / "model.int8.onnx")
     for ms, is_said in ((1.04, False), (1.8, True)):
@@ -136,6 +154,18 @@ def test_an_export_is_timed_beside_the_run_s_float32_file(ssdkd: Any, run_folder
     ran = ssdkd("export", run_folder, "--precision", "fp16", "--profile", "arm64", "--overwrite")
     assert ran.code == 0, ran.err
     assert said not in ran.err  # of that device nothing was timed
+
+
+def test_an_export_for_no_device_leaves_what_is_recommended_for_one(
+    ssdkd: Any, run_folder: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(proving, "FEWEST_SAMPLES", 2)
+    assert ssdkd("export", run_folder, "--precision", "int8", "--profile", "arm64").code == 0
+    of_arm = json.loads((run_folder / "report.json").read_text())["recommendation"]
+    assert of_arm["artifact"] == "model.int8.onnx"
+    assert ssdkd("export", run_folder, "--precision", "fp16").code == 0
+    assert json.loads((run_folder / "report.json").read_text())["recommendation"] == of_arm
 
 
 def test_a_file_that_is_gone_is_written_anew_by_what_is_proposed(ssdkd: Any, compressed: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from engine.errors import SSDKDError
 from exporters.precision import Scheme
 from exporters.to_tensorrt import Flavour
 from profiles import load_profile
+from ssdkd_cli import environment
 from ssdkd_cli import target as target_module
 from ssdkd_cli.target import Target, resolve_target
 
@@ -58,9 +59,11 @@ def test_a_profile_sets_what_is_not_typed() -> None:
 
 def test_a_budget_is_a_limit_on_a_machine_of_that_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    budget = target(profile="x86-vnni").latency_budget_ms
-    assert budget == load_profile("x86-vnni").latency_budget_ms
+    monkeypatch.setattr(environment, "cpu_profile", lambda: ("x86-avx2", "AVX2, no VNNI"))
+    budget = target(profile="x86-avx2").latency_budget_ms
+    assert budget == load_profile("x86-avx2").latency_budget_ms
     assert budget is not None
+    assert target(profile="x86-vnni").latency_budget_ms is None
     assert target(profile="arm64").latency_budget_ms is None
     assert target(profile="jetson-orin").latency_budget_ms is None
     assert target().latency_budget_ms is None
