@@ -51,7 +51,7 @@ def among_zeros(
 
 
 class Part(torch.autograd.Function):
-    """Some images or pixels of a feature map; its gradient keeps the memory layout, as layers before it run best."""
+    """Some pixels of a feature map; its gradient keeps the memory layout, as layers before it run best."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, places: tuple[slice, ...]) -> Tensor:

@@ -1,6 +1,6 @@
 """The `ssdkd` command and its subcommands.
 
-Exit codes: 0 done; 1 a known error; 2 wrong usage; 3 a verification failed; 130 interrupted.
+Exit codes: 0 done; 1 a known error; 2 wrong usage; 3 a verification failed or a limit does not hold; 130 interrupted.
 """
 
 import contextlib

@@ -121,6 +121,7 @@ STEPS = {
         }
     ],
 }
+STEPS_WITH_MAPS = {**STEPS, "rows": [{**row, "ratio_with_maps_to_bare": 1.5} for row in STEPS["rows"]]}
 BUFFER = {
     **{"kind": "buffer", "command": "python -m benchmarks.buffer", **ABOUT, "task": "cifar", "teacher_accuracy": 80.0},
     "runs": [
@@ -315,7 +316,11 @@ def test_a_rival_is_reached_at_the_accuracy_where_it_ends_and_not_at_its_best(tm
 @pytest.mark.parametrize(
     ("result", "row"),
     [
-        (STEPS, "| demo | 64 | bfloat16 | 10.00 | – | 9.00 | 8.00 | 90 % | 83 % | 80 % | – |"),
+        (STEPS, "| demo | 64 | bfloat16 | 10.00 | – | 9.00 | 8.00 | 90 % | 83 % | 80 % | – | – |"),
+        (
+            STEPS_WITH_MAPS,
+            "| demo | 64 | bfloat16 | 10.00 | – | 9.00 | 8.00 | 90 % | 83 % | 80 % | 67 % | 74 % |",
+        ),  # on a CPU half of the steps have maps: 1.2 and 1.5
         (BUFFER, "| 500 | 1 | 69.00 % | 86.2 % | -2.00 points |"),
         (GPU_BUFFER, "| 500 | 1 | 81.00 % | 90.0 % | -1.50 points |"),
         (GPU_BUFFER, "| 5,000 | 1 | 82.50 % | 91.7 % | – |"),

@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.features import SquaredDistances, compared, regressed, solve, solve_by_products, teacher_maps
-from engine.stages import ALL, EIGHTH, Pair, Stages, stages_of
+from engine.features import EPSILON, Unexplained, compared, solve, solve_by_products, teacher_maps
+from engine.stages import ALL, EIGHTH, Pair, Places, Stages, stages_of
 from engine.students import build_network
 from engine.zoo import ZOO
 
@@ -38,10 +38,42 @@ def test_the_gradient_of_an_error_keeps_the_memory_layout_of_its_map() -> None:
     assert gradient.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_squared_distances_and_their_gradient() -> None:
-    maps, targets = torch.randn(2, 3, 2, 4, 5, dtype=torch.float64)
-    torch.testing.assert_close(SquaredDistances.apply(maps, targets), (maps - targets).square().sum((1, 2, 3)))
-    assert torch.autograd.gradcheck(lambda own: SquaredDistances.apply(own, targets), maps.requires_grad_())
+def standardised(maps: Tensor) -> Tensor:
+    return F.batch_norm(maps, None, None, training=True)
+
+
+def unexplained(features: Tensor, places: Places, target: Tensor) -> Tensor:
+    """The same by PyTorch's own operations and gradients, the best weights held."""
+    rows, wanted = (part.permute(0, 2, 3, 1).flatten(0, 2) for part in (standardised(features[places]), target))
+    with torch.no_grad():
+        matrix = rows.T @ rows / len(rows) + 0.01 * torch.eye(rows.shape[1])
+        weights = torch.linalg.solve(matrix, rows.T @ wanted / len(rows))
+    return (rows @ weights - wanted).square().unflatten(0, (len(target), -1)).mean((1, 2))
+
+
+@pytest.mark.parametrize("places", [EIGHTH, ALL])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_what_is_unexplained_and_its_gradient(places: Places, layout: torch.memory_format) -> None:
+    features = (3 * torch.randn(8, 5, 6, 7) + 1).contiguous(memory_format=layout).requires_grad_()
+    target, upstream = standardised(torch.randn(8, 4, 6, 7)[places]), torch.rand(len(range(8)[places[0]]))
+    found, expected = (function(features, places, target) for function in (Unexplained.apply, unexplained))
+    torch.testing.assert_close(found, expected)
+    of_found, of_expected = (torch.autograd.grad(value, features, upstream)[0] for value in (found, expected))
+    assert of_expected.abs().max() > 1e-4
+    torch.testing.assert_close(of_found, of_expected, atol=1e-6, rtol=1e-3)
+    assert of_found.is_contiguous(memory_format=layout)
+
+
+def test_maps_in_bfloat16_are_compared_in_float32_and_have_gradients_of_their_own_kind() -> None:
+    features = torch.randn(8, 5, 6, 6).to(torch.bfloat16).requires_grad_()
+    target = standardised(torch.randn(8, 4, 6, 6))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = Unexplained.apply(features, ALL, target)
+    torch.testing.assert_close(found, unexplained(features.float(), ALL, target), check_dtype=True)
+    (gradient,) = torch.autograd.grad(found.sum(), features)
+    (expected,) = torch.autograd.grad(unexplained(features.float(), ALL, target).sum(), features)
+    assert gradient.dtype == torch.bfloat16
+    torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-2)
 
 
 def whole(student: "Staged", teacher: "Staged") -> Stages:
@@ -55,8 +87,8 @@ def test_a_teachers_map_is_kept_as_it_is_before_what_follows_changes_it() -> Non
     expected = teacher.stage(images)
     assert expected.min() < -0.1  # which the ReLU behind it takes away
     torch.testing.assert_close(logits, expected.relu().mean((2, 3)))
-    mean, deviation = expected.mean((0, 2, 3), keepdim=True), expected.std((0, 2, 3), correction=0, keepdim=True)
-    torch.testing.assert_close(found, (expected - mean) / deviation, atol=1e-3, rtol=1e-3)
+    variance, mean = torch.var_mean(expected, (0, 2, 3), correction=0, keepdim=True)
+    torch.testing.assert_close(found, (expected - mean) / (variance + EPSILON).sqrt(), atol=1e-3, rtol=1e-3)
     assert not found.requires_grad
 
 
@@ -159,30 +191,20 @@ def test_the_error_is_what_no_linear_map_of_the_students_channels_explains() -> 
 
 
 def test_a_student_that_has_the_teachers_channels_in_other_ones_misses_nothing() -> None:
-    target = F.batch_norm(torch.randn(8, 6, 9, 9), None, None, training=True)
+    target = standardised(torch.randn(8, 6, 9, 9))
     mixed = torch.einsum("bchw,cd->bdhw", target, torch.randn(6, 10))
-    own = F.batch_norm(mixed, None, None, training=True)
-    assert (regressed(own, target) - target).square().mean() < 0.01
-    noise = F.batch_norm(torch.randn(8, 10, 9, 9), None, None, training=True)
-    assert (regressed(noise, target) - target).square().mean() > 0.95
+    assert Unexplained.apply(mixed, ALL, target).mean() < 0.01
+    assert Unexplained.apply(torch.randn(8, 10, 9, 9), ALL, target).mean() > 0.95
 
 
-def test_the_gradient_of_a_regressed_map_is_that_with_the_best_weights_held() -> None:
-    own = F.batch_norm(torch.randn(4, 3, 5, 5), None, None, training=True).requires_grad_()
-    target = F.batch_norm(torch.randn(4, 2, 5, 5), None, None, training=True)
-    rows, wanted = (part.permute(0, 2, 3, 1).flatten(0, 2) for part in (own, target))
-    weights = torch.linalg.solve(rows.T @ rows / 100 + 0.01 * torch.eye(3), rows.T @ wanted / 100)
-    (found,) = torch.autograd.grad((regressed(own, target) - target).square().sum(), own)
-    (expected,) = torch.autograd.grad((rows @ weights.detach() - wanted).square().sum(), own)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
-
-
-def test_a_regressor_is_solved_in_float32_whatever_the_networks_compute_in() -> None:
-    own, target = (F.batch_norm(torch.randn(4, channels, 8, 8), None, None, training=True) for channels in (5, 3))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = regressed(own, target)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, regressed(own, target))
+def test_a_channel_that_is_the_same_everywhere_explains_nothing_and_harms_nothing() -> None:
+    features, target = torch.randn(8, 3, 6, 6), standardised(torch.randn(8, 2, 6, 6))
+    features[:, 1] = 7.0
+    features.requires_grad_()
+    found = Unexplained.apply(features, ALL, target)
+    torch.testing.assert_close(found, unexplained(features[:, ::2], ALL, target))
+    (gradient,) = torch.autograd.grad(found.sum(), features)
+    assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("channels", [1, 8, 320])
