@@ -58,15 +58,15 @@ VARIANTS: tuple[Changed, ...] = (
     {"generator_width": 8},
     {"generator_width": 32},
 )
-SHARES = ({"student_steps": 10}, {"student_steps": 40}, {"inversion_steps": 5}, {"inversion_steps": 20})
-# Shares of the images and of the student's steps in what a round costs, the teacher looking on in half of the steps:
-# one thread of a slow EPYC.
+SHARES = ({"student_steps": 20}, {"student_steps": 80}, {"inversion_steps": 5}, {"inversion_steps": 20})
+# Shares of the images and of the student's steps in what a round of 20 steps costs, the teacher looking on in half of
+# these: one thread of a slow EPYC.
 COST_OF_A_ROUND = {"demo": (0.68, 0.32), "cifar": (0.5, 0.5)}
 ALONE = 0.78  # of those steps' cost: that of as many without the teacher, its looks at eight views counted in
 
 
 def cost_of(changed: Changed, task: str) -> float:
-    """What a round costs with these settings; 1 where the teacher looks on in half of the steps.
+    """What a round costs with these settings; 1 for 20 steps of the student, the teacher looking on in half of them.
 
     `ALONE` was measured before images were altered, both before maps were compared through regressors.
     """

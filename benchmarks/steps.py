@@ -182,7 +182,7 @@ def measure(name: str, batch: int, *, turns: int, turn_steps: int, compute: Comp
     if profile:
         print(breakdown(steps["engine"], compute.device))
     largest_batch = min(compute.largest_batch, max(batch, USUAL_BATCH))
-    usual = settings_for("full", image_shape=pair.image_shape, largest_batch=largest_batch, student_steps=20)
+    usual = settings_for("full", image_shape=pair.image_shape, largest_batch=largest_batch)
     forwards = state.buffer.logits.shape[1] * usual.inversion_batch / (usual.student_steps * batch)
     teacher_ms = medians["bare"] - medians["bare_without_teacher"]
     with_maps = (

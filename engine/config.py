@@ -13,7 +13,7 @@ SHARES = ("looking_share",)  # of the run: 1 at most
 USUAL_BATCH = 64  # images of a step
 ROUNDS_OF_A_BUFFER = 8  # that fill it, where batches are larger than usual: it is not to be another one each round
 # Where batches may be larger: a GPU does in minutes what takes two cores hours, and its student has time to learn more.
-GPU_DEFAULTS: dict[str, Any] = {"student_steps": 40, "looking_share": 1.0, "leaves": True}
+GPU_DEFAULTS: dict[str, Any] = {"looking_share": 1.0, "leaves": True}
 BATCH_PIXELS = 128 * 64 * 64  # a batch has no more pixels than this, unless so few images are below the smallest batch
 
 
@@ -42,7 +42,7 @@ class DistillationSettings:
     beta: float = 0.4  # exponent of the importance weights
 
     student_batch: int = USUAL_BATCH
-    student_steps: int = 20  # a round; on a GPU other defaults hold for this and two more (GPU_DEFAULTS)
+    student_steps: int = 40  # a round
     student_rate: float = 0.1  # peak; SGD with Nesterov momentum; a half cosine to 0
     rise_steps: int = 60  # of the student, over which its rate rises to that
     student_momentum: float = 0.9

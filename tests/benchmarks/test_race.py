@@ -43,12 +43,12 @@ def test_the_clock_stands_still_while_the_student_is_scored(monkeypatch: pytest.
     [
         ({}, 50),
         ({"gamma": 2.0}, 50),
-        ({"student_steps": 40}, 38),
-        ({"inversion_steps": 5}, 76),
+        ({"student_steps": 20}, 66),
+        ({"inversion_steps": 5}, 67),
         ({"feature_weight": 0.0}, 50),
         ({"alter": False}, 50),
-        ({"feature_weight": 0.0, "alter": False}, 54),
-        ({"looking_share": 1.0}, 47),
+        ({"feature_weight": 0.0, "alter": False}, 56),
+        ({"looking_share": 1.0}, 45),
     ],
 )
 def test_what_costs_more_a_round_has_fewer_of_them(changed: dict[str, float], rounds: int) -> None:

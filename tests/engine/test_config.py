@@ -64,9 +64,9 @@ def test_where_batches_may_be_larger_only_small_images_make_them_so(
     assert (typed.inversion_batch, typed.student_batch) == (20, 30)
 
 
-def test_where_batches_may_be_larger_the_student_learns_longer() -> None:
+def test_where_batches_may_be_larger_the_teacher_looks_on_to_the_end() -> None:
     usual = settings_for("full", image_shape=(3, 32, 32))
-    assert (usual.student_steps, usual.looking_share, usual.leaves) == (20, 0.5, False)
+    assert (usual.student_steps, usual.looking_share, usual.leaves) == (40, 0.5, False)
     longer = settings_for("full", image_shape=(3, 224, 224), largest_batch=256)
     assert (longer.student_steps, longer.looking_share, longer.leaves) == (40, 1.0, True)
     typed = settings_for("full", image_shape=(3, 32, 32), largest_batch=256, student_steps=7, leaves=False)
