@@ -21,7 +21,7 @@ def test_each_row_has_medians_and_their_ratios(tmp_path: Path, capsys: pytest.Ca
         assert row["ratio_to_bare_without_teacher"] == pytest.approx(row["engine_ms"] / row["bare_without_teacher_ms"])
         low, high = row["engine_quartiles_ms"]
         assert 0 < low <= row["engine_ms"] <= high
-        looks = 8 * 64 / (20 * 4)
+        looks = 8 * 64 / (40 * 4)
         assert row["teacher_forwards_per_draw"] == looks
         with_teacher = row["engine_ms"] + looks * (row["bare_ms"] - row["bare_without_teacher_ms"])
         assert row["ratio_to_bare_with_those"] == pytest.approx(with_teacher / row["bare_ms"])
