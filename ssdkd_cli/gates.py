@@ -77,10 +77,10 @@ def check_limits(limits: Limits, target: "Target", *, has_labels: bool) -> None:
         )
     if limits.max_latency_ms is not None and not target.is_this_machine:
         raise SSDKDError(
-            f"--max-latency-ms cannot be judged here: the profile {target.profile.name} is of another kind of processor "
-            "than this machine's",
-            "leave it out and measure on the device (ssdkd bench model.onnx); `ssdkd doctor` names the profile that fits "
-            "this machine",
+            f"--max-latency-ms cannot be judged here: the profile {target.profile.name} is of another kind of "
+            "processor than this machine's",
+            "leave it out and measure on the device (ssdkd bench model.onnx); `ssdkd doctor` names the profile that "
+            "fits this machine",
         )
     if limits.max_size_mb is not None and target.formats == ("trt",) and target.flavour is None:
         raise SSDKDError(
