@@ -15,22 +15,13 @@ from ssdkd_cli import console, runs
 from ssdkd_cli.artifacts import artifact, file_name, file_names, make_files, timed_paths
 from ssdkd_cli.environment import profile_warnings
 from ssdkd_cli.gates import Limits, decide, recommend, runtime_format
-from ssdkd_cli.labels import (
-    chance_warnings,
-    labelled_images,
-    network_accuracy,
-)
+from ssdkd_cli.labels import chance_warnings, labelled_images, network_accuracy
 from ssdkd_cli.material import Material
 from ssdkd_cli.measuring import runs_here
 from ssdkd_cli.report import Artifact, Gate, Report, problem_of, read_report
 from ssdkd_cli.report_page import write_report
 from ssdkd_cli.target import Target, is_for_another_device
-from ssdkd_cli.timing import (
-    busy_warnings,
-    crowded_warnings,
-    measure,
-    slower_warnings,
-)
+from ssdkd_cli.timing import busy_warnings, crowded_warnings, measure, slower_warnings
 from ssdkd_cli.words import percent
 
 TIMED_LATER = (
