@@ -29,14 +29,8 @@ from exporters.runtimes import inference_batch, open_runtime, to_input
 from profiles import load_profile
 from ssdkd_cli import material, runs
 from ssdkd_cli.labels import labelled_images
-from ssdkd_cli.precisions import (
-    CALIBRATION_IMAGES,
-    Integers,
-    Subject,
-    float_graph,
-    rounded_together,
-    to_integers,
-)
+from ssdkd_cli.precisions import CALIBRATION_IMAGES, Integers, rounded_together, to_integers
+from ssdkd_cli.subject import Subject, float_graph
 
 REAL_NUMBER = 1000
 PROFILE = "x86-vnni"

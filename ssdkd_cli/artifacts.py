@@ -22,21 +22,12 @@ from exporters.to_onnx import to_onnx
 from exporters.to_tensorrt import build_plan, check_builder
 from exporters.verify import rejected_path
 from ssdkd_cli import console, runs
+from ssdkd_cli.loss import is_in_doubt, most_lost
 from ssdkd_cli.plans import PLAN, drop_outdated, for_tensorrt
-from ssdkd_cli.precisions import (
-    Graph,
-    Integers,
-    Subject,
-    agreement,
-    float_graph,
-    half_graph,
-    integer_graph,
-    is_in_doubt,
-    most_lost,
-    predictions,
-)
+from ssdkd_cli.precisions import Graph, Integers, half_graph, integer_graph
 from ssdkd_cli.proving import Proven, accept, proof_of, unproven_place, with_loss
 from ssdkd_cli.report import Artifact
+from ssdkd_cli.subject import Subject, agreement, float_graph, predictions
 from ssdkd_cli.target import Target
 from ssdkd_cli.timing import Timing
 from ssdkd_cli.words import size

@@ -19,7 +19,8 @@ from engine.teacher import Teacher, load_teacher
 from exporters.evaluate import logits_of
 from exporters.runtimes import predictor
 from ssdkd_cli import console, runs
-from ssdkd_cli.precisions import FEWEST_SAMPLES, Subject
+from ssdkd_cli.loss import FEWEST_SAMPLES
+from ssdkd_cli.subject import Subject
 from ssdkd_cli.words import count, network, shape
 
 NOISE_SAMPLES = 64

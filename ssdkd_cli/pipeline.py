@@ -43,10 +43,10 @@ from ssdkd_cli.labels import (
 )
 from ssdkd_cli.material import read_teacher
 from ssdkd_cli.options import Options, as_typed
-from ssdkd_cli.precisions import Subject, agreement
 from ssdkd_cli.report import Report
 from ssdkd_cli.report_page import write_report
 from ssdkd_cli.samples import write_samples
+from ssdkd_cli.subject import Subject, agreement
 from ssdkd_cli.target import Target, resolve_target
 from ssdkd_cli.teaching import (
     CALIBRATION_BYTES,

@@ -20,8 +20,9 @@ from exporters.tensorrt_sidecar import (
 from exporters.to_tensorrt import build_plan
 from exporters.verify import Verification, rejected_path
 from ssdkd_cli import console, runs
-from ssdkd_cli.precisions import Subject, loss_of, predictions
+from ssdkd_cli.loss import loss_of
 from ssdkd_cli.proving import Proven, accept, proof_of, unproven_place, with_loss
+from ssdkd_cli.subject import Subject, predictions
 from ssdkd_cli.target import Target
 from ssdkd_cli.words import size
 

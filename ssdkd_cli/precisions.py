@@ -10,7 +10,6 @@ import math
 import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -38,65 +37,15 @@ from engine.quantization import (
 )
 from engine.rounding import rounded_weights
 from engine.task import Classification
-from exporters.evaluate import logits_of
-from exporters.metadata import metadata_for
 from exporters.precision import LEAST_INTEGER_SHARE, Scheme, integer_share, layer_names, to_fp16, to_int8
-from exporters.runtimes import Predict, open_runtime, predictor, to_input
-from exporters.to_onnx import WithPreprocessing, to_onnx
-from exporters.verify import LIMITS
-from ssdkd_cli.runs import Samples, StudentCard
+from exporters.runtimes import open_runtime, to_input
+from ssdkd_cli.loss import NOTHING, Loss, loss_of, most_lost
+from ssdkd_cli.subject import Subject, float_graph, graph_names, held_out_logits
 
-MOST_LOST = 0.5  # points of agreement with the teacher that an INT8 file may lose against the float student
-FEWEST_SAMPLES = 100  # held out, that show what an INT8 file loses: of fewer, one is more than a point
-Z_95 = 1.645  # standard deviations: 95 % of a normal distribution lie below
 CALIBRATION_IMAGES = 512  # that ranges are taken from: more widen them and gain nothing (docs/quantization.md)
 SENSITIVITY_IMAGES = 128
 UNTRAINABLE = ("its layers are a graph's operations: they cannot be rounded together, trained or left in float32",)
 SEVEN_BITS, EIGHT_BITS = 64, 127  # the largest integer of a weight
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The network that files are made of, float32, in eval mode, with what they are made and proven by."""
-
-    module: nn.Module
-    card: StudentCard
-    samples: Samples
-    embed_preprocessing: bool
-
-    @cached_property
-    def logits(self) -> NDArray[np.float32]:
-        """What the network says of each held-out sample, [M, classes]: asked once, for all that is compared."""
-        return logits_of(predictor(self.module), self.samples.held_out, mean=self.card.mean, std=self.card.std)
-
-    @property
-    def predicted(self) -> NDArray[np.int64]:
-        """The class that the network predicts of each held-out sample, [M]."""
-        return self.logits.argmax(axis=1)
-
-    @property
-    def fed(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and std of what its files take, of images in 0...1: zeros and ones where they normalise themselves."""
-        channels = self.card.input_shape[0]
-        return ((0.0,) * channels, (1.0,) * channels) if self.embed_preprocessing else (self.card.mean, self.card.std)
-
-
-@dataclass(frozen=True)
-class Loss:
-    """Points of agreement with the teacher that a file loses against the float network, on held-out samples.
-
-    `margin` is that of its lower bound, one-sided, 95 %: chance alone turns as many predictions right as wrong, so a
-    net loss has the variance of all that turned (McNemar 1947; the normal approximation, coarse below ten of them).
-    """
-
-    points: float = 0.0
-    margin: float = 0.0
-
-    def __str__(self) -> str:
-        if not self.points:
-            return "as much agreement with the teacher as in float32"
-        way = "less" if self.points > 0 else "more"
-        return f"{abs(self.points):.2f} points {way} agreement with the teacher than in float32"
 
 
 @dataclass(frozen=True)
@@ -106,7 +55,7 @@ class Graph:
     precision: str
     model: onnx.ModelProto
     integer_share: float = 0.0  # of the multiply-accumulates, 0 to 1
-    loss: Loss = Loss()
+    loss: Loss = NOTHING
     error: float = 0.0  # of its logits against the float network's, squared, mean over the held-out samples
     float_layers: tuple[str, ...] = ()  # of an INT8 graph
     notes: tuple[str, ...] = ()
@@ -132,36 +81,10 @@ class Integers:
         return Grid(self.scheme.symmetric_activations, levels, self.scheme.per_channel)
 
 
-def float_graph(subject: Subject, module: nn.Module | None = None) -> onnx.ModelProto:
-    """The network (or `module` in its place) as ONNX in float32. Raises SSDKDError where it cannot be exported."""
-    card = subject.card
-    metadata = metadata_for(
-        input_shape=card.input_shape,
-        classes=card.classes,
-        class_names=card.class_names,
-        mean=card.mean,
-        std=card.std,
-        embed_preprocessing=subject.embed_preprocessing,
-        teacher_sha256=card.teacher_sha256,
-    )
-    network = module or subject.module
-    if subject.embed_preprocessing:
-        network = WithPreprocessing(network, card.mean, card.std).eval()
-    return to_onnx(network, input_shape=card.input_shape, metadata=metadata)
-
-
 def half_graph(exported: onnx.ModelProto, *, half_io: bool = False) -> Graph:
     """The float32 model `exported` in float16, with `half_io` outside as well. Raises SSDKDError."""
     notes = ("its input and output are float16",) if half_io else ()
     return Graph("fp16", to_fp16(exported, half_io=half_io), notes=notes)
-
-
-def most_lost(samples: int) -> float:
-    """Points that may be lost: MOST_LOST, or one sample where so few samples cannot show half a point.
-
-    Never more than the proof of the file allows: what it would reject is to be remedied first.
-    """
-    return min(max(MOST_LOST, 100 / samples), 100 - LIMITS["int8"].min_agreement)
 
 
 def integer_graph(subject: Subject, exported: onnx.ModelProto, integers: Integers) -> Graph:
@@ -217,45 +140,6 @@ def to_integers(
     card, calibration = subject.card, to_input(subject.samples.calibration[:images], *subject.fed)
     pixels = image_range(normalization(card.mean, card.std, torch.device("cpu")))
     return to_int8(exported, calibration, scheme, image_range=pixels, float_layers=float_layers)
-
-
-def loss_of(subject: Subject, predicted: NDArray[np.int64]) -> Loss:
-    """What a file loses that predicts these classes [M] of the held-out samples."""
-    teachers, number = subject.samples.held_out_logits.argmax(1), len(predicted)
-    lost = int(((subject.predicted == teachers) & (predicted != teachers)).sum())
-    gained = int(((subject.predicted != teachers) & (predicted == teachers)).sum())
-    return Loss(100 * (lost - gained) / number, 100 * Z_95 * math.sqrt(lost + gained) / number)
-
-
-def loses_too_much(loss: Loss, allowed: float) -> bool:
-    """Whether the lower bound of what is lost is above the points `allowed`: few samples blame a file for no less."""
-    return loss.points - loss.margin > allowed
-
-
-def is_in_doubt(loss: Loss, allowed: float) -> bool:
-    """Whether more is lost than the points `allowed`, and chance may have done it."""
-    return loss.points > allowed and not loses_too_much(loss, allowed)
-
-
-def graph_names(subject: Subject, layers: tuple[str, ...]) -> tuple[str, ...]:
-    """The module's names of layers as the graph has them: an embedded normalisation stands around the network."""
-    return tuple(f"module.{name}" for name in layers) if subject.embed_preprocessing else layers
-
-
-def held_out_logits(subject: Subject, run: Predict) -> NDArray[np.float32]:
-    """What a file of the network, called as `run`, says of each held-out sample, [M, classes]."""
-    mean, std = subject.fed
-    return logits_of(run, subject.samples.held_out, mean=mean, std=std)
-
-
-def predictions(subject: Subject, run: Predict) -> NDArray[np.int64]:
-    """The class that a file of the network, called as `run`, predicts of each held-out sample, [M]."""
-    return held_out_logits(subject, run).argmax(axis=1)
-
-
-def agreement(subject: Subject, predicted: NDArray[np.int64]) -> float:
-    """Percent of the held-out samples of which the teacher predicts the same classes [M]."""
-    return 100 * float((predicted == subject.samples.held_out_logits.argmax(1)).mean())
 
 
 def errors_in_words(after: float, before: float) -> str:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from exporters.tensorrt_sidecar import sidecar_path
 from exporters.verify import Verification, rejected_path, verify
-from ssdkd_cli.precisions import FEWEST_SAMPLES, Graph, Loss, Subject, is_in_doubt, most_lost
+from ssdkd_cli.loss import FEWEST_SAMPLES, Loss, is_in_doubt, most_lost
+from ssdkd_cli.precisions import Graph
+from ssdkd_cli.subject import Subject
 
 PROOF_SAMPLES = 256  # held-out samples that float files are proven on; INT8 files are on all
 

@@ -15,8 +15,8 @@ from exporters.files import write_atomically
 from exporters.runtimes import Runtime, open_runtime, to_input
 from exporters.tensorrt_sidecar import read_sidecar
 from ssdkd_cli import console
-from ssdkd_cli.precisions import Subject, float_graph
 from ssdkd_cli.report import Percentiles
+from ssdkd_cli.subject import Subject, float_graph
 from ssdkd_cli.words import SAME, milliseconds, times
 
 BATCHES = (32, 16, 8, 4, 2, 1)  # of the throughput: the largest that stays below BATCH_SECONDS a call
@@ -82,17 +82,17 @@ def measure(
 
 
 def busy_warnings(timings: Mapping[str, Timing], model: Path) -> list[str]:
-    """A sentence where calls of the same network differ too much to be the network's; `model`: what to time again.
+    """One sentence where calls of the same network differ too much to be the network's; `model`: what to time again.
 
     That is its files: the teacher is timed by `ssdkd compress` alone.
     """
-    again = f"; time it again with `ssdkd bench {model}`"
-    return [
-        f"the machine was busy when {name} was timed: half of its calls took {milliseconds(latency.p50)}, one of ten "
-        f"{milliseconds(latency.p90)} and more{again if name != TEACHER else ''}"
-        for name, latency in ((name, timing.latency_ms) for name, timing in timings.items())
-        if latency.p90 > BUSY * latency.p50
-    ]
+    latencies = {name: timing.latency_ms for name, timing in timings.items()}
+    busy = {name: latency for name, latency in latencies.items() if latency.p90 > BUSY * latency.p50}
+    if not busy:
+        return []
+    calls = (f"{milliseconds(of.p50)} and one of ten {milliseconds(of.p90)} ({name})" for name, of in busy.items())
+    again = f"; time them again with `ssdkd bench {model}`" if set(busy) - {TEACHER} else ""
+    return [f"the machine was busy during the timing: half of the calls took {', '.join(calls)}{again}"]
 
 
 def slower_warnings(timings: Mapping[str, Timing], float32: str, *, spared: Collection[str] = ()) -> list[str]:

@@ -21,19 +21,10 @@ from exporters.precision import Scheme
 from exporters.runtimes import open_runtime, to_input
 from exporters.verify import Verification
 from ssdkd_cli import precisions, runs
-from ssdkd_cli.precisions import (
-    Graph,
-    Integers,
-    Loss,
-    Subject,
-    float_graph,
-    half_graph,
-    integer_graph,
-    loses_too_much,
-    loss_of,
-    most_lost,
-)
+from ssdkd_cli.loss import Loss, loses_too_much, loss_of, most_lost
+from ssdkd_cli.precisions import Graph, Integers, half_graph, integer_graph
 from ssdkd_cli.proving import with_loss
+from ssdkd_cli.subject import Subject, float_graph
 
 RANGES, TOGETHER = "calibrated on synthetic samples", "weights rounded together, biases corrected"
 

@@ -16,7 +16,7 @@ from engine.teacher import load_teacher
 from ssdkd_cli import again, artifacts, files, measuring, proving, report_page, timing
 from ssdkd_cli.material import said_of
 from ssdkd_cli.report import Percentiles
-from ssdkd_cli.timing import Timing
+from ssdkd_cli.timing import Timing, busy_warnings
 
 NORMALISED = ("--mean", "0.5", "--std", "0.5")
 
@@ -104,8 +104,18 @@ def test_a_busy_machine_is_said(ssdkd: Any, compressed: Path, monkeypatch: Any) 
         monkeypatch.setattr(measuring, "time_files", lambda *_, timing=busy, **__: [timing])
         ran = ssdkd("bench", compressed)
         assert ran.code == 0, ran.err
-        said = "the machine was busy when model.onnx was timed: half of its calls took 1.58 ms, one of ten 41.4 ms"
+        said = (
+            "the machine was busy during the timing: half of the calls took 1.58 ms and one of ten 41.4 ms (model.onnx)"
+        )
         assert (said in ran.err) == is_said
+
+
+def test_the_teacher_is_not_what_bench_times_again() -> None:
+    busy = Timing(Percentiles(p50=1.0, p90=4.0, p99=5.0), 1, 100.0, 32, "onnxruntime")
+    (of_teacher,) = busy_warnings({"the teacher": busy}, Path("run"))
+    (of_both,) = busy_warnings({"the teacher": busy, "model.onnx": busy}, Path("run"))
+    assert "ssdkd bench" not in of_teacher
+    assert of_both.endswith("1 ms and one of ten 4 ms (model.onnx); time them again with `ssdkd bench run`")
 
 
 def test_a_file_for_another_machine_is_not_called_slow_by_this_one(
