@@ -200,6 +200,7 @@ def measure(name: str, batch: int, *, turns: int, turn_steps: int, compute: Comp
         "ratio_to_bare_with_those": (medians["engine"] + forwards * teacher_ms) / medians["bare"],
         **with_maps,
         "recording": state.gradients[False].refusal or state.gradients[False].replays,
+        "recording_with_maps": taught_maps.gradients[True].refusal or taught_maps.gradients[True].replays,
         "turns": turns,
         "steps_per_turn": turn_steps,
     }

@@ -2,6 +2,7 @@
 
 import shlex
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +88,11 @@ def suggested_student(spec: TeacherSpec, flops: int) -> str | None:
         if parameters < share * spec.parameters and operations < share * flops
     )
     return next(fitting, None)
+
+
+def count_parameters(module: nn.Module, names: Collection[str] | None = None) -> int:
+    """Weights of a network, all or those of these names; buffers are not counted."""
+    return sum(parameter.numel() for name, parameter in module.named_parameters() if names is None or name in names)
 
 
 def count_flops(module: nn.Module, input_shape: tuple[int, int, int]) -> int:

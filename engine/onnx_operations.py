@@ -1,8 +1,8 @@
 """ONNX operations as PyTorch functions with gradients: inputs by position, attributes by name.
 
-Sizes and axes are int64: constants arrive as tuples of Python ints, computed ones as tensors on the CPU, so that no
-operation waits for a GPU; where one of these meets the images, it moves to their device. What is not here, ssdkd says
-it cannot run; what is here is compared with ONNX Runtime on every file that is read.
+Sizes and axes are int64: constants arrive as tuples of Python ints, computed ones as tensors on the CPU, so that
+hardly an operation waits for a GPU; where one of these meets the images it moves to their device, and the host waits.
+What is not here, ssdkd says it cannot run; what is here is compared with ONNX Runtime on every file that is read.
 """
 
 import math

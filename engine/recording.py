@@ -111,12 +111,12 @@ class Recorded:
 
 
 def alike(found: Outputs, expected: Outputs) -> bool:
-    """Whether losses and gradients are finite and those of the plain call, each within TOLERANCE of its norm."""
+    """Whether losses and gradients are finite and those of the plain call, each as `near` has it among its kind."""
     return all(near(*pair) for pair in zip(found, expected, strict=True))
 
 
 def near(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    """Whether tensors of one kind are finite and each near the expected one."""
+    """Whether tensors of one kind are finite, each within TOLERANCE of its norm (or of FLOOR of the largest norm)."""
     norms = torch.stack([tensor.float().norm() for tensor in expected])
     distances = torch.stack([(a.float() - b.float()).norm() for a, b in zip(found, expected, strict=True)])
     close = distances <= TOLERANCE * norms.clamp_min(FLOOR * float(norms.max()))

@@ -66,6 +66,7 @@ def start(
     """
     started = time.perf_counter()
     torch.manual_seed(seed)  # the generator's initial weights and the student's dropout, if it has any
+    torch.set_float32_matmul_precision("highest")  # the regressors need it, and a user's code may have asked for less
     device, task, image_shape = compute.device, source.task, source.image_shape
     teacher = source.network
     teacher.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]

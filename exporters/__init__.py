@@ -11,6 +11,7 @@ class Format:
     requires: tuple[str, ...]
 
 
+PRECISIONS = ("fp32", "fp16", "int8")
 FORMATS: dict[str, Format] = {
     "onnx": Format(".onnx", ("torch", "onnx", "onnxscript")),
     "trt": Format(".engine", ()),  # tensorrt or tensorrt_rtx: to_tensorrt.find_flavour looks for either

@@ -21,7 +21,6 @@ from exporters.integer_layout import integer_layout
 from exporters.metadata import UNIT, describe, ssdkd_version
 from exporters.quiet import quiet
 
-PRECISIONS = ("fp32", "fp16", "int8")
 CALIBRATION_BATCH = 32
 MAC_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # Relu and Clip are absorbed into the scale of the convolution before them, Add of two integer branches is one of

@@ -1,7 +1,7 @@
 """Does a model file compute what the student computes? On held-out synthetic samples, by the file alone."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,7 +57,7 @@ class Verification:
     """Whether a file passed, and why; `max_abs_error` of logits and `agreement` in percent are None if it never ran.
 
     `verified` is None for a file that cannot run on this machine. `doubt`: what too few samples could not decide, of a
-    file that passed.
+    file that passed. `logits`: what such a file says of each sample, [N, classes].
     """
 
     verified: bool | None
@@ -65,6 +65,7 @@ class Verification:
     max_abs_error: float | None
     agreement: float | None
     doubt: str | None = None
+    logits: Logits | None = field(default=None, repr=False, compare=False)
 
 
 def verify(
@@ -75,19 +76,22 @@ def verify(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     precision: str = "fp32",
+    reference: Logits | None = None,
 ) -> Verification:
     """Compare the file at `path` with `module` on held-out synthetic samples, uint8 [N, H, W, C].
 
     It must compute in `precision`, and be as near to the module as that allows (LIMITS).
 
-    The reference is the module in float32 on the CPU, fed images normalised by `mean` and `std`; the file is fed as
-    its own metadata asks. So the weights, the graph and what the file says of its input are all proven. A bad file
+    The reference is the module in float32 on the CPU, fed images normalised by `mean` and `std` (`reference`, where its
+    logits are known already); the file is fed as its own metadata asks. So the weights, the graph and what the file
+    says of its input are all proven. A bad file
     raises nothing: it gives a Verification that is not `verified`, with the reason.
     """
     if len(images) < 2 or not (images != images[0]).any():
         return _failed("there are fewer than two different samples: a comparison on them proves nothing")
     limits = LIMITS[precision]
-    reference = _run_all(predictor(copy.deepcopy(module).float().cpu()), images, (mean, std))
+    if reference is None:
+        reference = _run_all(predictor(copy.deepcopy(module).float().cpu()), images, (mean, std))
     try:
         runtime = open_runtime(path)
         problem = (
@@ -103,7 +107,7 @@ def verify(
         verdict = _compare(reference, logits, limits)
         mixed = _mixed_batch(logits, runtime.run, images, fed, _tolerance(reference, limits))
         if not mixed and (verdict.verified or _matches(reference, logits, limits)):
-            return verdict
+            return replace(verdict, logits=logits)
         cause = (
             _broken_weights(path)
             or _wrong_normalisation(reference, _run_all(runtime.run, images, not_fed), embedded, limits)
@@ -160,6 +164,8 @@ def _interface_problem(
     if runtime.fixed_batch is not None:
         return f"its batch is fixed at {runtime.fixed_batch}, expected any batch"
     said = describe(runtime.metadata)
+    if said.input_range not in (NORMALISED, UNIT):
+        return f"its metadata does not say how images are normalised, expected {NORMALISED} or {UNIT}"
     if said.input_range == NORMALISED and (said.mean, said.std) != (mean, std):
         return f"its metadata states mean {said.mean} and std {said.std}, the network's are {mean} and {std}"
     return None

@@ -1,33 +1,39 @@
 """A finished run, or a teacher as it is, exported: its files made anew, its report brought up to date."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.device import Compute
 from engine.errors import SSDKDError
+from exporters import PRECISIONS
 from exporters.evaluate import LabelledImages, check_labelled
-from exporters.precision import PRECISIONS
 from exporters.to_tensorrt import check_builder
 from ssdkd_cli import console, runs
-from ssdkd_cli.artifacts import artifact, file_name, file_names, make_files, timed_paths
-from ssdkd_cli.environment import profile_warnings
+from ssdkd_cli.artifacts import file_name, file_names, make
+from ssdkd_cli.doubts import chance_warnings, slower_warnings
+from ssdkd_cli.environment import cpu_name, profile_warnings
 from ssdkd_cli.gates import Limits, decide, recommend, runtime_format
-from ssdkd_cli.labels import chance_warnings, labelled_images, network_accuracy
+from ssdkd_cli.labels import labelled_images, network_accuracy
 from ssdkd_cli.material import Material
 from ssdkd_cli.measuring import runs_here
-from ssdkd_cli.report import Artifact, Gate, Report, problem_of, read_report
+from ssdkd_cli.report import NO_FILES, Artifact, Gate, Report, problem_of, read_report
 from ssdkd_cli.report_page import write_report
 from ssdkd_cli.target import Target, is_for_another_device
-from ssdkd_cli.timing import busy_warnings, crowded_warnings, measure, slower_warnings
+from ssdkd_cli.timing import Timing
 from ssdkd_cli.words import percent
 
+TIMED_ELSEWHERE = (
+    "Files were exported again on another machine than the run's: latencies are of that one, and those that were "
+    "measured on the run's own, the teacher's too, are left out: "
+)
 TIMED_LATER = (
     "Files were exported again, and timed at another moment than the teacher: how many times faster they are holds as "
     "far as the machine was as busy then."
 )
+TIMED = ("latency_ms", "throughput_per_s", "batch", "runtime")  # what the report has of a timing
 
 
 @dataclass(frozen=True)
@@ -92,21 +98,16 @@ def export(
     subject, card = material.subject, material.subject.card
     labelled = labelled_images(eval_data, card) if eval_data else None
     teacher_accuracy = _teacher_accuracy(material, labelled, is_needed=limits.max_drop is not None)
-    proofs = make_files(subject, target, folder, compute=compute, seed=seed)
-    paths, plans = timed_paths(proofs)
     is_own_run = material.run is not None and _is_own_run(material.run, folder)
-    beside = _float32_beside(paths, folder) if is_own_run else []
-    _, timings, _ = measure([*paths, *beside], plans, subject.samples.held_out, folder, batch=target.timed_batch)
-    named = {path.name: timing for path, timing in timings.items()}
-    doubts = busy_warnings(named, folder)
-    if target.cpu_timings_count:  # what is slow here may be fast on another device
-        doubts += slower_warnings(named, file_name("fp32", ".onnx"))
-    console.warn_all([*doubts, *crowded_warnings(compute.threads), *profile_warnings(target.profile.name)])
-    profile = target.profile.name if target.is_named else None
-    artifacts = tuple(
-        artifact(proof, subject, timings, labelled, profile=profile, notes=material.notes) for proof in proofs
-    )
     report = read_report(folder) if is_own_run and (folder / runs.REPORT).exists() else None
+    beside = _beside(target, folder) if is_own_run else []
+    made = make(
+        subject, target, folder, labelled=labelled, compute=compute, seed=seed, beside=beside, notes=material.notes
+    )
+    if target.cpu_timings_count:  # what is slow here may be fast on another device
+        console.warn_all(slower_warnings(made.timings, file_name("fp32", ".onnx")))
+    console.warn_all(profile_warnings(target.profile.name))
+    artifacts = made.artifacts
     if report and not labelled:
         artifacts = _with_known_accuracy(artifacts, report)
     _, gates = decide(limits, artifacts, target, teacher_accuracy)
@@ -115,14 +116,41 @@ def export(
         if labelled and labelled.sha256 != report.teacher.accuracy_sha256:
             console.warn(f"{folder / runs.REPORT} leaves these accuracies out: its own are of other images, or of none")
             reported = _with_known_accuracy(artifacts, report)
+        report = _timed_anew(report, made.timings)
         write_report(_with_artifacts(report, folder, reported, gates, target), folder)
     return Exported(artifacts, gates, teacher_accuracy)
 
 
-def _float32_beside(paths: Sequence[Path], folder: Path) -> list[Path]:
-    """The run's own float32 file, which files of another precision are timed beside, if it is there and runs."""
-    path = folder / file_name("fp32", ".onnx")
-    return [path] if paths and path not in paths and path.exists() and runs_here(path) else []
+def _beside(target: Target, folder: Path) -> list[Path]:
+    """The run's other ONNX files that run here: new ones are timed in turn with them."""
+    made = file_names(target)
+    others = (path for path in sorted(folder.glob(f"{runs.MODEL}*.onnx")) if path.name not in made)
+    return [path for path in others if runs_here(path)]
+
+
+def _timed_anew(report: Report, timings: Mapping[str, Timing]) -> Report:
+    """The report with the timings of now, by a file's name; those of another machine are left out of it, and named."""
+    here, its_own = cpu_name(), report.environment.cpu
+    is_elsewhere = here != its_own
+    artifacts = []
+    for item in report.artifacts:
+        timing = timings.get(item.path)
+        if timing:
+            values = vars(timing)
+            artifacts.append(dataclasses.replace(item, **{name: values[name] for name in TIMED}))
+        elif is_elsewhere:
+            artifacts.append(dataclasses.replace(item, latency_ms=None, throughput_per_s=None))
+        else:
+            artifacts.append(item)
+    teacher = report.teacher
+    said: tuple[str, ...] = ()
+    if is_elsewhere:
+        teacher = dataclasses.replace(teacher, latency_ms=None, throughput_per_s=None)
+        said = (f"{TIMED_ELSEWHERE}{here}, not {its_own}",)
+    elif teacher.latency_ms:
+        said = (TIMED_LATER,)
+    warnings = [text for text in report.warnings if text != NO_FILES and text not in said]
+    return dataclasses.replace(report, teacher=teacher, artifacts=tuple(artifacts), warnings=(*warnings, *said))
 
 
 def _teacher_accuracy(material: Material, labelled: LabelledImages | None, *, is_needed: bool) -> float | None:
@@ -178,10 +206,7 @@ def _with_artifacts(
     is_for_another = not target.is_named and any(is_for_another_device(item.profile) for item in kept)
     if (is_for_another or not is_judged) and before and before.artifact in {item.path for item in kept}:
         recommendation = before
-    warnings = report.warnings if TIMED_LATER in report.warnings else (*report.warnings, TIMED_LATER)
-    return dataclasses.replace(
-        report, artifacts=tuple(together), recommendation=recommendation, gates=judged, warnings=warnings
-    )
+    return dataclasses.replace(report, artifacts=tuple(together), recommendation=recommendation, gates=judged)
 
 
 def _is_still_there(item: Artifact, folder: Path) -> bool:

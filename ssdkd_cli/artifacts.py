@@ -3,8 +3,8 @@
 import hashlib
 import math
 import tempfile
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,23 +13,21 @@ from torch import nn
 
 from engine.device import Compute
 from engine.errors import SSDKDError
-from exporters.evaluate import LabelledImages, accuracy
+from exporters.evaluate import LabelledImages
 from exporters.files import write_atomically
-from exporters.metadata import describe, input_range, preprocessing_of
+from exporters.metadata import input_range
 from exporters.precision import to_fp16, to_int8
-from exporters.runtimes import Runtime, open_runtime
 from exporters.to_onnx import to_onnx
 from exporters.to_tensorrt import build_plan, check_builder
-from exporters.verify import rejected_path
 from ssdkd_cli import console, runs
-from ssdkd_cli.loss import is_in_doubt, most_lost
+from ssdkd_cli.doubts import busy_warnings, crowded_warnings
 from ssdkd_cli.plans import PLAN, drop_outdated, for_tensorrt
 from ssdkd_cli.precisions import Graph, Integers, half_graph, integer_graph
-from ssdkd_cli.proving import Proven, accept, proof_of, unproven_place, with_loss
+from ssdkd_cli.proving import Proven, prove, settle, unproven_place
 from ssdkd_cli.report import Artifact
-from ssdkd_cli.subject import Subject, agreement, float_graph, predictions
+from ssdkd_cli.subject import Subject, float_graph
 from ssdkd_cli.target import Target
-from ssdkd_cli.timing import Timing
+from ssdkd_cli.timing import TEACHER, Timing, measure
 from ssdkd_cli.words import size
 
 TRIAL_IMAGES = 4
@@ -65,14 +63,64 @@ def try_target(module: nn.Module, target: Target, input_shape: tuple[int, int, i
             )
 
 
-def make_files(subject: Subject, target: Target, folder: Path, *, compute: Compute, seed: int) -> list[Proven]:
+@dataclass(frozen=True)
+class Made:
+    """Files as the report has them; the timings by a file's name, the teacher's beside it; what was warned of."""
+
+    artifacts: tuple[Artifact, ...]
+    timings: Mapping[str, Timing]
+    teacher_timing: Timing | None
+    warnings: tuple[str, ...]
+
+
+def make(
+    subject: Subject,
+    target: Target,
+    folder: Path,
+    *,
+    labelled: LabelledImages | None,
+    compute: Compute,
+    seed: int,
+    teacher: Subject | None = None,
+    beside: Sequence[Path] = (),
+    notes: tuple[str, ...] = (),
+) -> Made:
+    """Write every file of `target` into `folder`, prove it, score it on `labelled`, and time what is proven.
+
+    In turn with them are timed the `teacher`, if any, and ONNX files that are there, `beside` the new ones. Raises
+    SSDKDError where the network cannot be exported, or not in a precision or format that was asked for.
+    """
+    files = make_files(subject, target, folder, labelled, compute=compute, seed=seed)
+    verified = [file for file in files if file.proof.verification.verified]
+    of_onnx, plans = ([file.path for file in verified if file.format == name] for name in ("onnx", "trt"))
+    earlier = [path for path in beside if of_onnx and path not in of_onnx]
+    batch, samples = target.timed_batch, subject.samples.held_out
+    teacher_timing, timings, unknown = measure(
+        [*of_onnx, *earlier], plans, samples, folder, batch=batch, teacher=teacher
+    )
+    of_teacher = {TEACHER: teacher_timing} if teacher_timing else {}
+    of_files = {path.name: timing for path, timing in timings.items()}
+    doubts = [*busy_warnings({**of_teacher, **of_files}, folder), *crowded_warnings(compute.threads)]
+    profile = target.profile.name if target.is_named or target.flavour else None
+    artifacts = (artifact(file, subject, timings.get(file.path), profile=profile, notes=notes) for file in files)
+    return Made(tuple(artifacts), of_files, teacher_timing, (*unknown, *console.warn_all(doubts)))
+
+
+def make_files(
+    subject: Subject,
+    target: Target,
+    folder: Path,
+    labelled: LabelledImages | None,
+    *,
+    compute: Compute,
+    seed: int,
+) -> list[Proven]:
     """Write every file of `target` into `folder` and prove it; the ONNX files first, float32 before the others.
 
-    A precision that nobody asked for and that fails is left out with a word. Raises SSDKDError where the network cannot
-    be exported, or not in a precision or format that was asked for.
+    A precision that nobody asked for and that fails is left out with a word. Raises SSDKDError as `make` does.
     """
     exported = float_graph(subject)
-    proofs: list[Proven] = []
+    files: list[Proven] = []
     for precision in target.precisions:
         is_asked = precision == "fp32" or precision in target.asked
         try:
@@ -82,14 +130,14 @@ def make_files(subject: Subject, target: Target, folder: Path, *, compute: Compu
                 raise
             console.warn(f"no {precision} file: {error.message}")
             continue
-        proof = _write_and_prove(graph, subject, folder, is_asked=is_asked)
-        if proof is None:
+        file = _write_and_prove(graph, subject, folder, labelled, is_asked=is_asked)
+        if file is None:
             continue
-        proofs.append(proof)
-        if "trt" in target.formats and precision in target.asked and proof.verification.verified:
-            proofs += for_tensorrt(proof, subject, target)
-        drop_outdated(proof.path)
-    return proofs
+        files.append(file)
+        if "trt" in target.formats and precision in target.asked and file.proof.verification.verified:
+            files += for_tensorrt(file, subject, target, labelled)
+        drop_outdated(file.path)
+    return files
 
 
 def _graph(
@@ -110,9 +158,7 @@ def _graph(
     qat, fallback = (target.qat, target.fallback) if is_asked else ("off", False)
     with console.stage("int8", "quantizing, calibrated on synthetic samples") as done:
         graph = integer_graph(subject, exported, Integers(target.scheme, qat, fallback, compute, seed))
-        allowed = most_lost(len(subject.samples.held_out))
-        in_doubt = is_in_doubt(graph.loss, allowed)
-        done("; ".join(graph.notes), good=None if in_doubt else graph.loss.points <= allowed)
+        done("; ".join(graph.notes), good=None if graph.loss.is_in_doubt else graph.loss.is_within)
     return graph
 
 
@@ -129,8 +175,10 @@ def file_names(target: Target) -> list[str]:
     return names
 
 
-def _write_and_prove(graph: Graph, subject: Subject, folder: Path, *, is_asked: bool) -> Proven | None:
-    """The ONNX file of `graph`, run on held-out samples against the network; None where it failed and nobody asked.
+def _write_and_prove(
+    graph: Graph, subject: Subject, folder: Path, labelled: LabelledImages | None, *, is_asked: bool
+) -> Proven | None:
+    """The ONNX file of `graph`, run against the network; None where it failed and nobody asked.
 
     Until it is proven it has another name: what is called model.onnx has always been run.
     """
@@ -140,71 +188,50 @@ def _write_and_prove(graph: Graph, subject: Subject, folder: Path, *, is_asked: 
             write_atomically(unproven, graph.model.SerializeToString())
             done(f"{path}, {size(unproven.stat().st_size)}")
         with console.stage("proof", f"running {path.name} on held-out synthetic samples") as done:
-            found = proof_of(subject, unproven, graph.precision)
-            if graph.precision == "int8" and found.verified:
-                found = with_loss(found, graph.loss, len(subject.samples.held_out))
-            found = replace(found, reason=found.reason.replace(unproven.name, path.name))
+            proof = prove(unproven, subject, graph.precision, labelled)
+            found = proof.verification
             done(found.reason, good=None if found.doubt else bool(found.verified))
         if not found.verified and not is_asked:
-            console.warn(f"no {graph.precision} file: ask for it with --precision {graph.precision}, and more is tried")
+            more = f": ask for it with --precision {graph.precision}, and more is tried" if graph.loss.points else ""
+            console.warn(f"no {graph.precision} file{more}")
             return None
-        path = accept(unproven, path) if found.verified else unproven.replace(rejected_path(path))
+        path = settle(unproven, path, failed=not found.verified)
     if not found.verified:
-        console.warn(f"the file is not proven to compute what the network computes: it was set aside as {path.name}")
-    return Proven(path, "onnx", "onnxruntime", graph, found)
-
-
-def score_file(runtime: Runtime, labelled: LabelledImages) -> float:
-    """The accuracy of a file, percent, on labelled images of its size; preprocessing as it says."""
-    mean, std = preprocessing_of(describe(runtime.metadata), channels=runtime.input_shape[0])
-    return accuracy(runtime.run, labelled, mean=mean, std=std, batch=runtime.fixed_batch)
+        console.warn(f"the file failed its proof: it was set aside as {path.name}")
+    return Proven(path, "onnx", "onnxruntime", graph, proof)
 
 
 def artifact(
-    proven: Proven,
-    subject: Subject,
-    timings: Mapping[Path, Timing],
-    labelled: LabelledImages | None,
-    *,
-    profile: str | None,
-    notes: tuple[str, ...] = (),
+    file: Proven, subject: Subject, timing: Timing | None, *, profile: str | None, notes: tuple[str, ...] = ()
 ) -> Artifact:
-    """What the report says of a file; what was not measured is None. `profile`: the device profile that was named."""
-    content = proven.path.read_bytes()
-    timing, verification, graph = timings.get(proven.path), proven.verification, proven.graph
+    """What the report says of a file; what was not measured is None. `profile`: the device profile it was made for."""
+    content = file.path.read_bytes()
+    verification, graph = file.proof.verification, file.graph
     embedded = ("takes images in 0...1",) if subject.embed_preprocessing else ()
-    runtime = open_runtime(proven.path) if verification.verified else None
     return Artifact(
-        path=proven.path.name,
+        path=file.path.name,
         sha256=hashlib.sha256(content).hexdigest(),
-        format=proven.format,
+        format=file.format,
         precision=graph.precision,
         precision_requested=graph.precision,
         profile=profile,
         size_bytes=len(content),
-        runtime=timing.runtime if timing else proven.runtime,
+        runtime=timing.runtime if timing else file.runtime,
         max_abs_error=_finite(verification.max_abs_error),
         agreement=_finite(verification.agreement),
-        accuracy=score_file(runtime, labelled) if runtime and labelled else None,
+        accuracy=file.proof.accuracy,
         latency_ms=timing.latency_ms if timing else None,
         throughput_per_s=timing.throughput_per_s if timing else None,
         batch=timing.batch if timing else None,
         verified=verification.verified,
         verified_reason=verification.reason,
-        notes=(*embedded, *graph.notes, *proven.notes, *notes),
-        teacher_agreement=agreement(subject, predictions(subject, runtime.run)) if runtime else None,
+        notes=(*embedded, *graph.notes, *file.notes, *notes),
+        teacher_agreement=file.proof.teacher_agreement,
         integer_share=100 * graph.integer_share,
         float_layers=graph.float_layers,
         input_range=input_range(embed_preprocessing=subject.embed_preprocessing),
         doubt=verification.doubt,
     )
-
-
-def timed_paths(proofs: list[Proven]) -> tuple[list[Path], list[Path]]:
-    """The ONNX files and the plans that are worth timing: those that are verified."""
-    verified = [proof for proof in proofs if proof.verification.verified]
-    of_onnx, of_tensorrt = ([proof.path for proof in verified if proof.format == name] for name in ("onnx", "trt"))
-    return of_onnx, of_tensorrt
 
 
 def _finite(value: float | None) -> float | None:

@@ -6,7 +6,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from engine.errors import SSDKDError
@@ -52,15 +52,22 @@ def check_writable(folder: Path) -> None:
 def new_folder(folder: Path) -> Iterator[None]:
     """The folder, tried for writing and locked; what fails inside takes it and new parents away again where empty."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
+    with _taken_away(new):
         check_writable(folder)
-        with locked(folder):
-            _sweep(folder)
-            yield
+    with locked(folder), _taken_away(new):  # not before: another process may have it, as new
+        _sweep(folder)
+        yield
+
+
+@contextlib.contextmanager
+def _taken_away(folders: Sequence[Path]) -> Iterator[None]:
+    """What fails inside takes the folders away, where they are empty: each stands in the next one."""
+    try:
+        yield
     except BaseException:
         with contextlib.suppress(OSError):  # it holds something
-            for path in new:
-                path.rmdir()
+            for folder in folders:
+                folder.rmdir()
         raise
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from engine.errors import SSDKDError
-from exporters.precision import PRECISIONS
+from exporters import PRECISIONS
 from ssdkd_cli.report import Artifact, Gate, Recommendation, origin
 from ssdkd_cli.words import SAME, compared, percent, times
 

@@ -9,13 +9,9 @@ from exporters.evaluate import LabelledImages, accuracy, load_labelled
 from exporters.runtimes import predictor
 from ssdkd_cli import console
 from ssdkd_cli.runs import StudentCard
-from ssdkd_cli.words import is_near_chance, percent
 
 if TYPE_CHECKING:
     from torch import nn
-
-LEAST_KEPT = 2 / 3  # of the teacher's own way from chance; chosen by us: half let 61 % pass, of three classes
-TOO_LITTLE = "it has learned too little; take a larger --student, or a larger --effort or --time-limit than it had"
 
 
 def read_classes(classes: int | Path | None) -> tuple[int | None, tuple[str, ...] | None]:
@@ -68,46 +64,3 @@ def numbered_images(
 def network_accuracy(network: "nn.Module", card: StudentCard, labelled: LabelledImages) -> float:
     """The accuracy of a network where it lies, percent. Raises SSDKDError for logits that are not finite."""
     return accuracy(predictor(network), labelled, mean=card.mean, std=card.std)
-
-
-def chance_warnings(accuracy: float | None, classes: int, *, is_run: bool) -> list[str]:
-    """A sentence on an accuracy (percent) that is too near chance to be that of a trained network.
-
-    `is_run`: of a run's student, whose preprocessing is its teacher's, as that was read then.
-    """
-    if accuracy is None or not is_near_chance(accuracy, classes):
-        return []
-    chance = percent(100 / classes)
-    those = "were --mean, --std and --input of `ssdkd compress`" if is_run else "are --mean, --std and --input"
-    return [
-        f"{percent(accuracy)} accuracy is far below what a trained network reaches, chance is {chance}: are "
-        "the labels in the order of the network's classes (folders are numbered alphabetically, unless --classes FILE "
-        f"names the classes), and {those} those of the training?"
-    ]
-
-
-def student_warnings(accuracy: float | None, classes: int, *, of_teacher: float | None, is_run: bool) -> list[str]:
-    """A sentence on a student's accuracy (percent) that is far below its teacher's on the same images.
-
-    The images cannot be to blame there. Where the teacher's accuracy is not known, or near chance itself, they may be.
-    `is_run`: as `chance_warnings` takes it.
-    """
-    if of_teacher is None or is_near_chance(of_teacher, classes):
-        asked = "were, and its" if is_run else "are, and it is a student whose"
-        blamed = f"If they {asked} teacher does better on these images, it has learned too little"
-        return [f"{warning} {blamed}" for warning in chance_warnings(accuracy, classes, is_run=is_run)]
-    chance = 100 / classes
-    if accuracy is None or accuracy > chance + LEAST_KEPT * (of_teacher - chance):
-        return []
-    return [
-        f"the student has {percent(accuracy)} accuracy, its teacher {percent(of_teacher)} on the same images, chance "
-        f"is {percent(chance)}: {TOO_LITTLE}"
-    ]
-
-
-def agreement_warnings(agreement: float, classes: int) -> list[str]:
-    """A sentence on a student that agrees with its teacher (percent, of held-out samples) too seldom to be used."""
-    chance = 100 / classes
-    if agreement > chance + LEAST_KEPT * (100 - chance):
-        return []
-    return [f"the student agrees with its teacher on {percent(agreement)} of held-out samples: {TOO_LITTLE}"]

@@ -24,12 +24,32 @@ class Loss:
 
     points: float = 0.0
     margin: float = 0.0
+    samples: int = 1
 
     def __str__(self) -> str:
-        if not self.points:
-            return "as much agreement with the teacher as in float32"
-        way = "less" if self.points > 0 else "more"
-        return f"{abs(self.points):.2f} points {way} agreement with the teacher than in float32"
+        if not self.margin:
+            return f"as much agreement with the teacher as in float32, of {self.samples} samples"
+        way = "less" if self.points >= 0 else "more"
+        points = f"{abs(self.points):.2f} ± {self.margin:.2f} points {way}"
+        return f"{points} agreement with the teacher than in float32, of {self.samples} samples"
+
+    @property
+    def allowed(self) -> float:
+        """Points that may be lost: MOST_LOST, or one sample where so few samples cannot show half a point.
+
+        Never more than the proof of the file allows: what it would reject is to be remedied first.
+        """
+        return min(max(MOST_LOST, 100 / self.samples), 100 - LIMITS["int8"].min_agreement)
+
+    @property
+    def is_within(self) -> bool:
+        """Whether no more is lost than may be."""
+        return self.points <= self.allowed
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether more is lost than may be, and chance may have done it: few samples blame a file for no less."""
+        return self.allowed < self.points <= self.allowed + self.margin
 
 
 NOTHING = Loss()
@@ -40,22 +60,4 @@ def loss_of(subject: Subject, predicted: NDArray[np.int64]) -> Loss:
     teachers, number = subject.samples.held_out_logits.argmax(1), len(predicted)
     lost = int(((subject.predicted == teachers) & (predicted != teachers)).sum())
     gained = int(((subject.predicted != teachers) & (predicted == teachers)).sum())
-    return Loss(100 * (lost - gained) / number, 100 * Z_95 * math.sqrt(lost + gained) / number)
-
-
-def loses_too_much(loss: Loss, allowed: float) -> bool:
-    """Whether the lower bound of what is lost is above the points `allowed`: few samples blame a file for no less."""
-    return loss.points - loss.margin > allowed
-
-
-def is_in_doubt(loss: Loss, allowed: float) -> bool:
-    """Whether more is lost than the points `allowed`, and chance may have done it."""
-    return loss.points > allowed and not loses_too_much(loss, allowed)
-
-
-def most_lost(samples: int) -> float:
-    """Points that may be lost: MOST_LOST, or one sample where so few samples cannot show half a point.
-
-    Never more than the proof of the file allows: what it would reject is to be remedied first.
-    """
-    return min(max(MOST_LOST, 100 / samples), 100 - LIMITS["int8"].min_agreement)
+    return Loss(100 * (lost - gained) / number, 100 * Z_95 * math.sqrt(lost + gained) / number, number)

@@ -10,21 +10,15 @@ from exporters.evaluate import LabelledImages, accuracy
 from exporters.metadata import describe, preprocessing_of
 from exporters.runtimes import OPENERS, open_runtime
 from ssdkd_cli import console, runs
-from ssdkd_cli.artifacts import file_name, score_file
-from ssdkd_cli.labels import (
-    chance_warnings,
-    check_number,
-    labelled_images,
-    network_accuracy,
-    numbered_images,
-    read_classes,
-    student_warnings,
-)
+from ssdkd_cli.artifacts import file_name
+from ssdkd_cli.doubts import busy_warnings, chance_warnings, slower_warnings, student_warnings
+from ssdkd_cli.labels import check_number, labelled_images, network_accuracy, numbered_images, read_classes
 from ssdkd_cli.material import NOISE_SAMPLES, read_teacher, smooth_noise
 from ssdkd_cli.plans import PLAN
+from ssdkd_cli.proving import score_file
 from ssdkd_cli.report import Percentiles, problem_of, read_report
 from ssdkd_cli.target import is_for_another_device
-from ssdkd_cli.timing import BATCHES, busy_warnings, slower_warnings, time_files, time_plan_file
+from ssdkd_cli.timing import BATCHES, time_files, time_plan_file
 
 
 @dataclass(frozen=True)

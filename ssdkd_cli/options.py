@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, get_args, get_type_hints
@@ -20,6 +21,8 @@ from ssdkd_cli.outcome import Outcome
 from ssdkd_cli.parsing import (
     finite,
     in_unit,
+    known_formats,
+    known_precisions,
     not_too_large,
     parse_classes,
     parse_duration,
@@ -29,146 +32,106 @@ from ssdkd_cli.parsing import (
     parse_qat,
     parse_shape,
     parse_spread,
-    without_repeats,
 )
 from ssdkd_cli.words import shape
 
-ARCH = typer.Option(
+# An option in its part of --help.
+_of_teacher, _of_student, _of_run, _of_result, _limit = (
+    partial(typer.Option, rich_help_panel=panel) for panel in ("Teacher", "Student", "Run", "Result", "Limits")
+)
+
+ARCH = _of_teacher(
     metavar="NAME",
     help="Architecture, where the file does not tell: a name of ours, torchvision's or timm's, "
     "or package.module:function.",
-    rich_help_panel="Teacher",
 )
-INPUT = typer.Option(
-    parser=parse_shape,
-    metavar="CxHxW",
-    help="What the network takes: channels x height x width, for example 3x32x32.",
-    rich_help_panel="Teacher",
+INPUT = _of_teacher(
+    parser=parse_shape, metavar="CxHxW", help="What the network takes: channels x height x width, for example 3x32x32."
 )
-MEAN = typer.Option(
+MEAN = _of_teacher(
     parser=parse_numbers,
     callback=in_unit,
     metavar="R,G,B",
     help="Mean of the normalisation, of images in 0...1: a number a channel, or one for all.",
-    rich_help_panel="Teacher",
 )
-STD = typer.Option(
+STD = _of_teacher(
     parser=parse_spread,
     is_eager=True,  # read before --mean, whose error may name it
     metavar="R,G,B",
     help="Standard deviation of the normalisation: a number a channel, or one for all.",
-    rich_help_panel="Teacher",
 )
-CLASSES = typer.Option(
-    parser=parse_classes,
-    metavar="N|FILE",
-    help="How many classes, or a labels file with one class name a line.",
-    rich_help_panel="Teacher",
+CLASSES = _of_teacher(
+    parser=parse_classes, metavar="N|FILE", help="How many classes, or a labels file with one class name a line."
 )
 FLAG = ""  # metavar of an option that takes no value
-TRUST_PICKLE = typer.Option(
-    "--trust-pickle",
-    metavar=FLAG,
-    help="Allow a file whose loading runs code. Only for files that you trust.",
-    rich_help_panel="Teacher",
+TRUST_PICKLE = _of_teacher(
+    "--trust-pickle", metavar=FLAG, help="Allow a file whose loading runs code. Only for files that you trust."
 )
-DEVICE = typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:1.", rich_help_panel="Run")
-SEED = typer.Option(
+DEVICE = _of_run(metavar="NAME", help="auto, cpu, cuda or cuda:1.")
+SEED = _of_run(
     min=0,
     callback=not_too_large,
     metavar="N",
     help="Of all random numbers: on an idle CPU the same seed gives the same result, bit for bit.",
-    rich_help_panel="Run",
 )
-EXPORT = typer.Option(
-    callback=without_repeats,
+EXPORT = _of_result(
+    callback=known_formats,
     metavar="FORMAT",
     help="onnx or trt; can be given more than once. Default: the profile's, else onnx.",
-    rich_help_panel="Result",
 )
-PRECISION = typer.Option(
-    callback=without_repeats,
+PRECISION = _of_result(
+    callback=known_precisions,
     metavar="NAME",
     help="fp32, fp16 or int8; can be given more than once. Default: the profile's; without a profile compress "
     "measures all and recommends the fastest that is proven without doubt, export makes fp32.",
-    rich_help_panel="Result",
 )
-PROFILE = typer.Option(
-    metavar="NAME|FILE",
-    help="The device: `ssdkd profiles` lists them. Sets what is not typed.",
-    rich_help_panel="Result",
-)
-QAT = typer.Option(
+PROFILE = _of_result(metavar="NAME|FILE", help="The device: `ssdkd profiles` lists them. Sets what is not typed.")
+QAT = _of_result(
     parser=parse_qat,
     metavar="auto|on|off",
     help="Quantization-aware distillation of an INT8 file: auto does it where too much is lost without.",
-    rich_help_panel="Result",
 )
-NO_FALLBACK = typer.Option(
+NO_FALLBACK = _of_result(
     "--no-fallback",
     metavar=FLAG,
-    help="All layers of an INT8 file in integers, or exit code 3: none is left in float32.",
-    rich_help_panel="Result",
+    help="An INT8 file that loses too much is a failure, exit code 3: no layer of it goes back into float32.",
 )
-EVAL_DATA = typer.Option(
+EVAL_DATA = _of_result(
     parser=parse_path,
     metavar="DIR",
     help="Labelled images (a folder a class, numbered alphabetically unless --classes or the teacher's file names the "
     "classes; or an .npz) for the accuracy in the report; the distillation never sees them.",
-    rich_help_panel="Result",
 )
-MAX_DROP = typer.Option(
+MAX_DROP = _limit(
     min=0.0,
     callback=finite,
     metavar="POINTS",
     help="Exit code 3 where a file's accuracy is further below the teacher's; needs --eval-data.",
-    rich_help_panel="Limits",
 )
-MAX_LATENCY = typer.Option(
-    min=0.0,
-    callback=finite,
-    metavar="MS",
-    help="Exit code 3 where a file takes longer for one image, in the median.",
-    rich_help_panel="Limits",
+MAX_LATENCY = _limit(
+    min=0.0, callback=finite, metavar="MS", help="Exit code 3 where a file takes longer for one image, in the median."
 )
-MAX_SIZE = typer.Option(
-    min=0.0,
-    callback=finite,
-    metavar="MB",
-    help="Exit code 3 where a file is larger (10^6 bytes).",
-    rich_help_panel="Limits",
-)
-MIN_AGREEMENT = typer.Option(
+MAX_SIZE = _limit(min=0.0, callback=finite, metavar="MB", help="Exit code 3 where a file is larger (10^6 bytes).")
+MIN_AGREEMENT = _limit(
     min=0.0,
     max=100.0,
     metavar="PERCENT",
     help="Exit code 3 where a file predicts the teacher's class less often, on held-out synthetic samples.",
-    rich_help_panel="Limits",
 )
-FP16_IO = typer.Option(
+FP16_IO = _of_result(
     "--fp16-io",
     metavar=FLAG,
     help="An FP16 file takes images and gives logits in float16 too; without it these are float32.",
-    rich_help_panel="Result",
 )
-EMBED_PREPROCESSING = typer.Option(
-    "--embed-preprocessing",
-    metavar=FLAG,
-    help="The exported file takes images in 0...1 and normalises them itself.",
-    rich_help_panel="Result",
+EMBED_PREPROCESSING = _of_result(
+    "--embed-preprocessing", metavar=FLAG, help="The exported file takes images in 0...1 and normalises them itself."
 )
-OVERWRITE = typer.Option(
+OVERWRITE = _of_result(
     "--overwrite",
     metavar=FLAG,
     help="Replace what is there: an earlier run, or of an export the files of the same names.",
-    rich_help_panel="Result",
 )
-JSON = typer.Option(
-    "--json",
-    metavar=FLAG,
-    help="Print the result as JSON on stdout, and nothing else there.",
-    rich_help_panel="Result",
-)
+JSON = _of_result("--json", metavar=FLAG, help="Print the result as JSON on stdout, and nothing else there.")
 
 
 @dataclass(frozen=True)
@@ -186,20 +149,15 @@ class Options:
     ]
     student: Annotated[
         str,
-        typer.Option(
+        _of_student(
             metavar="NAME",
             help="From `ssdkd students`, torchvision, timm, package.module:function, or `same` as the teacher "
             "(a graph: with its --arch).",
-            rich_help_panel="Student",
         ),
     ]
     student_weights: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Start from these weights instead of random and inherited ones.",
-            rich_help_panel="Student",
-        ),
+        _of_student(metavar="FILE", help="Start from these weights instead of random and inherited ones."),
     ] = None
     arch: Annotated[str | None, ARCH] = None
     input: Annotated[tuple[int, int, int] | None, INPUT] = None
@@ -209,50 +167,45 @@ class Options:
     trust_pickle: Annotated[bool, TRUST_PICKLE] = False
     effort: Annotated[
         str,
-        typer.Option(
+        _of_run(
             parser=parse_effort,
             metavar="|".join(EFFORTS),
             help="How long to distil: smoke proves the path, full is for the result.",
-            rich_help_panel="Run",
         ),
     ] = "full"
     samples: Annotated[
         int | None,
-        typer.Option(
+        _of_run(
             min=1,
             metavar="N",
             help=f"Synthetic samples that the student learns from; else {DistillationSettings.samples}.",
-            rich_help_panel="Run",
         ),
     ] = None
     batch_size: Annotated[
         int | None,
-        typer.Option(
+        _of_run(
             min=16,
             metavar="N",
             help="Images in a step of the student, and in a batch of new ones; fewer need less memory.",
-            rich_help_panel="Run",
         ),
     ] = None
     time_limit: Annotated[
         float | None,
-        typer.Option(
+        _of_run(
             parser=parse_duration,
             metavar="TIME",
             help="Stop distilling after 90s, 10m, 1h30m. A run that the clock hurries cannot be repeated bit for bit.",
-            rich_help_panel="Run",
         ),
     ] = None
     device: Annotated[str, DEVICE] = "auto"
     seed: Annotated[int, SEED] = 0
     config: Annotated[
         Path | None,
-        typer.Option(
+        _of_run(
             metavar="FILE",
             is_eager=True,
             callback=apply_config,
             help="TOML file with values for what is not typed, required ones too, such as a run's config.toml.",
-            rich_help_panel="Run",
         ),
     ] = None
     export: Annotated[list[str], EXPORT] = field(default_factory=list)
@@ -269,12 +222,7 @@ class Options:
     min_agreement: Annotated[float | None, MIN_AGREEMENT] = None
     out: Annotated[
         Path | None,
-        typer.Option(
-            parser=parse_path,
-            metavar="DIR",
-            help="Folder of the run; else runs/<teacher>-<student>.",
-            rich_help_panel="Result",
-        ),
+        _of_result(parser=parse_path, metavar="DIR", help="Folder of the run; else runs/<teacher>-<student>."),
     ] = None
     overwrite: Annotated[bool, OVERWRITE] = False
     json: Annotated[bool, JSON] = False

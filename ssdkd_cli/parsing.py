@@ -2,12 +2,13 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import typer
 
 from engine.config import EFFORTS
+from exporters import FORMATS, PRECISIONS
 
 QAT_CHOICES = ("auto", "on", "off")
 LARGEST = 1e6  # no constant of images in 0...1 or 0...255 is larger
@@ -116,6 +117,18 @@ def not_too_large(seed: int) -> int:
     return seed
 
 
-def without_repeats(names: list[str]) -> list[str]:
-    """Each name once, in the order in which they were first given."""
+def known_precisions(names: list[str]) -> list[str]:
+    """Each precision once, in the order in which they were first given. Raises typer.BadParameter."""
+    return _known(names, PRECISIONS)
+
+
+def known_formats(names: list[str]) -> list[str]:
+    """Each export format once, in the order in which they were first given. Raises typer.BadParameter."""
+    return _known(names, FORMATS)
+
+
+def _known(names: list[str], known: Collection[str]) -> list[str]:
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(f"expected one of {', '.join(known)}; found {name!r}")
     return list(dict.fromkeys(names))

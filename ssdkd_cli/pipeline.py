@@ -9,7 +9,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +20,24 @@ from engine.config import DistillationSettings, settings_for
 from engine.device import Compute, choose_device
 from engine.errors import SSDKDError
 from engine.inheritance import inherit
+from engine.inspection import count_parameters
 from engine.replay import sample_bytes
 from engine.state import State
 from engine.students import STUDENTS, build_student, check_network_name
 from engine.teacher import Teacher
-from exporters.evaluate import LabelledImages, check_labelled, logits_of
-from exporters.runtimes import predictor
+from exporters.evaluate import LabelledImages, check_labelled
 from ssdkd_cli import console, replacing, runs
-from ssdkd_cli.artifacts import artifact, make_files, timed_paths, try_target
+from ssdkd_cli.artifacts import make, try_target
 from ssdkd_cli.config_file import read_config, write_config
-from ssdkd_cli.describe import Scores, count_parameters, describe_run, run_warnings, size_warnings
+from ssdkd_cli.describe import describe_distillation, describe_run, describe_student, describe_teacher, with_files
+from ssdkd_cli.doubts import chance_warnings, learning_warnings, run_warnings, size_warnings
 from ssdkd_cli.environment import profile_warnings
 from ssdkd_cli.files import check_file_size, check_space, new_folder, write_text
 from ssdkd_cli.gates import Limits, check_limits, with_budget
-from ssdkd_cli.labels import (
-    agreement_warnings,
-    chance_warnings,
-    labelled_images,
-    network_accuracy,
-    read_classes,
-    student_warnings,
-)
+from ssdkd_cli.labels import labelled_images, network_accuracy, read_classes
 from ssdkd_cli.material import read_teacher
 from ssdkd_cli.options import Options, as_typed
-from ssdkd_cli.report import Report
+from ssdkd_cli.report import NO_FILES, Report
 from ssdkd_cli.report_page import write_report
 from ssdkd_cli.samples import write_samples
 from ssdkd_cli.subject import Subject, agreement
@@ -52,11 +46,11 @@ from ssdkd_cli.teaching import (
     CALIBRATION_BYTES,
     CALIBRATION_SAMPLES,
     SMALLEST_BATCH,
+    Distilled,
     keeping_student,
     teach,
 )
-from ssdkd_cli.timing import TEACHER, busy_warnings, crowded_warnings, measure
-from ssdkd_cli.words import count, is_near_chance, percent, shape
+from ssdkd_cli.words import count, percent, shape
 
 SMOKE = "--effort smoke shows that it goes through: its student is not worth using"
 SPARE_BYTES = 4_000_000  # report, picture, metrics
@@ -69,6 +63,23 @@ class Finished:
 
     folder: Path
     report: Report
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a distillation begins with.
+
+    `teacher_accuracy`: percent, on the `labelled` images; None without any. `warnings`: those that were said.
+    """
+
+    teacher: Teacher
+    student: nn.Module
+    inherited: frozenset[str]
+    settings: DistillationSettings
+    card: runs.StudentCard
+    labelled: LabelledImages | None
+    teacher_accuracy: float | None
+    warnings: tuple[str, ...]
 
 
 def compress(options: Options, *, command: str) -> Finished:
@@ -89,78 +100,71 @@ def compress(options: Options, *, command: str) -> Finished:
     compute = choose_device(options.device)
     check_limits(limits, target, has_labels=options.eval_data is not None)
     folder = options.out or runs.default_folder(options.teacher, options.student)
-    read = (options.teacher, options.student_weights, options.classes, options.eval_data, options.config)
     ablations = read_config(options.config)["distillation"] if options.config else {}
     with new_folder(folder):
-        replacing.check_inputs(folder, [path for path in read if isinstance(path, Path)])
-        replacing.recover(folder)
-        replacing.check_free(folder, options.overwrite)
-        teacher = load(options)
-        settings = settings_of(options, ablations, teacher, compute)
-        student, inherited = build(options, teacher, settings, target)
-        doubts = [*size_warnings(student, teacher), *profile_warnings(target.profile.name)]
-        doubts += [SMOKE] if options.effort == "smoke" else []
-        warnings = [*teacher.spec.warnings, *console.warn_all(doubts)]
-        check_memory(teacher, settings, compute)
-        check_space(folder, needed_bytes(teacher, student, settings))
-        check_file_size(4 * max(teacher.spec.parameters, count_parameters(student)))
-        card = runs.teacher_card(teacher.spec, options.student)
-        labelled, teacher_accuracy = read_labelled(options.eval_data, teacher, card, compute.device)
-        warnings += [labelled.doubt] if labelled and labelled.doubt else []  # which was said
-        warnings += console.warn_all(chance_warnings(teacher_accuracy, teacher.spec.classes, is_run=False))
+        check_place(options, folder)
+        prepared = prepare(options, ablations, target, compute, folder)
+        settings, warnings = prepared.settings, [*prepared.warnings]
         with keeping_student(folder):
             write_text(folder / runs.CONFIG, write_config(as_typed(options), ablations, dataclasses.asdict(settings)))
             distilled = teach(
-                teacher,
-                student,
+                prepared.teacher,
+                prepared.student,
                 settings,
                 compute,
                 folder,
-                card,
-                inherited=inherited,
+                prepared.card,
+                inherited=prepared.inherited,
                 seed=options.seed,
                 time_limit_seconds=options.time_limit,
             )
             warnings += console.warn_all(run_warnings(distilled.state))
-            save_picture(folder, distilled.state, class_names(teacher))
-            subject = Subject(distilled.student, card, distilled.samples, options.embed_preprocessing)
-            proofs = make_files(subject, target, folder, compute=compute, seed=options.seed)
-            teacher_timing, timings, unknown = measure(
-                *timed_paths(proofs),
-                distilled.samples.held_out,
+            save_picture(folder, distilled.state, class_names(prepared.teacher))
+            subject = Subject(distilled.student, prepared.card, distilled.samples, options.embed_preprocessing)
+            report, doubts = score(prepared, distilled, subject, options, compute, folder, command=command)
+            warnings += doubts
+            without_files = dataclasses.replace(report, warnings=(*warnings, NO_FILES))
+            write_report(without_files, folder)  # whatever becomes of the files: what the student is worth is known
+            made = make(
+                subject,
+                target,
                 folder,
-                batch=target.timed_batch,
-                teacher=replace(subject, module=teacher.module, embed_preprocessing=False),
-            )
-            of_teacher = {TEACHER: teacher_timing} if teacher_timing else {}
-            of_files = {path.name: timing for path, timing in timings.items()}
-            busy = busy_warnings({**of_teacher, **of_files}, folder)
-            warnings += [*unknown, *console.warn_all([*busy, *crowded_warnings(compute.threads)])]
-            with console.stage("score", "comparing student and teacher") as done:
-                scores = compare(subject, labelled, teacher_accuracy, compute.device)
-                profile = target.profile.name if target.is_named else None
-                artifacts = tuple(artifact(proof, subject, timings, labelled, profile=profile) for proof in proofs)
-                correct = f", accuracy {percent(scores.student_accuracy)}" if labelled else ""
-                done(f"agreement {percent(scores.agreement)}{correct}")
-            warnings += console.warn_all(learning_warnings(scores, teacher.spec.classes, options.effort))
-            report = describe_run(
-                teacher,
-                distilled,
-                scores,
-                artifacts,
-                teacher_timing,
-                compute,
-                arch=options.student,
+                labelled=prepared.labelled,
+                compute=compute,
                 seed=options.seed,
-                student_bytes=(folder / runs.STUDENT).stat().st_size,
-                limits=limits,
-                target=target,
-                warnings=warnings,
-                command=command,
-                seconds=time.perf_counter() - started,
+                teacher=dataclasses.replace(subject, module=prepared.teacher.module, embed_preprocessing=False),
             )
+            warnings += made.warnings
+            seconds = time.perf_counter() - started
+            report = with_files(report, made, target, limits, warnings=warnings, seconds=seconds)
             write_report(report, folder)
     return Finished(folder, report)
+
+
+def check_place(options: Options, folder: Path) -> None:
+    """Raises SSDKDError where a run in `folder` would replace another one, or what it reads."""
+    read = (options.teacher, options.student_weights, options.classes, options.eval_data, options.config)
+    replacing.check_inputs(folder, [path for path in read if isinstance(path, Path)])
+    replacing.recover(folder)
+    replacing.check_free(folder, options.overwrite)
+
+
+def prepare(options: Options, ablations: Mapping[str, Any], target: Target, compute: Compute, folder: Path) -> Prepared:
+    """Teacher, student and labelled images, read and tried: what can fail before the distillation fails here."""
+    teacher = load(options)
+    settings = settings_of(options, ablations, teacher, compute)
+    student, inherited = build(options, teacher, settings, target)
+    doubts = [*size_warnings(student, teacher), *profile_warnings(target.profile.name)]
+    doubts += [SMOKE] if options.effort == "smoke" else []
+    warnings = [*teacher.spec.warnings, *console.warn_all(doubts)]
+    check_memory(teacher, settings, compute)
+    check_space(folder, needed_bytes(teacher, student, settings))
+    check_file_size(4 * max(teacher.spec.parameters, count_parameters(student)))
+    card = runs.teacher_card(teacher.spec, options.student)
+    labelled, teacher_accuracy = read_labelled(options.eval_data, teacher, card, compute.device)
+    warnings += [labelled.doubt] if labelled and labelled.doubt else []  # which was said
+    warnings += console.warn_all(chance_warnings(teacher_accuracy, teacher.spec.classes, is_run=False))
+    return Prepared(teacher, student, inherited, settings, card, labelled, teacher_accuracy, tuple(warnings))
 
 
 def settings_of(
@@ -266,16 +270,6 @@ def read_labelled(
     return labelled, correct
 
 
-def learning_warnings(scores: Scores, classes: int, effort: str) -> list[str]:
-    """A sentence on a student that learned too little; of --effort smoke that was said at the start."""
-    if effort == "smoke":
-        return []
-    of_teacher = scores.teacher_accuracy
-    if of_teacher is None or is_near_chance(of_teacher, classes):  # labels that tell nothing
-        return agreement_warnings(scores.agreement, classes)
-    return student_warnings(scores.student_accuracy, classes, of_teacher=of_teacher, is_run=True)
-
-
 def needed_bytes(teacher: Teacher, student: nn.Module, settings: DistillationSettings) -> int:
     """What a run writes at most: the teacher as ONNX for the timing, the student in each precision, samples, report."""
     image_bytes = math.prod(teacher.spec.input_shape)
@@ -307,15 +301,47 @@ def class_names(teacher: Teacher) -> tuple[str, ...]:
     return teacher.spec.class_names or tuple(f"class {number}" for number in range(teacher.spec.classes))
 
 
-def compare(
-    subject: Subject, labelled: LabelledImages | None, teacher_accuracy: float | None, device: torch.device
-) -> Scores:
-    """How often the student agrees with the teacher, and how often it is right where there are labelled images."""
-    student, card = copy.deepcopy(subject.module).to(device), subject.card
-    logits = logits_of(predictor(student), subject.samples.held_out, mean=card.mean, std=card.std)
-    return Scores(
-        agreement=agreement(subject, logits.argmax(axis=1)),
-        teacher_accuracy=teacher_accuracy,
-        student_accuracy=network_accuracy(student, card, labelled) if labelled else None,
-        labelled=labelled,
+def score(
+    prepared: Prepared,
+    distilled: Distilled,
+    subject: Subject,
+    options: Options,
+    compute: Compute,
+    folder: Path,
+    *,
+    command: str,
+) -> tuple[Report, list[str]]:
+    """The report of the student, without its files, and what is doubtful of it, which was said."""
+    teacher, labelled = prepared.teacher, prepared.labelled
+    with console.stage("score", "comparing student and teacher") as done:
+        agreed = agreement(subject, subject.predicted)
+        correct = student_accuracy(subject, labelled, compute.device) if labelled else None
+        done(f"agreement {percent(agreed)}" + (f", accuracy {percent(correct)}" if labelled else ""))
+    doubts = []
+    if options.effort != "smoke":  # of that it was said at the start
+        of_teacher = prepared.teacher_accuracy
+        doubts = learning_warnings(correct, agreed, teacher.spec.classes, of_teacher=of_teacher)
+    report = describe_run(
+        describe_teacher(teacher, prepared.teacher_accuracy, labelled),
+        describe_student(
+            distilled,
+            arch=options.student,
+            input_shape=teacher.spec.input_shape,
+            size_bytes=(folder / runs.STUDENT).stat().st_size,
+            accuracy=correct,
+            agreement=agreed,
+        ),
+        describe_distillation(distilled.state, held_out_samples=len(distilled.samples.held_out), seed=options.seed),
+        compute,
+        command=command,
     )
+    return report, console.warn_all(doubts)
+
+
+def student_accuracy(subject: Subject, labelled: LabelledImages, device: torch.device) -> float | None:
+    """Percent; None, with a word, for logits that are not finite: a run is not lost by them."""
+    try:
+        return network_accuracy(copy.deepcopy(subject.module).to(device), subject.card, labelled)
+    except SSDKDError as error:
+        console.warn(f"the student's accuracy is unknown: {error.message}")
+        return None

@@ -1,6 +1,5 @@
 """TensorRT plans of proven ONNX files: built and proven here, or by a script on the device."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,6 +7,7 @@ import torch
 from engine.errors import SSDKDError
 from engine.hashing import sha256_of
 from exporters import FORMATS
+from exporters.evaluate import LabelledImages
 from exporters.runtimes import open_runtime
 from exporters.tensorrt_sidecar import (
     Sidecar,
@@ -18,11 +18,10 @@ from exporters.tensorrt_sidecar import (
     sidecar_path,
 )
 from exporters.to_tensorrt import build_plan
-from exporters.verify import Verification, rejected_path
+from exporters.verify import Verification
 from ssdkd_cli import console, runs
-from ssdkd_cli.loss import loss_of
-from ssdkd_cli.proving import Proven, accept, proof_of, unproven_place, with_loss
-from ssdkd_cli.subject import Subject, predictions
+from ssdkd_cli.proving import UNPROVEN, Proof, Proven, prove, settle, unproven_place
+from ssdkd_cli.subject import Subject
 from ssdkd_cli.target import Target
 from ssdkd_cli.words import size
 
@@ -30,26 +29,26 @@ NOT_RUN = "it cannot run on this machine"
 PLAN = FORMATS["trt"].suffix
 
 
-def for_tensorrt(proof: Proven, subject: Subject, target: Target) -> list[Proven]:
+def for_tensorrt(source: Proven, subject: Subject, target: Target, labelled: LabelledImages | None) -> list[Proven]:
     """The TensorRT plan of a proven ONNX file; where the device builds it itself, the script that does."""
     from exporters.jetson import write_build_script
 
-    precision, plan = proof.graph.precision, proof.path.with_suffix(PLAN)
+    precision, plan = source.graph.precision, source.path.with_suffix(PLAN)
     if target.flavour is None:
         script = write_build_script(
-            proof.path.parent,
-            proof.path,
+            source.path.parent,
+            source.path,
             precision=precision,
             batches=target.batches,
             workspace_mb=target.profile.workspace_mb,
             plan_name=plan.name,
         )
-        console.note(f"{script} builds {plan.name} of {proof.path.name} on the device; it needs no Python there")
+        console.note(f"{script} builds {plan.name} of {source.path.name} on the device; it needs no Python there")
         return []
     said = f"{target.flavour.label} {target.flavour.version}"
     with unproven_place(plan) as unproven, console.stage("tensorrt", f"building {plan.name} with {said}") as done:
         sidecar = build_plan(
-            proof.path,
+            source.path,
             unproven,
             precision=precision,
             batches=target.batches,
@@ -57,34 +56,31 @@ def for_tensorrt(proof: Proven, subject: Subject, target: Target) -> list[Proven
             timing_cache=plan.parent / runs.TIMING_CACHE,
             flavour=target.flavour,
         )
-        found = _verify_plan(unproven, proof, sidecar, subject)
-        found = replace(found, reason=found.reason.replace(unproven.name, plan.name))
-        if found.verified is False:
-            plan = rejected_path(plan)
-        sidecar_path(unproven).replace(sidecar_path(plan))
-        plan = unproven.replace(plan) if found.verified is False else accept(unproven, plan)
+        proof = _prove_plan(unproven, source, sidecar, subject, labelled)
+        found = proof.verification
+        plan = settle(unproven, plan, failed=found.verified is False)
         done(f"{plan}, {size(plan.stat().st_size)}; {found.reason}", good=None if found.doubt else found.verified)
-    return [Proven(plan, "trt", said, proof.graph, found, precision_notes(sidecar))]
+    return [Proven(plan, "trt", said, source.graph, proof, precision_notes(sidecar))]
 
 
-def _verify_plan(plan: Path, proof: Proven, sidecar: Sidecar, subject: Subject) -> Verification:
+def _prove_plan(
+    plan: Path, source: Proven, sidecar: Sidecar, subject: Subject, labelled: LabelledImages | None
+) -> Proof:
     """A plan's precision and origin always, what it computes where there is a GPU that runs it.
 
     TensorRT has just built it for the GPU that is there, if one is; TensorRT for RTX may not support that one.
     """
-    problem = check_sidecar(plan, proof.path) or check_precision(sidecar)
+    problem = check_sidecar(plan, source.path) or check_precision(sidecar)
     if problem:
-        return Verification(False, problem, None, None)
+        return Proof(Verification(False, problem.replace(UNPROVEN, ""), None, None))
     try:
-        runtime = open_runtime(plan)
+        open_runtime(plan)
     except SSDKDError as error:
         if torch.cuda.is_available() and sidecar.flavour == "tensorrt":
-            return Verification(False, error.message, None, None)
-        return Verification(None, f"{NOT_RUN}: {error.message}; {proof.path.name}, its source, is verified", None, None)
-    found = proof_of(subject, plan, proof.graph.precision)
-    if proof.graph.precision != "int8" or not found.verified:
-        return found
-    return with_loss(found, loss_of(subject, predictions(subject, runtime.run)), len(subject.samples.held_out))
+            return Proof(Verification(False, error.message, None, None))
+        said = f"{NOT_RUN}: {error.message}; {source.path.name}, its source, is verified"
+        return Proof(Verification(None, said, None, None))
+    return prove(plan, subject, source.graph.precision, labelled)
 
 
 def drop_outdated(path: Path) -> None:
@@ -103,5 +99,6 @@ def drop_outdated(path: Path) -> None:
             if sidecar.onnx_sha256 != sha256_of(path):
                 plan.unlink()
                 sidecar_path(plan).unlink()
+                console.warn(f"{plan.name} is deleted: it was of another {path.name} than the one that is there now")
     if script.exists() and sha256_of(path) not in script.read_text(encoding="utf-8"):
         script.unlink()

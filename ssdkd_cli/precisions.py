@@ -20,7 +20,7 @@ from torch import nn
 
 from engine.config import DistillationSettings, batch_for
 from engine.device import Compute
-from engine.errors import NonFiniteLossError
+from engine.errors import NonFiniteLossError, SSDKDError
 from engine.images import Normalization, normalization
 from engine.quantization import (
     STEPS,
@@ -39,12 +39,13 @@ from engine.rounding import rounded_weights
 from engine.task import Classification
 from exporters.precision import LEAST_INTEGER_SHARE, Scheme, integer_share, layer_names, to_fp16, to_int8
 from exporters.runtimes import open_runtime, to_input
-from ssdkd_cli.loss import NOTHING, Loss, loss_of, most_lost
+from ssdkd_cli.loss import NOTHING, Loss, loss_of
 from ssdkd_cli.subject import Subject, float_graph, graph_names, held_out_logits
 
 CALIBRATION_IMAGES = 512  # that ranges are taken from: more widen them and gain nothing (docs/quantization.md)
 SENSITIVITY_IMAGES = 128
-UNTRAINABLE = ("its layers are a graph's operations: they cannot be rounded together, trained or left in float32",)
+UNTRAINABLE = "its layers are a graph's operations: they cannot be rounded together, trained or left in float32"
+HALF_IO = "its input and output are float16"
 SEVEN_BITS, EIGHT_BITS = 64, 127  # the largest integer of a weight
 
 
@@ -83,38 +84,42 @@ class Integers:
 
 def half_graph(exported: onnx.ModelProto, *, half_io: bool = False) -> Graph:
     """The float32 model `exported` in float16, with `half_io` outside as well. Raises SSDKDError."""
-    notes = ("its input and output are float16",) if half_io else ()
+    notes = (HALF_IO,) if half_io else ()
     return Graph("fp16", to_fp16(exported, half_io=half_io), notes=notes)
 
 
 def integer_graph(subject: Subject, exported: onnx.ModelProto, integers: Integers) -> Graph:
     """The float32 model `exported` in INT8, after as many steps as it takes; what was done is in its notes.
 
-    The last one may still lose more than `most_lost`. Raises SSDKDError where the network cannot be quantized.
+    The last one may still lose more than may be lost. Raises SSDKDError where the network cannot be quantized, or not
+    be trained though that was asked for.
     """
-    allowed = most_lost(len(subject.samples.held_out))
-    module, graph = subject.module, judged(subject, exported, integers, "calibrated on synthetic samples")
+    module = subject.module
+    if not quantized_layers(module) and integers.qat == "on":
+        raise SSDKDError(f"--qat on: {UNTRAINABLE}", "name its architecture with --arch, or leave --qat out")
+    graph = judged(subject, exported, integers, "calibrated on synthetic samples")
     if not quantized_layers(module):
-        is_wanted = graph.loss.points > allowed or integers.qat == "on"
-        return replace(graph, notes=(*graph.notes, *UNTRAINABLE)) if is_wanted else graph
+        return graph if graph.loss.is_within else replace(graph, notes=(*graph.notes, UNTRAINABLE))
     changed = rounded_together(subject, integers)
     tried = judged(subject, float_graph(subject, changed), integers, "weights rounded together, biases corrected")
     refusal = ""
     if tried.error >= graph.error:  # not by agreement: a hundred samples cannot tell
         refusal = "no gain"
-    elif tried.loss.points > max(allowed, graph.loss.points):
+    elif not tried.loss.is_within and tried.loss.points > graph.loss.points:
         refusal = "more agreement is lost than before, and than may be"
     tried = replace(tried, notes=(f"{tried.notes[0]}; {errors_in_words(tried.error, graph.error)}",))
     module, graph = (module if refusal else changed), better(graph, tried, refusal)
-    if integers.qat == "on" or (integers.qat == "auto" and graph.loss.points > allowed):
+    if integers.qat == "on" or (integers.qat == "auto" and not graph.loss.is_within):
         try:
             changed, done = aware(subject, module, integers), f"{STEPS} steps of quantization-aware distillation"
             tried = judged(subject, float_graph(subject, changed), integers, done)
             helps = tried.loss.points < graph.loss.points or integers.qat == "on"
             module, graph = (changed if helps else module), better(graph, tried, "" if helps else "no gain")
         except NonFiniteLossError as error:
+            if integers.qat == "on":
+                raise
             graph = replace(graph, notes=(*graph.notes, f"{error.message}; it was left out"))
-    if graph.loss.points > allowed and integers.fallback:
+    if not graph.loss.is_within and integers.fallback:
         graph = with_float_layers(subject, module, graph, integers, known=set(layer_names(exported).values()))
     return graph
 
@@ -214,7 +219,7 @@ def with_float_layers(
         other = judged(subject, exported, integers, said, layers)
         if other.integer_share < LEAST_INTEGER_SHARE:
             break
-        if other.loss.points <= most_lost(len(subject.samples.held_out)):
+        if other.loss.is_within:
             return replace(other, notes=(*graph.notes, *other.notes))
         number *= 2
     return replace(graph, notes=(*graph.notes, "leaving the worst layers in float32 did not bring it back"))

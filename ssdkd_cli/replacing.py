@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from engine.errors import SSDKDError
+from ssdkd_cli.report import read_report
 from ssdkd_cli.runs import CONFIG, METRICS, OUTPUTS, REPORT, STUDENT
 
 PREVIOUS = ".ssdkd-previous"  # in a run's folder while there is no new student: the run that it is to replace
@@ -51,7 +52,7 @@ def set_aside(folder: Path) -> None:
 
     A finished run that waits there already is worth more than one that was interrupted, which is deleted.
     """
-    if (folder / REPORT).exists() or not (folder / PREVIOUS / REPORT).exists():
+    if is_finished(folder) or not is_finished(folder / PREVIOUS):
         clear(folder / PREVIOUS)
         with contextlib.suppress(FileNotFoundError):
             (folder / PREVIOUS).rename(folder / MOVING)  # a user's file may be in it
@@ -59,6 +60,15 @@ def set_aside(folder: Path) -> None:
         move(folder, folder / MOVING)
         (folder / MOVING).rename(folder / PREVIOUS)
     clear(folder)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run in `folder` came to its files; one with a report that cannot be read may have."""
+    path = folder / REPORT
+    try:
+        return path.exists() and bool(read_report(folder).artifacts)
+    except SSDKDError:
+        return True
 
 
 def recover(folder: Path) -> None:

@@ -18,6 +18,7 @@ from ssdkd_cli.words import escaped
 SCHEMA_VERSION: Final = 1
 NOT_RECOMMENDED = "No file is recommended: none for this target is verified here and passes every limit"
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+NO_FILES = "the run ended before its files were made: `ssdkd export RUN` makes them"
 Said = Annotated[str, BeforeValidator(lambda value: escaped(value) if isinstance(value, str) else value)]
 
 

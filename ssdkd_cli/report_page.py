@@ -59,7 +59,7 @@ def to_markdown(report: Report) -> str:
         "",
         accuracy_sentence(teacher),
         f"Agreement is on {distillation.held_out_samples} synthetic samples that the student never learned from.",
-        "Latency is of one image, teacher and student through the same runtime on this machine.",
+        "Latency is of one image, teacher and student through the same runtime.",
         "",
         "## Artifacts",
         "",

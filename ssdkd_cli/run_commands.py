@@ -233,7 +233,8 @@ def bench(
         )
         for item in timings
     ]
-    caption = f"{model}, latency at batch {timings[0].latency_batch}, {timings[0].runtime}"
+    runtimes = dict.fromkeys(f"latency at batch {item.latency_batch}, {item.runtime}" for item in timings)
+    caption = f"{model}, {'; '.join(runtimes)}"
     head = ("model", "p50", "p90", "p99", "images/s", "at batch")
     return printed(
         json, timings, functools.partial(console.print_table, head, rows, right=range(1, 6), caption=caption)
@@ -268,8 +269,10 @@ def report(run: Annotated[Path, RUN], json: Annotated[bool, JSON] = False) -> Ou
 def _export_again(item: "Artifact", run: Path) -> str:
     """The command that makes a file of a run anew."""
     from exporters.metadata import UNIT
+    from ssdkd_cli.precisions import HALF_IO
 
     profile = ["--profile", item.profile] if item.profile else []
     embedded = ["--embed-preprocessing"] if item.input_range == UNIT else []
-    wanted = ["--export", item.format, "--precision", item.precision, *profile, *embedded]
+    half_io = ["--fp16-io"] if HALF_IO in item.notes else []
+    wanted = ["--export", item.format, "--precision", item.precision, *profile, *embedded, *half_io]
     return shlex.join(["ssdkd", "export", str(run), *wanted, "--overwrite"])

@@ -70,11 +70,6 @@ def held_out_logits(subject: Subject, run: Predict) -> NDArray[np.float32]:
     return logits_of(run, subject.samples.held_out, mean=mean, std=std)
 
 
-def predictions(subject: Subject, run: Predict) -> NDArray[np.int64]:
-    """The class that a file of the network, called as `run`, predicts of each held-out sample, [M]."""
-    return held_out_logits(subject, run).argmax(axis=1)
-
-
 def agreement(subject: Subject, predicted: NDArray[np.int64]) -> float:
     """Percent of the held-out samples of which the teacher predicts the same classes [M]."""
     return 100 * float((predicted == subject.samples.held_out_logits.argmax(1)).mean())

@@ -18,10 +18,10 @@ def show_report(folder: Path, report: Report) -> None:
     lines += [(gate.passed, gate_line(gate)) for gate in report.gates]
     console.print_comparison(comparison(report), lines)
     console.print_warnings(report.warnings)
-    if report.recommendation is None:
-        console.print_advice(NOT_RECOMMENDED)
-    elif len(report.artifacts) > 1:
+    if report.recommendation and len(report.artifacts) > 1:
         console.print_advice(f"{report.recommendation.artifact} is {report.recommendation.why}")
+    elif report.artifacts and not report.recommendation:
+        console.print_advice(NOT_RECOMMENDED)
     console.print_closing(f"{folder}/", (runs.REPORT, runs.REPORT_TEXT, runs.SAMPLES_PICTURE))
 
 

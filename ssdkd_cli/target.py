@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from engine.errors import SSDKDError
-from exporters import FORMATS
-from exporters.precision import PRECISIONS, Scheme
+from exporters import FORMATS, PRECISIONS
+from exporters.precision import Scheme
 from exporters.to_tensorrt import Flavour, find_flavour
 from profiles import GENERIC, DeviceProfile, load_profile
 from ssdkd_cli.environment import cpu_timings_count, is_this_machine
@@ -85,13 +85,10 @@ def resolve_target(
     """What was typed wins over the profile; without either it is float32 ONNX, with FP16 and INT8 beside it to compare.
 
     Raises:
-        SSDKDError: a format, precision or profile that does not exist, that do not go together, or that need a package
-            which is not installed.
+        SSDKDError: a profile that does not exist, a format, precision and profile that do not go together, or that need
+            a package which is not installed.
     """
-    for name in precisions:
-        if name not in PRECISIONS:
-            raise SSDKDError(f"there is no precision '{name}'", f"use --precision {', '.join(PRECISIONS)}")
-    check_formats(formats)
+    check_packages(formats)
     flavour: Flavour | None = None
     if "trt" in formats and profile is None:
         flavour = _flavour_for_this_machine()
@@ -99,7 +96,7 @@ def resolve_target(
     else:
         device = load_profile(GENERIC if profile is None else profile)
     chosen = tuple(formats) or device.export
-    check_formats(chosen)
+    check_packages(chosen)
     if "trt" in chosen and device.runtime == "onnxruntime":
         raise SSDKDError(
             f"--export trt: the profile {device.name} is of a device without TensorRT",
@@ -139,11 +136,9 @@ def is_for_another_device(profile: str | None) -> bool:
         return True
 
 
-def check_formats(names: Sequence[str]) -> None:
-    """Raises SSDKDError for a format that does not exist or whose packages are not installed."""
-    for name in names:
-        if name not in FORMATS:
-            raise SSDKDError(f"there is no export format '{name}'", f"use --export {' or '.join(FORMATS)}")
+def check_packages(formats: Sequence[str]) -> None:
+    """Raises SSDKDError for a format whose packages are not installed."""
+    for name in formats:
         missing = [package for package in FORMATS[name].requires if importlib.util.find_spec(package) is None]
         if missing:
             raise SSDKDError(f"--export {name} needs {', '.join(missing)}", f"pip install {' '.join(missing)}")

@@ -1,7 +1,7 @@
 """How long files take on this machine: the teacher and the student's files in turn, TensorRT plans on the GPU."""
 
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import SSDKDError
-from engine.threads import Threads
 from exporters.bench import Latency, bench_together
 from exporters.files import write_atomically
 from exporters.runtimes import Runtime, open_runtime, to_input
@@ -17,15 +16,10 @@ from exporters.tensorrt_sidecar import read_sidecar
 from ssdkd_cli import console
 from ssdkd_cli.report import Percentiles
 from ssdkd_cli.subject import Subject, float_graph
-from ssdkd_cli.words import SAME, milliseconds, times
+from ssdkd_cli.words import milliseconds
 
 BATCHES = (32, 16, 8, 4, 2, 1)  # of the throughput: the largest that stays below BATCH_SECONDS a call
 BATCH_SECONDS = 0.4
-BUSY = 3  # times the median that one call of ten takes: other work held the processor
-CROWDED = (
-    "other work on this machine made this run take fewer threads for a while: the same seed may not give the same "
-    "result again; OMP_DYNAMIC=false in the environment keeps their number, and is slower beside other work"
-)
 TEACHER = "the teacher"  # as `busy_warnings` is given it
 BENCH_SECONDS = 0.25  # each file at each batch size is called for at least so long; twice that said the same (log)
 
@@ -79,42 +73,6 @@ def measure(
             words.insert(0, f"teacher {milliseconds(of_teacher.latency_ms.p50)}")
         done(", ".join(words))
     return of_teacher, timings, warnings
-
-
-def busy_warnings(timings: Mapping[str, Timing], model: Path) -> list[str]:
-    """One sentence where calls of the same network differ too much to be the network's; `model`: what to time again.
-
-    That is its files: the teacher is timed by `ssdkd compress` alone.
-    """
-    latencies = {name: timing.latency_ms for name, timing in timings.items()}
-    busy = {name: latency for name, latency in latencies.items() if latency.p90 > BUSY * latency.p50}
-    if not busy:
-        return []
-    calls = (f"{milliseconds(of.p50)} and one of ten {milliseconds(of.p90)} ({name})" for name, of in busy.items())
-    again = f"; time them again with `ssdkd bench {model}`" if set(busy) - {TEACHER} else ""
-    return [f"the machine was busy during the timing: half of the calls took {', '.join(calls)}{again}"]
-
-
-def slower_warnings(timings: Mapping[str, Timing], float32: str, *, spared: Collection[str] = ()) -> list[str]:
-    """A sentence on each file that takes longer for one image than the file called `float32`, if that was timed.
-
-    Of the files in `spared` nothing is said.
-    """
-    if float32 not in timings:
-        return []
-    taken = {name: timing.latency_ms.p50 for name, timing in timings.items()}
-    fastest = min(taken, key=taken.__getitem__)
-    return [
-        f"{name} takes {times(ms, taken[float32])} as long as {float32} for one image on this machine; "
-        f"the fastest here is {fastest}"
-        for name, ms in taken.items()
-        if ms > SAME * taken[float32] and name not in spared
-    ]
-
-
-def crowded_warnings(threads: Threads) -> list[str]:
-    """A sentence where other work on the machine made a run compute with fewer threads for a while."""
-    return [CROWDED] if threads.changed else []
 
 
 def _beside_teacher(

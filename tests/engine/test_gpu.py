@@ -1,4 +1,4 @@
-"""What can only be seen on a GPU. Run it there with `pytest -n 0 -m gpu`."""
+"""What can only be seen on a GPU. Run it there with `pytest -n 0 -m gpu`, or this file alone where a package lacks."""
 
 import io
 import json
@@ -13,14 +13,17 @@ from torch import Tensor, nn
 
 from engine import distill as loop
 from engine import replay
+from engine.alteration import alter, numbers_for
 from engine.batchnorm import batchnorm_layers
 from engine.channel_statistics import ChannelStatistics
 from engine.config import settings_for
 from engine.device import choose_device
 from engine.distill import averaged_student, class_histogram, distill
 from engine.errors import SSDKDError
+from engine.features import Unexplained, standardised
 from engine.recording import TIDIES_UP, alike
 from engine.source import Source
+from engine.stages import ALL, EIGHTH, QUARTER, Places
 from engine.state import State, recordings, start
 from engine.task import Classification
 from engine.zoo import resnet_cifar
@@ -32,6 +35,7 @@ pytestmark = [
 ]
 
 CLASSES, CHANNELS, PIXELS = 10, 3, 32
+DEVICE = "cuda"
 
 
 @contextmanager
@@ -267,6 +271,41 @@ def test_channel_statistics_and_their_gradient_are_those_of_var_mean(dtype: torc
     (gradient,) = torch.autograd.grad((mean.sin() + variance.square()).sum(), features)
     (expected,) = torch.autograd.grad((expected_mean.sin() + expected_variance.square()).sum(), exact)
     assert (gradient.float() - expected).norm() < 2 * tolerance * expected.norm()
+
+
+def near(found: Tensor, expected: Tensor) -> bool:
+    return bool(
+        expected.norm() > 0 and (found.cpu().float() - expected.float()).norm() < 0.02 * expected.float().norm()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("places", [EIGHTH, QUARTER, ALL], ids=["an eighth", "a quarter", "all"])
+def test_what_regressors_do_not_explain_is_as_on_a_cpu(
+    places: Places, layout: torch.memory_format, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    features = (3 * torch.randn(32, 12, 8, 8) + 1).to(dtype).contiguous(memory_format=layout)
+    target = standardised(torch.randn(32, 9, 8, 8)[places])
+    upstream, found = torch.rand(len(target)), {}
+    for device in ("cpu", DEVICE):
+        maps = features.clone().to(device).requires_grad_()
+        with torch.autocast(device, dtype=torch.bfloat16):
+            errors = Unexplained.apply(maps, places, target.to(device))
+        (gradient,) = torch.autograd.grad(errors, maps, upstream.to(device))
+        assert gradient.dtype == dtype
+        assert gradient.is_contiguous(memory_format=layout)
+        found[device] = errors.detach(), gradient
+    for on_gpu, on_cpu in zip(found[DEVICE], found["cpu"], strict=True):
+        assert near(on_gpu, on_cpu)
+
+
+def test_images_are_altered_as_on_a_cpu() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(9, CHANNELS, 16, 16).to(memory_format=torch.channels_last)
+    numbers = torch.randn_like(numbers_for(9, CHANNELS, torch.device("cpu")))
+    assert near(alter(images.to(DEVICE), numbers.to(DEVICE)), alter(images, numbers))
 
 
 def test_buffer_follows_its_device() -> None:

@@ -129,6 +129,7 @@ BROKEN = [
     (lambda model: state(model, "mean", "[0.5, 0.5, 0.5]"), "its metadata states mean (0.5, 0.5, 0.5)"),
     (lambda model: state(model, "input_range", "0...1"), "its normalisation is wrong, it takes images normalised"),
     (lambda model: state(model, "mean", "half"), "metadata cannot be read"),
+    (lambda model: model.ClearField("metadata_props"), "its metadata does not say how images are normalised"),
 ]
 
 
@@ -278,7 +279,7 @@ class MixesTheBatch(nn.Module):
 
 
 def test_images_that_affect_each_other(network: nn.Module, samples: Samples, tmp_path: Path) -> None:
-    write_onnx(MixesTheBatch(network), tmp_path / "model.onnx", input_shape=SHAPE, metadata={})
+    write_onnx(MixesTheBatch(network), tmp_path / "model.onnx", input_shape=SHAPE, metadata=metadata())
     result = check(network, tmp_path / "model.onnx", samples)
     assert not result.verified
     assert "an image's logits depend on the images beside it" in result.reason

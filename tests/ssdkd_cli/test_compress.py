@@ -29,6 +29,7 @@ from exporters.verify import Verification
 from ssdkd_cli import (
     artifacts,
     console,
+    doubts,
     environment,
     files,
     labels,
@@ -39,6 +40,7 @@ from ssdkd_cli import (
     teaching,
     timing,
 )
+from ssdkd_cli.report import NO_FILES
 from ssdkd_cli.target import resolve_target
 
 
@@ -91,7 +93,7 @@ def test_a_student_larger_than_the_teacher_is_warned_of(ssdkd: Any, shared: Path
 def test_doubts_of_the_machine_are_in_the_report(ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "cpuinfo").write_text("flags : avx2\n")
     monkeypatch.setattr(environment, "CPU_INFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(timing, "BUSY", 0)
+    monkeypatch.setattr(doubts, "BUSY", 0)
     monkeypatch.setattr(device, "Threads", CrowdedThreads)
     ran = ssdkd(*arguments(shared, tmp_path / "run", "--json", "--profile", "x86-vnni"))
     assert ran.code == 0, ran.err
@@ -291,11 +293,62 @@ def test_what_is_said_after_an_interruption_works_where_a_file_is_there(
     assert (folder / "model.onnx").exists()
     command = f"ssdkd export '{folder}' --overwrite"
     assert f"make files of it with `{command}`" in ran.err
-    assert f"make files of the student with `{command}`" in ssdkd("report", folder).err
+    reported = ssdkd("report", folder, "--json")
+    assert reported.code == 0, reported.err
+    assert (reported.json["artifacts"], reported.json["recommendation"]) == ([], None)
+    assert reported.json["warnings"][-1] == NO_FILES
+    assert reported.json["student"]["agreement"] > 0
     exported = ssdkd(*shlex.split(command)[1:], "--json")
     assert exported.code == 0, exported.err
     assert exported.json[0]["verified"] is True
-    assert any("is an interrupted run: it ended after round 3 of 3" in note for note in exported.json[0]["notes"])
+    whole = ssdkd("report", folder, "--json").json
+    assert [item["path"] for item in whole["artifacts"]] == ["model.onnx"]
+    assert whole["recommendation"]["artifact"] == "model.onnx"
+    assert NO_FILES not in whole["warnings"]
+
+
+def test_a_file_without_finite_logits_on_a_labelled_image_costs_no_report(
+    ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """As of an FP16 file that overflows on a real image and on none of its proof samples."""
+    score_file = proving.score_file
+
+    def overflowing(runtime: Any, labelled: Any) -> float:
+        if "fp16" in runtime.path.name:
+            raise SSDKDError("the model gives NaN or infinite logits on images 0 to 31", "")
+        return float(score_file(runtime, labelled))
+
+    monkeypatch.setattr(proving, "score_file", overflowing)
+    for precision, code in (("fp32", 0), ("fp16", 3)):
+        config = tmp_path / f"{precision}.toml"
+        config.write_text((shared / "ssdkd.toml").read_text().replace('["fp32"]', f'["{precision}"]'))
+        words = ["compress", shared / "teacher.pt", "--student", "resnet8", "--config", config, "--out"]
+        ran = ssdkd(*words, tmp_path / precision, "--eval-data", shared / "test.npz", "--json")
+        assert ran.code == code, ran.err
+        assert ran.json["student"]["accuracy"] is not None
+    of_float, of_half = ran.json["artifacts"]
+    assert of_float["accuracy"] is not None
+    assert (of_half["path"], of_half["accuracy"]) == ("model.fp16.onnx.rejected", None)
+    assert of_half["verified_reason"].startswith("on labelled images the model gives NaN or infinite logits")
+
+
+def test_a_student_without_finite_logits_on_a_labelled_image_costs_no_run(
+    ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    of_teacher = pipeline.network_accuracy
+    calls: list[object] = []
+
+    def not_finite(*given: Any) -> float:
+        calls.append(given)
+        if len(calls) > 1:
+            raise SSDKDError("the model gives NaN", "")
+        return of_teacher(*given)
+
+    monkeypatch.setattr(pipeline, "network_accuracy", not_finite)
+    ran = ssdkd(*arguments(shared, tmp_path / "run", "--eval-data", shared / "test.npz", "--json"))
+    assert ran.code == 0, ran.err
+    assert ran.json["student"]["accuracy"] is None
+    assert "the student's accuracy is unknown: the model gives NaN" in ran.err
 
 
 def test_before_the_first_step_there_is_no_student_to_keep(

@@ -1,3 +1,4 @@
+import contextlib
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +25,21 @@ def test_two_runs_do_not_write_into_one_folder(command: str, ssdkd: Any, shared:
         assert f"another ssdkd is writing {folder}" in ran.err
         assert "--out DIR" in ran.err
         assert [path.name for path in folder.iterdir()] == [runs.STUDENT]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+def test_a_folder_that_another_process_has_just_made_is_left_to_it(tmp_path: Path) -> None:
+    folder, made = tmp_path / "deep" / "run", files.check_writable
+
+    def made_by_another(path: Path) -> None:
+        made(path)
+        other.enter_context(files.locked(path))
+
+    with contextlib.ExitStack() as other, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "check_writable", made_by_another)
+        with pytest.raises(SSDKDError, match="another ssdkd is writing"), files.new_folder(folder):
+            pass
+        assert folder.is_dir()
 
 
 def test_no_place_for_temporary_files_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from exporters.tensorrt_sidecar import (
     write_sidecar,
 )
 from ssdkd_cli import proving
+from ssdkd_cli.loss import Loss
 from ssdkd_cli.report import read_report
 
 NORMALISED = ("--input", "1x16x16", "--mean", "0.5", "--std", "0.5")
@@ -70,7 +71,7 @@ def test_where_no_precision_is_asked_for_all_are_measured(
 def test_a_precision_that_nobody_asked_for_may_fail(
     ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proving, "most_lost", lambda _: -100.0)
+    monkeypatch.setattr(Loss, "allowed", -100.0)
     ran = ssdkd(*arguments(shared, tmp_path / "run", "--json"))
     assert ran.code == 0, ran.err
     assert [item["precision"] for item in ran.json["artifacts"]] == ["fp32", "fp16"]
@@ -81,7 +82,7 @@ def test_a_precision_that_nobody_asked_for_may_fail(
 def test_a_precision_that_was_asked_for_may_not(
     ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proving, "most_lost", lambda _: -100.0)
+    monkeypatch.setattr(Loss, "allowed", -100.0)
     options = ("--precision", "int8", "--qat", "off", "--no-fallback", "--json")
     ran = ssdkd(*arguments(shared, tmp_path / "run", *options))
     assert ran.code == 3
@@ -396,7 +397,9 @@ def test_plans_of_a_file_that_is_replaced_go_with_it(ssdkd: Any, compressed: Pat
     plan_of(folder / "model.onnx", folder / "model.engine")
     for name in ("build_model.engine.sh", "model.onnx.rejected"):
         (folder / name).write_text("of the file that was")
-    assert ssdkd("export", folder, "--overwrite").code == 0
+    ran = ssdkd("export", folder, "--overwrite")
+    assert ran.code == 0, ran.err
+    assert "model.engine is deleted: it was of another model.onnx than the one that is there now" in ran.err
     assert names_in(folder) == {"model.onnx"}
 
 
@@ -419,17 +422,17 @@ def test_a_proven_file_stays_where_a_new_one_is_rejected(
 ) -> None:
     folder = Path(shutil.copytree(compressed, tmp_path / "run"))
     wanted = ("export", folder, "--precision", "int8", "--qat", "off", "--no-fallback")
-    monkeypatch.setattr(proving, "most_lost", lambda _: 100.0)
+    monkeypatch.setattr(Loss, "allowed", 100.0)
     assert ssdkd(*wanted).code == 0
     proven, of_float = (folder / "model.int8.onnx").read_bytes(), (folder / "model.onnx").stat().st_mtime_ns
-    monkeypatch.setattr(proving, "most_lost", lambda _: -100.0)
+    monkeypatch.setattr(Loss, "allowed", -100.0)
     assert ssdkd(*wanted, "--overwrite").code == 3
     assert (folder / "model.int8.onnx").read_bytes() == proven
     assert (folder / "model.onnx").stat().st_mtime_ns == of_float  # it was not asked for
     assert names_in(folder) == {"model.onnx", "model.int8.onnx", "model.int8.onnx.rejected"}
     known = {item.path: item.verified for item in read_report(folder).artifacts}
     assert known == {"model.onnx": True, "model.int8.onnx": True, "model.int8.onnx.rejected": False}
-    monkeypatch.setattr(proving, "most_lost", lambda _: 100.0)
+    monkeypatch.setattr(Loss, "allowed", 100.0)
     assert ssdkd(*wanted, "--overwrite").code == 0
     assert names_in(folder) == {"model.onnx", "model.int8.onnx"}
     assert {item.path for item in read_report(folder).artifacts} == {"model.onnx", "model.int8.onnx"}

@@ -9,11 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from exporters.evaluate import LabelledImages
 from ssdkd_cli import measuring
-from ssdkd_cli.describe import Scores
-from ssdkd_cli.labels import agreement_warnings, chance_warnings, student_warnings
-from ssdkd_cli.pipeline import learning_warnings
+from ssdkd_cli.doubts import agreement_warnings, chance_warnings, learning_warnings, student_warnings
 
 
 @pytest.mark.parametrize(("accuracy", "is_said"), [(32.0, True), (33.0, False), (100.0, False), (None, False)])
@@ -69,18 +66,14 @@ def test_without_labels_the_agreement_is_looked_at(agreement: float, is_said: bo
 
 
 def test_what_a_run_learned_is_judged_by_labels_that_tell_something() -> None:
-    labelled = LabelledImages(np.zeros((1, 4, 4, 1), np.uint8), np.zeros(1, np.int64), tuple("abcd"))
-
     def said(agreement: float, of_teacher: float | None, accuracy: float | None) -> list[str]:
-        scores = Scores(agreement, of_teacher, accuracy, labelled if of_teacher else None)
-        return learning_warnings(scores, 4, "full")
+        return learning_warnings(accuracy, agreement, 4, of_teacher=of_teacher)
 
     assert said(90.0, 95.0, 90.0) == []
     assert said(20.0, 95.0, 90.0) == []
     assert "the student has 30.0 % accuracy" in said(90.0, 95.0, 30.0)[0]
     assert "agrees with its teacher on 20.0 %" in said(20.0, None, None)[0]
     assert "agrees with its teacher on 20.0 %" in said(20.0, 26.0, 25.0)[0]  # labels in another order
-    assert learning_warnings(Scores(20.0, None, None, None), 4, "smoke") == []
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import onnx
@@ -14,6 +14,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from engine.device import choose_device
+from engine.errors import NonFiniteLossError, SSDKDError
 from engine.images import normalization
 from engine.quantization import image_range, quantized_layers
 from engine.teacher import load_teacher
@@ -21,7 +22,7 @@ from exporters.precision import Scheme
 from exporters.runtimes import open_runtime, to_input
 from exporters.verify import Verification
 from ssdkd_cli import precisions, runs
-from ssdkd_cli.loss import Loss, loses_too_much, loss_of, most_lost
+from ssdkd_cli.loss import Loss, loss_of
 from ssdkd_cli.precisions import Graph, Integers, half_graph, integer_graph
 from ssdkd_cli.proving import with_loss
 from ssdkd_cli.subject import Subject, float_graph
@@ -68,7 +69,7 @@ def losing(monkeypatch: pytest.MonkeyPatch) -> Any:
         ) -> Graph:
             graph = judged(subject, exported, integers, done, float_layers)
             lost = 9.0 if len(float_layers) < layers else 0.0
-            return dataclasses.replace(graph, loss=Loss(lost), notes=(f"{done}: {lost} points lost",))
+            return dataclasses.replace(graph, loss=Loss(lost, 0.0, 200), notes=(f"{done}: {lost} points lost",))
 
         monkeypatch.setattr(precisions, "judged", worse)
         monkeypatch.setattr(precisions, "STEPS", 3)
@@ -79,7 +80,7 @@ def losing(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_where_nothing_is_lost_ranges_and_rounding_are_enough(subject: Subject, losing: Any) -> None:
     losing(0)  # x86 without VNNI saturates and loses some
     graph = int8(subject)
-    assert graph.loss.points <= most_lost(200)
+    assert graph.loss.is_within
     assert graph.integer_share == 1.0
     assert graph.float_layers == ()
     assert [note.partition(":")[0] for note in graph.notes] == [RANGES, TOGETHER]
@@ -125,7 +126,8 @@ def test_rounding_that_loses_more_agreement_than_may_be_lost_is_left_out(
 
     def losing_points(subject: Subject, exported: Any, integers: Any, done: str) -> Graph:
         return dataclasses.replace(
-            judged(subject, exported, integers, done), loss=Loss(after if done.startswith(TOGETHER) else before)
+            judged(subject, exported, integers, done),
+            loss=Loss(after if done.startswith(TOGETHER) else before, 0.0, 200),
         )
 
     monkeypatch.setattr(precisions, "judged", losing_points)
@@ -151,7 +153,7 @@ def test_the_step_that_helps_is_kept(subject: Subject, monkeypatch: pytest.Monke
 
     def first_two_are_bad(*given: Any) -> Graph:
         calls.append(given)
-        return dataclasses.replace(judged(*given), loss=Loss(9.0 if len(calls) < 3 else 0.25))
+        return dataclasses.replace(judged(*given), loss=Loss(9.0 if len(calls) < 3 else 0.25, 0.0, 200))
 
     monkeypatch.setattr(precisions, "judged", first_two_are_bad)
     monkeypatch.setattr(precisions, "STEPS", 3)
@@ -216,52 +218,87 @@ def test_layers_are_found_behind_an_embedded_normalisation(subject: Subject, los
 
 
 def test_few_samples_cannot_show_half_a_point() -> None:
-    assert most_lost(1024) == 0.5
-    assert most_lost(16) == pytest.approx(6.25)
-    assert most_lost(3) == pytest.approx(10)  # with one of three lost the proof would reject the file
+    allowed = [Loss(samples=samples).allowed for samples in (1024, 16, 3)]
+    assert allowed == pytest.approx([0.5, 6.25, 10])  # with one of three lost the proof would reject the file
 
 
 def test_the_loss_is_net_and_its_margin_grows_with_what_turned(subject: Subject) -> None:
     teachers = subject.samples.held_out_logits.argmax(1)
-    assert loss_of(subject, subject.predicted) == Loss(0.0, 0.0)
+    assert loss_of(subject, subject.predicted) == Loss(0.0, 0.0, 200)
     wrong = teachers.copy()
     wrong[:9] = (teachers[:9] + 1) % subject.card.classes  # of 200, all of which were right
-    assert loss_of(subject, wrong) == Loss(4.5, pytest.approx(100 * 1.645 * 3 / 200))
+    assert loss_of(subject, wrong) == Loss(4.5, pytest.approx(100 * 1.645 * 3 / 200), 200)
 
 
 @pytest.mark.parametrize(
-    ("loss", "is_too_much"),
+    ("loss", "is_within", "is_in_doubt"),
     [
-        (Loss(1.5, 1.2), False),  # 4 of 264 lost, none gained: may be chance
-        (Loss(1.5, 0.9), True),
-        (Loss(0.5, 0.0), False),
-        (Loss(-3.0, 0.0), False),
+        (Loss(1.5, 1.2, 264), False, True),  # 4 of 264 lost, none gained: may be chance
+        (Loss(1.5, 0.9, 264), False, False),
+        (Loss(0.5, 0.0, 264), True, False),
+        (Loss(-3.0, 0.0, 264), True, False),
     ],
 )
-def test_a_loss_counts_that_chance_does_not_explain(subject: Subject, loss: Loss, is_too_much: bool) -> None:
-    graph = dataclasses.replace(half_graph(float_graph(subject)), precision="int8", loss=loss)
-    assert loses_too_much(graph.loss, 0.5) is is_too_much
-
-
-@pytest.mark.parametrize(
-    ("loss", "verified", "is_in_doubt"),
-    [(Loss(0.5, 0.0), True, False), (Loss(1.5, 1.2), True, True), (Loss(1.5, 0.9), False, False)],
-)
-def test_what_may_be_chance_is_a_doubt(loss: Loss, verified: bool, is_in_doubt: bool) -> None:
-    found = with_loss(Verification(True, "rms error 0.1", 0.2, 98.5), loss, 264)
-    assert (found.verified, found.doubt is not None) == (verified, is_in_doubt)
-    assert ("it loses 1.50 points" in found.reason) == (loss.points > 0.5)
+def test_what_may_be_chance_is_a_doubt(loss: Loss, is_within: bool, is_in_doubt: bool) -> None:
+    assert (loss.is_within, loss.is_in_doubt) == (is_within, is_in_doubt)
+    found = with_loss(Verification(True, "rms error 0.1", 0.2, 98.5), loss)
+    assert (found.verified, found.doubt is not None) == (is_within or is_in_doubt, is_in_doubt)
+    assert ("it loses 1.50 points of agreement with the teacher, 0.50 may be lost" in found.reason) == (not is_within)
     assert ("which on 264 samples may be chance" in found.reason) == is_in_doubt
 
 
 @pytest.mark.parametrize(("samples", "is_in_doubt"), [(99, True), (100, False)])
 def test_too_few_samples_leave_a_doubt_whatever_they_show(samples: int, is_in_doubt: bool) -> None:
     proven = Verification(True, "rms error 0.1", 0.2, 98.5)
-    found = with_loss(proven, Loss(), samples)
+    found = with_loss(proven, Loss(samples=samples))
     assert found.verified
     assert (found.doubt is not None) == is_in_doubt
     assert found.reason.startswith("99 held-out samples, fewer than 100, are too few to show what") == is_in_doubt
-    assert not with_loss(proven, Loss(20.0, 3.0), samples).verified  # that is too much for any number of samples
+    assert not with_loss(proven, Loss(20.0, 3.0, samples)).verified  # that is too much for any number of samples
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (Loss(0.0, 0.0, 264), "as much agreement with the teacher as in float32, of 264 samples"),
+        (Loss(0.38, 0.62, 264), "0.38 ± 0.62 points less agreement with the teacher than in float32, of 264 samples"),
+        (Loss(-0.4, 1.1, 256), "0.40 ± 1.10 points more agreement with the teacher than in float32, of 256 samples"),
+    ],
+)
+def test_a_loss_is_said_with_its_margin(loss: Loss, said: str) -> None:
+    assert str(loss) == said
+
+
+@pytest.mark.parametrize("qat", ["on", "auto"])
+def test_a_network_that_cannot_be_trained_is_refused_where_that_was_asked_for(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, losing: Any, qat: str
+) -> None:
+    losing(1)
+    monkeypatch.setattr(precisions, "quantized_layers", lambda _: {})
+    if qat == "auto":
+        assert int8(subject, qat=qat).notes[-1] == precisions.UNTRAINABLE
+    else:
+        with pytest.raises(SSDKDError, match="--qat on: its layers are a graph's operations") as caught:
+            int8(subject, qat=qat)
+        assert "leave --qat out" in caught.value.hint
+
+
+@pytest.mark.parametrize("qat", ["on", "auto"])
+def test_a_training_that_goes_astray_is_left_out_unless_it_was_asked_for(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, losing: Any, qat: str
+) -> None:
+    losing(1)
+
+    def astray(*_: object, **__: object) -> NoReturn:
+        raise NonFiniteLossError("the loss is not finite in step 1", "")
+
+    monkeypatch.setattr(precisions, "aware", astray)
+    if qat == "auto":
+        notes = int8(subject, qat=qat, fallback=False).notes
+        assert notes[-1] == "the loss is not finite in step 1; it was left out"
+    else:
+        with pytest.raises(NonFiniteLossError):
+            int8(subject, qat=qat)
 
 
 def test_the_notes_say_which_of_two_graphs_was_kept(subject: Subject) -> None:

@@ -1,6 +1,7 @@
 import contextlib
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,6 +68,21 @@ def test_a_finished_run_that_waits_outlives_interrupted_ones(tmp_path: Path) -> 
     write_all(tmp_path, "the next", *FINISHED)
     replacing.set_aside(tmp_path)
     assert texts(tmp_path / replacing.PREVIOUS) == dict.fromkeys(FINISHED, "the next")
+
+
+def test_a_run_that_never_came_to_its_files_takes_no_finished_one_s_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_report(folder: Path) -> Any:
+        return SimpleNamespace(artifacts=("model.onnx",) * ((folder / runs.REPORT).read_text() == "finished"))
+
+    monkeypatch.setattr(replacing, "read_report", read_report)
+    write_all(tmp_path, "finished", *FINISHED)
+    for _ in range(2):
+        replacing.set_aside(tmp_path)
+        write_all(tmp_path, "without files", *FINISHED)
+        replacing.recover(tmp_path)
+        assert texts(tmp_path / replacing.PREVIOUS) == dict.fromkeys(FINISHED, "finished")
 
 
 @pytest.mark.parametrize("mine", [False, True])

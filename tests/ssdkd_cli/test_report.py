@@ -11,7 +11,7 @@ from engine.errors import SSDKDError
 from engine.task import Classification
 from engine.teacher import load_teacher
 from engine.zoo import ZOO
-from ssdkd_cli.describe import prior_warnings, run_warnings, size_warnings
+from ssdkd_cli.doubts import prior_warnings, run_warnings, size_warnings
 from ssdkd_cli.report import NOT_RECOMMENDED, Percentiles, Report, read_report, to_json
 from ssdkd_cli.report_page import to_markdown, write_report
 from ssdkd_cli.summary import comparison, show_report

@@ -14,9 +14,10 @@ from safetensors.numpy import load_file, save_file
 
 from engine.teacher import load_teacher
 from ssdkd_cli import again, artifacts, files, measuring, proving, report_page, timing
+from ssdkd_cli.doubts import busy_warnings
 from ssdkd_cli.material import said_of
 from ssdkd_cli.report import Percentiles
-from ssdkd_cli.timing import Timing, busy_warnings
+from ssdkd_cli.timing import Timing
 
 NORMALISED = ("--mean", "0.5", "--std", "0.5")
 
@@ -442,3 +443,28 @@ def test_files_that_were_timed_later_than_the_teacher_are_said_to_be(ssdkd: Any,
         assert ssdkd("export", run_folder, "--overwrite").code == 0
     warnings = json.loads((run_folder / "report.json").read_text())["warnings"]
     assert warnings.count(again.TIMED_LATER) == 1
+
+
+def test_what_was_timed_on_another_machine_is_left_out(ssdkd: Any, run_folder: Path, monkeypatch: Any) -> None:
+    """Distilled on a server, exported on the device: neither is compared with the other."""
+    assert ssdkd("export", run_folder, "--precision", "fp16").code == 0
+    before = json.loads((run_folder / "report.json").read_text())
+    monkeypatch.setattr(again, "cpu_name", lambda: "of an edge device")
+
+    def quick(runtimes: Any, _samples: Any, **_: Any) -> list[Timing]:
+        p50s = 1.0 + np.arange(len(runtimes))
+        return [Timing(Percentiles(p50=p50, p90=p50, p99=p50), 1, 9.0, 4, "onnxruntime") for p50 in p50s]
+
+    monkeypatch.setattr(timing, "time_files", quick)
+    for _ in range(2):
+        ran = ssdkd("export", run_folder, "--precision", "int8", "--overwrite", "--qat", "off")
+        assert ran.code in (0, 3), ran.err  # the student is worth little
+    after = json.loads((run_folder / "report.json").read_text())
+    assert before["teacher"]["latency_ms"] is not None
+    assert (after["teacher"]["latency_ms"], after["teacher"]["throughput_per_s"]) == (None, None)
+    assert after["environment"] == before["environment"]
+    latencies = {item["path"]: item["latency_ms"]["p50"] for item in after["artifacts"] if item["verified"]}
+    assert latencies["model.fp16.onnx"] == latencies["model.onnx"] - 1  # timed again, in turn, in the order of names
+    assert "faster than the teacher" not in after["recommendation"]["why"]
+    (said,) = [text for text in after["warnings"] if "on another machine than the run's" in text]
+    assert said.endswith(f"of an edge device, not {before['environment']['cpu']}")

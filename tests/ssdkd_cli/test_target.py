@@ -99,8 +99,6 @@ def test_a_profile_wants_its_own_flavour(installed: list[Flavour]) -> None:
 @pytest.mark.parametrize(
     ("changed", "message", "hint"),
     [
-        ({"precisions": ["int4"]}, "there is no precision 'int4'", "fp32, fp16, int8"),
-        ({"formats": ["tflite"]}, "there is no export format 'tflite'", "onnx or trt"),
         ({"profile": ""}, "there is no device profile ''", "ssdkd profiles"),
         ({"profile": "", "formats": ["trt"]}, "there is no device profile ''", "ssdkd profiles"),
         ({"profile": "x86-vni"}, "there is no device profile 'x86-vni'", "x86-vnni"),
