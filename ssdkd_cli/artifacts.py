@@ -192,7 +192,7 @@ def _write_and_prove(
             found = proof.verification
             done(found.reason, good=None if found.doubt else bool(found.verified))
         if not found.verified and not is_asked:
-            more = f": ask for it with --precision {graph.precision}, and more is tried" if graph.loss.points else ""
+            more = ": ask for it with --precision int8, and more is tried" if graph.precision == "int8" else ""
             console.warn(f"no {graph.precision} file{more}")
             return None
         path = settle(unproven, path, failed=not found.verified)

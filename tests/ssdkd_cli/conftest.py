@@ -1,4 +1,5 @@
 import contextlib
+import hashlib
 import io
 import json
 from collections.abc import Callable
@@ -7,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from torch import nn
 
 from engine.zoo import ZOO
+from exporters import to_onnx
 from ssdkd_cli import timing
 from ssdkd_cli.main import main
 
@@ -58,6 +62,25 @@ def run(*arguments: object) -> Ran:
 def _short_benchmarks() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "BENCH_SECONDS", 0.02)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _each_network_is_exported_once() -> Any:
+    """The exporter took half of the time: runs that are alike make the same student. It is tried in tests/exporters."""
+    export, known = to_onnx._to_proto, dict[object, bytes]()
+
+    def once(module: nn.Module, input_shape: tuple[int, int, int]) -> onnx.ModelProto:
+        digest = hashlib.sha256()
+        for tensor in (*module.parameters(), *module.buffers()):
+            digest.update(tensor.detach().cpu().numpy().tobytes())
+        key = tuple(type(part) for part in module.modules()), repr(module), input_shape, digest.digest()
+        if key not in known:
+            known[key] = export(module, input_shape).SerializeToString()
+        return onnx.ModelProto.FromString(known[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(to_onnx, "_to_proto", once)
         yield
 
 
