@@ -16,7 +16,10 @@ INT8_HEAD = (
     *("network", "seeds", "float32", *(f"INT8, {name}" for name in CALIBRATIONS)),
     *("agreement with float32, ours", "measured"),
 )
-RACE_HEAD = ("task, to student", "seconds", "seeds", "ours", OFF, "best peer", "ours is there in", "measured")
+RACE_HEAD = (
+    *("task, to student", "seconds", "seeds", "ours", OFF, "ours is there in", "best peer", "ours is there in"),
+    "measured",
+)
 GPU_HEAD = ("teacher-student", "seconds", "seeds", "teacher", "ours", "best peer", "accuracy kept", "measured")
 
 Part = tuple[Result, Any]  # a result, and what of it makes a line
@@ -64,13 +67,17 @@ def int8_summary(results: Sequence[Result]) -> list[str]:
 
 
 def race_summary(results: Sequence[Result]) -> list[str]:
-    """A row a task: where ours, ours without SSD-KD and the best of the peers end; the kind `race`."""
+    """A row a task: where ours, ours without SSD-KD and the best of the peers end, and when ours is there; `race`."""
     parts = ((result, by(result["runs"], "method")) for result in results)
     table = []
     for result, runs in newest(parts, lambda part: part[0]["task"]):
         ends = {method: [run["points"][-1][1] for run in own] for method, own in runs.items()}
-        peer = best_peer({method: statistics.fmean(own) for method, own in ends.items()})
-        reached = [seconds_to(run["points"], statistics.fmean(ends[peer])) for run in runs[OURS]] if peer else []
+        means = {method: statistics.fmean(own) for method, own in ends.items()}
+        reached = {
+            rival: times([seconds_to(run["points"], mean) for run in runs[OURS]], ends[rival], result["seconds"])
+            for rival, mean in means.items()
+        }
+        peer = best_peer(means)
         table.append(
             (
                 f"{result['task']}, {result['student']}",
@@ -78,8 +85,9 @@ def race_summary(results: Sequence[Result]) -> list[str]:
                 str(len(runs[OURS])),
                 f"**{spread(ends[OURS], ' %', 1)}**",
                 spread(ends.get(OFF, []), " %", 1),
+                reached.get(OFF, UNKNOWN),
                 f"{peer}: {spread(ends[peer], ' %', 1)}" if peer else "not run there",
-                times(reached, ends[peer], result["seconds"]) if peer else UNKNOWN,
+                reached[peer] if peer else UNKNOWN,
                 measured(result),
             )
         )

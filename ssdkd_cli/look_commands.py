@@ -38,22 +38,11 @@ def inspect(
     check_readable(teacher)
     from engine.inspection import inspect_teacher
     from engine.teacher import load_teacher
-    from ssdkd_cli.labels import read_classes
+    from ssdkd_cli.stated import Stated
 
-    number, names = read_classes(classes)
+    stated = Stated(arch, input, mean, std, classes, trust_pickle).arguments()
     with console.stage("teacher", f"reading {teacher}") as done:
-        loaded = load_teacher(
-            teacher,
-            arch=arch,
-            input_shape=input,
-            mean=mean,
-            std=std,
-            classes=number,
-            class_names=names,
-            classes_file=classes if names else None,
-            trust_pickle=trust_pickle,
-            allow_nonfinite=True,
-        )
+        loaded = load_teacher(teacher, **stated, allow_nonfinite=True)
         found = inspect_teacher(loaded)
         done(network(loaded.spec.arch))
     spec, images = found.spec, found.spec.preprocessing

@@ -15,8 +15,9 @@ import typer
 from engine.errors import SSDKDError
 from engine.processors import share_processors
 from ssdkd_cli import __version__, compress, console, look_commands, profile_commands, run_commands
-from ssdkd_cli.boundary import KNOWN_ERROR, printing, within_boundary
+from ssdkd_cli.boundary import KNOWN_ERROR, within_boundary
 from ssdkd_cli.outcome import Outcome
+from ssdkd_cli.process import printing
 
 app = typer.Typer(
     name="ssdkd",

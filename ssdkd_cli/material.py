@@ -4,7 +4,6 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from exporters.evaluate import logits_of
 from exporters.runtimes import predictor
 from ssdkd_cli import console, runs
 from ssdkd_cli.loss import FEWEST_SAMPLES
+from ssdkd_cli.stated import Stated
 from ssdkd_cli.subject import Subject
 from ssdkd_cli.words import count, network, shape
 
@@ -64,10 +64,11 @@ def from_run(
     return Material(Subject(run.module, card, samples, embed_preprocessing), folder, notes)
 
 
-def read_teacher(path: Path, **stated: Any) -> Teacher:
-    """A teacher, `stated` as engine.teacher.load_teacher takes it; what is doubtful is said."""
+def read_teacher(path: Path, stated: Stated) -> Teacher:
+    """A teacher; what is doubtful is said. Raises SSDKDError as engine.teacher.load_teacher does."""
+    arguments = stated.arguments()
     with console.stage("teacher", f"reading {path}") as done:
-        teacher = load_teacher(path, **stated)
+        teacher = load_teacher(path, **arguments)
         spec = teacher.spec
         done(
             f"{network(spec.arch)} ({spec.arch_evidence}), {count(spec.parameters)} parameters, "
@@ -78,13 +79,13 @@ def read_teacher(path: Path, **stated: Any) -> Teacher:
 
 
 def from_teacher(
-    path: Path, *, needs_samples: bool, seed: int, compute: Compute, embed_preprocessing: bool, **stated: Any
+    path: Path, stated: Stated, *, needs_samples: bool, seed: int, compute: Compute, embed_preprocessing: bool
 ) -> Material:
-    """A teacher's network as it is; `stated` are the arguments of engine.teacher.load_teacher.
+    """A teacher's network as it is.
 
     `needs_samples`: ranges are to be taken, so synthetic samples are made of it; else noise is enough for the proof.
     """
-    teacher = read_teacher(path, **stated)
+    teacher = read_teacher(path, stated)
     card = runs.teacher_card(teacher.spec, runs.SAME)
     if needs_samples:
         samples = inverted(teacher, compute=compute, seed=seed)

@@ -17,6 +17,7 @@ from ssdkd_cli.material import NOISE_SAMPLES, read_teacher, smooth_noise
 from ssdkd_cli.plans import PLAN
 from ssdkd_cli.proving import score_file
 from ssdkd_cli.report import Percentiles, problem_of, read_report
+from ssdkd_cli.stated import Stated
 from ssdkd_cli.target import is_for_another_device
 from ssdkd_cli.timing import BATCHES, time_files, time_plan_file
 
@@ -42,49 +43,28 @@ class FileTiming:
     runtime: str
 
 
-def evaluate(
-    model: Path,
-    data: Path,
-    *,
-    arch: str | None,
-    input_shape: tuple[int, int, int] | None,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-    classes: int | Path | None,
-    trust_pickle: bool,
-) -> list[Score]:
+def evaluate(model: Path, data: Path, stated: Stated) -> list[Score]:
     """The accuracy of a run's student and of its files, or of one file, an exported one or a teacher's.
 
-    What describes the network is for a single file, but for `classes`; `arch` and `trust_pickle` are for a teacher's.
+    What is stated of the network is for a single file, but for its classes; the architecture and trust for a teacher's.
 
     Raises:
         SSDKDError: no model, data that does not fit it, or an option that does not apply to it.
     """
-    stated = {"--arch": arch, "--input": input_shape, "--mean": mean, "--std": std}
-    given = " ".join(name for name, value in stated.items() if value is not None)
-    if model.is_dir() and given:
+    if model.is_dir() and (given := stated.flags):
         raise SSDKDError(f"{given} describe a single file; {model} is a run, which knows its own", f"leave {given} out")
-    number, names = read_classes(classes)
+    number, names = read_classes(stated.classes)
     if model.is_dir():
-        return _score_run(model, data, number, names, trust_pickle=trust_pickle)
+        return _score_run(model, data, number, names, trust_pickle=stated.trust_pickle)
     if model.suffix.lower() not in OPENERS:
-        teacher = read_teacher(
-            model,
-            arch=arch,
-            input_shape=input_shape,
-            mean=mean,
-            std=std,
-            classes=number,
-            class_names=names,
-            trust_pickle=trust_pickle,
-        )
+        teacher = read_teacher(model, stated)
         card = runs.teacher_card(teacher.spec, runs.SAME)
         labelled = labelled_images(data, card)
         value = network_accuracy(teacher.module, card, labelled)
         doubts = chance_warnings(value, card.classes, is_run=False)
     else:
-        runtime = open_runtime(model, input_shape=input_shape)
-        for flag, is_given in (("--arch", arch is not None), ("--trust-pickle", trust_pickle)):
+        runtime = open_runtime(model, input_shape=stated.input)
+        for flag, is_given in (("--arch", stated.arch is not None), ("--trust-pickle", stated.trust_pickle)):
             if is_given:
                 raise SSDKDError(
                     f"{flag} is for a run that needs its teacher's file, or for a checkpoint; {model} runs as it is",
@@ -92,7 +72,7 @@ def evaluate(
                 )
         check_number(number, model, runtime.classes)
         said = describe(runtime.metadata)
-        mean, std = preprocessing_of(said, channels=runtime.input_shape[0], mean=mean, std=std)
+        mean, std = preprocessing_of(said, channels=runtime.input_shape[0], mean=stated.mean, std=stated.std)
         labelled = numbered_images(data, runtime.input_shape, runtime.classes, names or said.class_names)
         value = accuracy(runtime.run, labelled, mean=mean, std=std, batch=runtime.fixed_batch)
         doubts = student_warnings(value, runtime.classes, of_teacher=None, is_run=False)

@@ -234,6 +234,11 @@ def problem_of(item: Artifact, folder: Path) -> str | None:
     return f"{path} is not the file that the report describes: its sha256 is another"
 
 
+def timed(report: Report) -> Artifact | None:
+    """The file whose latency stands beside the teacher's: the first that was timed."""
+    return next((item for item in report.artifacts if item.latency_ms), None)
+
+
 def verdict(item: Artifact) -> str:
     """What the proof of a file came to, in a word or two."""
     if item.doubt:

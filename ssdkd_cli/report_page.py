@@ -11,6 +11,7 @@ from ssdkd_cli.report import (
     Report,
     TeacherReport,
     origin,
+    timed,
     to_json,
     verdict,
 )
@@ -26,7 +27,7 @@ def write_report(report: Report, folder: Path) -> None:
 def to_markdown(report: Report) -> str:
     """report.md: the same facts, for reading."""
     teacher, student, distillation = report.teacher, report.student, report.distillation
-    artifact = next((item for item in report.artifacts if item.latency_ms), None)
+    artifact = timed(report)
     comparison = [
         ("architecture", network(teacher.arch), network(student.arch)),
         ("accuracy", percent(teacher.accuracy), percent(student.accuracy)),

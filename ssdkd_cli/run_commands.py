@@ -114,6 +114,7 @@ def export(
     from ssdkd_cli.gates import Limits, check_limits, gate_line, has_failed, with_budget
     from ssdkd_cli.labels import check_number, read_classes
     from ssdkd_cli.report import verdict
+    from ssdkd_cli.stated import Stated
     from ssdkd_cli.target import resolve_target
 
     precision = precision or ([] if profile or "trt" in export else ["fp32"])
@@ -124,18 +125,17 @@ def export(
     compute = choose_device(device)
     check_limits(limits, target, has_labels=eval_data is not None)
     folder = out or (source if source.is_dir() else Path("runs") / source.stem)
-    stated = {"--arch": arch, "--input": input, "--mean": mean, "--std": std}
-    given = [name for name, value in stated.items() if value is not None]
-    if given and source.is_dir():
+    stated = Stated(arch, input, mean, std, classes, trust_pickle)
+    if stated.flags and source.is_dir():
         raise SSDKDError(
-            f"{' '.join(given)}: of a teacher's file; {source} is a folder, and a run knows its own",
+            f"{stated.flags}: of a teacher's file; {source} is a folder, and a run knows its own",
             "leave it out, or give the teacher's file itself",
         )
     with new_folder(folder):
         target = again.beside_what_is_there(target, source, folder)
         again.check_place(source, target, folder, overwrite=overwrite, eval_data=eval_data)
-        number, names = read_classes(classes)
         if source.is_dir():
+            number, names = read_classes(classes)
             taken = material.from_run(
                 source, trust_pickle=trust_pickle, embed_preprocessing=embed_preprocessing, class_names=names
             )
@@ -143,17 +143,11 @@ def export(
         else:
             taken = material.from_teacher(
                 source,
+                stated,
                 needs_samples="int8" in target.precisions,
                 seed=seed,
                 compute=compute,
                 embed_preprocessing=embed_preprocessing,
-                arch=arch,
-                input_shape=input,
-                mean=mean,
-                std=std,
-                classes=number,
-                class_names=names,
-                trust_pickle=trust_pickle,
             )
         exported = again.export(
             taken,
@@ -202,10 +196,9 @@ def evaluate(
     Before a long run: [bold]ssdkd eval teacher.pt --data images/[/bold]
     """
     from ssdkd_cli import measuring
+    from ssdkd_cli.stated import Stated
 
-    scores = measuring.evaluate(
-        model, data, arch=arch, input_shape=input, mean=mean, std=std, classes=classes, trust_pickle=trust_pickle
-    )
+    scores = measuring.evaluate(model, data, Stated(arch, input, mean, std, classes, trust_pickle))
     rows = [(item.path, percent(item.accuracy), f"{item.images:,}") for item in scores]
     return printed(
         json, scores, functools.partial(console.print_table, ("model", "accuracy", "images"), rows, right=(1, 2))

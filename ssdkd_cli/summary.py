@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ssdkd_cli import console, runs
 from ssdkd_cli.gates import gate_line
-from ssdkd_cli.report import NOT_RECOMMENDED, Artifact, Report, verdict
+from ssdkd_cli.report import NOT_RECOMMENDED, Artifact, Report, timed, verdict
 from ssdkd_cli.words import compared, count, is_near_chance, milliseconds, network, percent, size
 
 Words = Callable[[float | None], str]
@@ -28,7 +28,7 @@ def show_report(folder: Path, report: Report) -> None:
 def comparison(report: Report) -> list[Row]:
     """The rows of the table; what is unknown for both is left out."""
     teacher, student = report.teacher, report.student
-    artifact = next((item for item in report.artifacts if item.latency_ms), None)
+    artifact = timed(report)
     latency = artifact.latency_ms if artifact else None
     batch = artifact.batch if artifact else None
     kept, of_teacher, of_student = "", teacher.accuracy, student.accuracy

@@ -20,8 +20,8 @@ from engine.source import source_of
 from engine.state import State, start
 from engine.teacher import Teacher
 from ssdkd_cli import console, replacing, runs
-from ssdkd_cli.boundary import is_out_of_memory, uninterrupted
 from ssdkd_cli.material import said_of
+from ssdkd_cli.process import is_out_of_memory, uninterrupted
 from ssdkd_cli.words import duration, shape
 
 SMALLEST_BATCH = 16

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import pytest
 import typer
 
-from ssdkd_cli.boundary import exit_code_of, printing, uninterrupted, within_boundary
+from ssdkd_cli.boundary import exit_code_of, within_boundary
 from ssdkd_cli.outcome import Outcome
+from ssdkd_cli.process import printing, uninterrupted
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import onnxruntime
@@ -34,6 +34,7 @@ from ssdkd_cli import (
     files,
     labels,
     pipeline,
+    preparation,
     proving,
     replacing,
     runs,
@@ -173,13 +174,13 @@ def test_config_toml_repeats_the_run_bit_for_bit(ssdkd: Any, compressed: Path, t
 
 
 def test_json_is_the_report_and_nothing_else(ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    build = pipeline.build_student
+    build = preparation.build_student
 
     def chatty(*args: Any, **kwargs: Any) -> Any:
         print("a user's own code prints")
         return build(*args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "build_student", chatty)
+    monkeypatch.setattr(preparation, "build_student", chatty)
     ran = ssdkd(*arguments(shared, tmp_path / "run", "--json", "--time-limit", "1h"))
     assert ran.code == 0, ran.err
     assert ran.json == json.loads((tmp_path / "run/report.json").read_text())
@@ -335,14 +336,8 @@ def test_a_file_without_finite_logits_on_a_labelled_image_costs_no_report(
 def test_a_student_without_finite_logits_on_a_labelled_image_costs_no_run(
     ssdkd: Any, shared: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    of_teacher = pipeline.network_accuracy
-    calls: list[object] = []
-
-    def not_finite(*given: Any) -> float:
-        calls.append(given)
-        if len(calls) > 1:
-            raise SSDKDError("the model gives NaN", "")
-        return of_teacher(*given)
+    def not_finite(*_: Any) -> NoReturn:
+        raise SSDKDError("the model gives NaN", "")
 
     monkeypatch.setattr(pipeline, "network_accuracy", not_finite)
     ran = ssdkd(*arguments(shared, tmp_path / "run", "--eval-data", shared / "test.npz", "--json"))
@@ -700,7 +695,7 @@ def test_a_student_inherits_unless_it_has_weights_or_is_told_not_to(shared: Path
     def inherited(weights: Path | None, inherit: bool) -> frozenset[str]:
         options: Any = types.SimpleNamespace(student="resnet14", student_weights=weights, seed=0)
         target = resolve_target(formats=(), precisions=["fp32"], profile=None, qat="auto", fallback=True)
-        _, names = pipeline.build(options, teacher, DistillationSettings(inherit=inherit), target)
+        _, names = preparation.build(options, teacher, DistillationSettings(inherit=inherit), target)
         return names
 
     stated = tmp_path / "student.pt"
